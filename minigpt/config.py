@@ -1,0 +1,284 @@
+"""What a run is made of: the model's and the training's settings, the presets, and the command line."""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import tyro
+
+from . import backends
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT. Raises UserError for a shape that cannot be built."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True
+    position: Literal["learned", "sinusoidal"] = "learned"
+    tied_head: bool = True
+    head_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            self.n_embd % self.n_head == 0,
+            f"n_head must divide n_embd, but {self.n_head} heads do not divide a width of {self.n_embd}",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        _require(
+            self.position in ("learned", "sinusoidal"),
+            f"position must be learned or sinusoidal, not {self.position!r}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT on a text, and write its checkpoint, metrics, curves and a sample to a folder.
+
+    The defaults are those of the preset; every one of them can be overridden.
+    """
+
+    preset: str = "shakespeare-cpu"
+    """Settings to start from: PRESETS. Without one: shakespeare on a GPU, shakespeare-cpu without, tiny when kernels
+    run in Triton's interpreter."""
+    data: str | None = None
+    """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
+    out: Path | None = None
+    """Folder to write to. Without one: a new runs/PRESET-N."""
+    resume: Path | None = None
+    """Folder of a run to go on with from its last checkpoint."""
+    seed: int = 1337
+    """Fixes the initial weights, the order of the data and the dropout."""
+    kernels: str = "auto"
+    """Backend of the ops attention, layer_norm and loss: auto, eager, torch, triton, or one per op, such as
+    attention=triton,layer_norm=torch. Beats the environment's MINIGPT_KERNELS."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the matrix products; auto: bf16 on a GPU that has it, else fp32."""
+
+    n_layer: int = 4
+    """Transformer blocks."""
+    n_head: int = 4
+    """Attention heads."""
+    n_embd: int = 128
+    """Width, a multiple of the heads."""
+    block_size: int = 64
+    """The longest context, in tokens."""
+    vocab_size: int = 0
+    """Pad the vocabulary up to this many tokens; 0: only those of the text."""
+    dropout: float = 0.0
+    """Share of activations dropped in training."""
+    bias: bool = False
+    """Biases in the linear layers and the norms."""
+    position: Literal["learned", "sinusoidal"] = "learned"
+    """Kind of position embedding."""
+    tied_head: bool = True
+    """Use the token embedding as the output layer too."""
+    head_bias: bool = False
+    """A bias in the output layer."""
+
+    batch_size: int = 12
+    """Windows per forward pass."""
+    window: int = 0
+    """Tokens per training window, at most block_size; 0: block_size."""
+    grad_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    max_steps: int = 2000
+    """Optimizer steps."""
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    min_learning_rate: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients."""
+    beta2: float = 0.99
+    """AdamW's decay of the mean of their squares."""
+    weight_decay: float = 0.1
+    """AdamW's decay of the matrices; vectors do not decay."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0: do not clip."""
+
+    log_interval: int = 10
+    """Steps between updates of the progress shown."""
+    eval_interval: int = 250
+    """Steps between evaluations, each followed by a checkpoint."""
+    eval_tokens: int = 0
+    """Validation tokens of each evaluation during training; 0: the whole validation split."""
+    val_tokens: int = 0
+    """Validation tokens of the final evaluation; 0: the whole validation split."""
+    sample_tokens: int = 300
+    """Tokens of text to sample at the end; 0: none."""
+    prompt: str = "\n"
+    """What the sample continues."""
+
+    def __post_init__(self) -> None:
+        self.model_config(max(1, self.vocab_size))
+        for name in ("batch_size", "grad_accumulation", "max_steps", "log_interval", "eval_interval"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        whole = ("vocab_size", "window", "warmup_steps", "eval_tokens", "val_tokens", "sample_tokens")
+        for name in (*whole, "weight_decay", "grad_clip", "min_learning_rate"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"{name} must be 0 or more, not {value}")
+        for name in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, f"{name} must be at least 0 and below 1")
+        _require(0 <= self.seed < 2**63, f"seed must be between 0 and 2**63 - 1, not {self.seed}")
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"learning_rate must be above 0, not {self.learning_rate}",
+        )
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            f"min_learning_rate ({self.min_learning_rate:g}) must not exceed learning_rate ({self.learning_rate:g})",
+        )
+        _require(
+            self.window <= self.block_size,
+            f"window ({self.window}) must not exceed block_size ({self.block_size})",
+        )
+        _require(
+            self.dtype in ("auto", "fp32", "bf16", "fp16"),
+            f"dtype must be auto, fp32, bf16 or fp16, not {self.dtype!r}",
+        )
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model's part of these settings, for a tokenizer of `vocab_size` tokens, padded up to `self.vocab_size`."""
+        shared = {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size"}
+        return ModelConfig(max(vocab_size, self.vocab_size), **{name: getattr(self, name) for name in shared})
+
+
+_GPT2 = {
+    "vocab_size": 50304,  # GPT-2's 50,257, padded to a multiple of 64
+    "block_size": 1024,
+    "bias": True,
+    "beta2": 0.95,
+    "warmup_steps": 700,
+    "max_steps": 19073,  # 10 billion tokens at 524,288 a step
+    "eval_tokens": 1 << 18,
+    "prompt": "\n",
+}
+
+# Learning rates and shapes of gpt2*: Radford et al. 2019 and Brown et al. 2020, table 2.1.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 512, "vocab_size": 100, "bias": True, "tied_head": False, "head_bias": True,
+        "batch_size": 2, "window": 64, "max_steps": 100, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 10,
+        "eval_interval": 50, "eval_tokens": 2048, "val_tokens": 8192, "sample_tokens": 100,
+    },
+    "shakespeare-cpu": {"eval_tokens": 20480},
+    "shakespeare": {
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "batch_size": 64, "max_steps": 5000,
+    },
+    "gpt2": _GPT2 | {
+        "n_layer": 12, "n_head": 12, "n_embd": 768, "batch_size": 16, "grad_accumulation": 32,
+        "learning_rate": 6e-4, "min_learning_rate": 6e-5,
+    },
+    "gpt2-medium": _GPT2 | {
+        "n_layer": 24, "n_head": 16, "n_embd": 1024, "batch_size": 16, "grad_accumulation": 32,
+        "learning_rate": 3e-4, "min_learning_rate": 3e-5,
+    },
+    "gpt2-large": _GPT2 | {
+        "n_layer": 36, "n_head": 20, "n_embd": 1280, "batch_size": 8, "grad_accumulation": 64,
+        "learning_rate": 2.5e-4, "min_learning_rate": 2.5e-5,
+    },
+    "gpt2-xl": _GPT2 | {
+        "n_layer": 48, "n_head": 25, "n_embd": 1600, "batch_size": 4, "grad_accumulation": 128,
+        "learning_rate": 2e-4, "min_learning_rate": 2e-5,
+    },
+}  # fmt: skip
+"""Preset -> the fields in which it differs from TrainConfig's defaults."""
+
+
+def preset(name: str, **overrides: Any) -> TrainConfig:
+    """The settings of a preset, with `overrides`. Raises UserError for an unknown name, listing the right ones."""
+    _require(name in PRESETS, f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return TrainConfig(**({"preset": name} | PRESETS[name] | overrides))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name in usable or (name == "cuda" and len(usable) > 1):
+        return torch.device(name)
+    hint = "" if len(usable) > 1 else "; PyTorch sees no GPU"
+    raise UserError(f"unknown device {name!r}: choose auto, {', '.join(usable)}{hint}")
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainConfig:
+    """The settings that a command line asks for (None: this program's), over those of its preset.
+
+    Raises UserError for whatever is wrong with it; SystemExit(0) after --help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    request = _peek(argv, "kernels") or os.environ.get("MINIGPT_KERNELS") or backends.AUTO
+    device = pick_device(_peek(argv, "device") or "auto")
+    name = _peek(argv, "preset")
+    if name is None:
+        on_cpu = "tiny" if backends.will_interpret(request, device) else "shakespeare-cpu"
+        name = on_cpu if device.type == "cpu" else "shakespeare"
+    return command_line(TrainConfig, argv, prog=prog, default=preset(name, kernels=request))
+
+
+def command_line(kind: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """An instance of the dataclass `kind` from flags such as --n-layer 2, `default` giving what they leave out.
+
+    Raises UserError, one line, for flags that do not fit; prints the typed help and raises SystemExit(0) for --help.
+    """
+    complaint = io.StringIO()
+    known = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, prog=prog, args=list(argv), **known)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        raise UserError(_one_line(complaint.getvalue(), prog)) from None
+
+
+def _one_line(box: str, prog: str) -> str:
+    """tyro's boxed complaint as one line: the complaint itself, and the flag that was perhaps meant."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    first = next((i for i, line in enumerate(lines) if line and i > 0), 0)
+    end = next((i for i in range(first, len(lines)) if not lines[i]), len(lines))
+    complaint = " ".join(lines[first:end]).rstrip(".")
+    meant = re.search(r"Perhaps you meant:.*?(--[\w-]+)", box, re.DOTALL)
+    suggestion = f"; did you mean {meant[1]}?" if meant else ""
+    return f"{complaint}{suggestion} (see {prog} --help)"
+
+
+def _peek(argv: Sequence[str], flag: str) -> str | None:
+    """The value of --flag in argv, or None: what the defaults depend on is read before everything else."""
+    found = None
+    for here, after in zip(argv, [*argv[1:], None], strict=True):
+        if here == f"--{flag}":
+            found = after
+        elif here.startswith(f"--{flag}="):
+            found = here.partition("=")[2]
+    return found
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,81 @@
+"""What a person can get wrong, told in one line; and the door that every program of ours goes through."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Errors of the operating system that a person can put right; any other OSError is a bug of ours and keeps its traceback.
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space, or write somewhere else",
+    errno.EDQUOT: "the disk quota is used up; free some space, or write somewhere else",
+    errno.EFBIG: "the file would be larger than allowed here; write somewhere else",
+    errno.EROFS: "the file system is read-only; write somewhere else",
+    errno.EACCES: "no permission; choose a place that you may use",
+    errno.EPERM: "not permitted; choose a place that you may use",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
+    errno.EISDIR: "it is a folder, where a file is needed",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an input/output error; use another one",
+}
+
+
+class UserError(Exception):
+    """Something a person can put right: one line that says what is wrong and what to do."""
+
+    exit_status = 1
+
+
+class Stopped(UserError):
+    """A person stopped the program, and it has put its work in order: one line that says how to go on."""
+
+    exit_status = 130
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Run a block that writes to `path`: a full disk or a missing permission becomes a UserError that names it.
+
+    Needed because the error of a write, unlike that of an open, does not carry the file's name.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _told(error, path) from error
+
+
+def door(main: Callable[[], None]) -> None:
+    """Run `main` as a whole program: print what a person caused as one line on stderr, and exit with the right status.
+
+    UserError, full disks and missing permissions end with status 1, Ctrl-C with 130, a closed pipe (`... | head`)
+    quietly with 141. A bug of ours keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _fail("" if isinstance(error, Stopped) else "error: ", str(error), error.exit_status)
+    except KeyboardInterrupt:
+        _fail("", "stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # Python flushes stdout once more while it shuts down; what is left must go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in _REASONS:
+            raise
+        _fail("error: ", str(_told(error, None)), 1)
+
+
+def _told(error: OSError, path: Path | None) -> UserError:
+    named = error.filename if error.filename is not None else path
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return UserError(f"{named}: {reason}" if named is not None else reason)
+
+
+def _fail(prefix: str, message: str, status: int) -> None:
+    sys.stdout.flush()
+    print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,161 @@
+"""The GPT, readable top to bottom: Radford et al. 2019 ("Language Models are Unsupervised Multitask Learners").
+
+Shapes: B sequences of T tokens, C = n_embd channels, H = n_head heads of D = C / H, V = vocab_size.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backends import Backends
+from .config import ModelConfig
+
+IGNORE = -100
+"""A target with this value does not count in the loss."""
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels, (..., C) -> (..., C), its bias optional."""
+
+    def __init__(self, config: ModelConfig, ops: Backends):
+        super().__init__()
+        self.ops = ops
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, ops: Backends):
+        super().__init__()
+        self.ops = ops
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+        y = self.ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network, four times as wide inside, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GPT-2's GELU is the tanh form (Hendrycks & Gimpel 2016), not the erf form that PyTorch defaults to.
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One pre-LN transformer block, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, ops: Backends):
+        super().__init__()
+        self.dropout = config.dropout
+        self.norm1 = LayerNorm(config, ops)
+        self.attention = Attention(config, ops)
+        self.norm2 = LayerNorm(config, ops)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.dropout(self.attention(self.norm1(x)), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model.
+
+    The weights are drawn from PyTorch's default generator on the CPU, so that `torch.manual_seed` gives the same model
+    whatever the backend and the device it is moved to.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Backends):
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.positions = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+        else:
+            self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.norm = LayerNorm(config, ops)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        if config.tied_head:
+            self.head.weight = self.tokens.weight
+        self._initialize()
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, V) for tokens idx (B, T) int64, T <= block_size; and the mean loss in nats per token, or None.
+
+        targets (B, T) int64 are the tokens that follow; those equal to IGNORE do not count. With `last_only` the
+        logits are those of the last position alone, (B, 1, V), which is what generation needs. Raises ValueError when
+        T is larger than block_size.
+        """
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the block size, {self.config.block_size}")
+        x = self.tokens(idx) + self.positions[:T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        if last_only:
+            x = x[:, -1:]
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits, None
+        return logits, self.ops.loss(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+    def use(self, ops: Backends) -> None:
+        """Switch every op of this model to the functions of `ops`; the weights stay as they are."""
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
+
+    def parameter_count(self) -> int:
+        """The number of parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def decay_groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups for the optimizer: matrices decay, vectors (biases and norms) do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), and smaller where 2 * n_layer branches add up in the residual stream."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+
+
+def sinusoids(length: int, channels: int) -> Tensor:
+    """Fixed positions (length, channels) fp32, after Vaswani et al. 2017, sine and cosine side by side.
+
+    Scaled to the size that learned positions start with (0.02 RMS): at the paper's 1 they would drown the embeddings.
+    """
+    frequencies = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
+    angles = torch.arange(length)[:, None] * frequencies
+    waves = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :channels]
+    return waves * (0.02 * math.sqrt(2))
