@@ -1,0 +1,105 @@
+"""Facts about the device that kernels run on, and whether Triton's interpreter stands in for one.
+
+Imports torch, but Triton only once the choice of interpreter has been made: Triton reads
+TRITON_INTERPRET while it is imported, and half of its library stays as it was chosen then.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+def choose_interpreter() -> None:
+    """Set TRITON_INTERPRET=1 if there is no GPU, nothing was said, and Triton is not imported yet."""
+    if "TRITON_INTERPRET" not in os.environ and "triton" not in sys.modules and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _interpreter_state() -> tuple[bool, bool]:
+    """(asked for, what Triton's own library was imported as)."""
+    asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return asked, isinstance(language.zeros, InterpretedFunction)
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+choose_interpreter()
+_ASKED, INTERPRETED = _interpreter_state() if HAS_TRITON else (False, False)
+DEBUG = os.environ.get("KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def why_not(device: torch.device) -> str | None:
+    """None if kernels can run on tensors of `device`; otherwise one line that says what to do."""
+    if not HAS_TRITON:
+        return (
+            "Triton is not installed: `pip install triton` (Linux only); kernels.reference has the same functions "
+            "in plain PyTorch"
+        )
+    if _ASKED != INTERPRETED:
+        return (
+            "Triton was imported before TRITON_INTERPRET was chosen: set TRITON_INTERPRET=1 in the environment, or "
+            "`import kernels` before anything that imports Triton (building a torch.optim.AdamW does)"
+        )
+    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
+        return None
+    if device.type == "cpu":
+        return (
+            "Triton kernels on CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 in the environment, or "
+            "`import kernels` before anything that imports Triton (building a torch.optim.AdamW does)"
+        )
+    return f"Triton kernels run on CUDA and ROCm GPUs, or on CPU tensors in the interpreter, not on '{device.type}'"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan may know of a device."""
+
+    arch: str  # "sm_90", "gfx942", ..., "interpreter"
+    processors: int  # streaming multiprocessors or compute units
+    shared_memory: int  # bytes one program can have
+
+    @property
+    def tiles(self) -> str:
+        """The architecture whose row of a tile table to take."""
+        if self.arch in TARGETS or self.arch == "interpreter":
+            return self.arch
+        if self.arch.startswith("gfx"):
+            return "gfx942"
+        number = int(self.arch.removeprefix("sm_"))
+        if number < 90 or number >= 120:  # consumer parts have sm_89's 99 KB or less
+            return "sm_89"
+        return "sm_90" if number < 100 else "sm_100"
+
+
+TARGETS = {
+    "sm_80": Device("sm_80", 108, 163 * 1024),
+    "sm_89": Device("sm_89", 128, 99 * 1024),
+    "sm_90": Device("sm_90", 132, 227 * 1024),
+    "sm_100": Device("sm_100", 148, 227 * 1024),
+    "gfx942": Device("gfx942", 304, 64 * 1024),
+}
+
+INTERPRETER = Device("interpreter", 4, 1 << 40)
+
+
+@functools.cache
+def facts(device: torch.device) -> Device:
+    """The Device that tensors on `device` run on."""
+    if device.type != "cuda" or INTERPRETED:
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count, 64 * 1024)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def allow_tf32() -> bool:
+    """Whether PyTorch is set to compute fp32 matrix products in TF32."""
+    return torch.get_float32_matmul_precision() != "highest"

@@ -1,0 +1,491 @@
+"""Layer normalization over the last dimensions.
+
+    mean = sum(x) / N          rstd = 1 / sqrt(sum((x - mean)^2) / N + eps)
+    xhat = (x - mean) * rstd   y = xhat * weight + bias
+
+With g = dy * weight, a row's gradient is
+
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
+
+and dweight = sum over rows of dy * xhat, dbias = sum over rows of dy. Saved for backward: x, and
+mean and rstd in fp32, one of each a row. Forward reads x and writes y; backward reads x and dy and
+writes dx; each takes some ten operations an element, so memory bandwidth is the bound.
+
+The parameters' gradients come in two stages without atomics, so that they are bitwise repeatable:
+each program sums the rows it owns into one fp32 row of a workspace, a second kernel adds these rows
+in order. A row up to ONE_BLOCK long stays in registers; a longer one is walked in chunks, whose
+means and squared deviations are merged as in Chan, Golub and LeVeque, "Updating formulae and a
+pairwise algorithm for computing sample variances" (1979).
+
+Ba, Kiros and Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from kernels import reference
+from kernels.device import Device
+from kernels.op import (
+    Case,
+    Cost,
+    Launch,
+    Op,
+    Specs,
+    cast,
+    cdiv,
+    facts_of,
+    next_power_of_2,
+    plan_only,
+    pointers,
+    register,
+    rows_of,
+    run,
+    tl,
+    triton,
+)
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _layer_norm_forward(
+    input_ptr, weight_ptr, bias_ptr, output_ptr, mean_ptr, rstd_ptr, n_rows, row_stride, eps,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program owns ROWS whole rows of length N."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_N)
+    in_row = (columns < N)[None, :]
+    mask = (rows < n_rows)[:, None] & in_row
+
+    x = tl.load(input_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / N
+    centred = tl.where(in_row, x - mean[:, None], 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps))
+
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(output_ptr + rows[:, None] * N + columns[None, :], cast(y, output_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def _layer_norm_forward_long(
+    input_ptr, weight_ptr, bias_ptr, output_ptr, mean_ptr, rstd_ptr, row_stride, N, eps, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns one row, and walks it twice in chunks of BLOCK_N."""
+    row = tl.program_id(0).to(tl.int64)
+    input_ptr += row * row_stride
+    output_ptr += row * N
+    columns = tl.arange(0, BLOCK_N)
+
+    mean = 0.0
+    deviations = 0.0  # sum of squared deviations from the mean so far
+    for start in range(0, N, BLOCK_N):
+        mask = start + columns < N
+        x = tl.load(input_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        size = tl.minimum(N - start, BLOCK_N).to(tl.float32)
+        chunk_mean = tl.sum(x, axis=0) / size
+        centred = tl.where(mask, x - chunk_mean, 0.0)
+        share = size / (start + size)
+        step = chunk_mean - mean
+        deviations += tl.sum(centred * centred, axis=0) + step * step * start * share
+        mean += step * share
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(deviations / N + eps))
+
+    for start in range(0, N, BLOCK_N):
+        mask = start + columns < N
+        y = (tl.load(input_ptr + start + columns, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(output_ptr + start + columns, cast(y, output_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _layer_norm_backward(
+    grad_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr, dinput_ptr, dweight_parts_ptr, dbias_parts_ptr,
+    n_rows, grad_stride, row_stride,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program owns every n-th block of ROWS rows, n the number of programs, and one row of each workspace."""
+    columns = tl.arange(0, BLOCK_N)
+    in_row = (columns < N)[None, :]
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_N], tl.float32)
+
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (rows < n_rows)[:, None] & in_row
+        dy = tl.load(grad_ptr + rows[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(input_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
+        if dweight_parts_ptr is not None:
+            dweight += dy * xhat
+        if dbias_parts_ptr is not None:
+            dbias += dy
+        if dinput_ptr is not None:
+            g = dy
+            if weight_ptr is not None:
+                g = dy * weight
+            dx = (g - (tl.sum(g, axis=1) / N)[:, None] - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]) * rstd
+            dx = cast(dx, dinput_ptr.dtype.element_ty)
+            tl.store(dinput_ptr + rows[:, None] * N + columns[None, :], dx, mask=mask)
+
+    own = tl.program_id(0).to(tl.int64) * N + columns
+    if dweight_parts_ptr is not None:
+        tl.store(dweight_parts_ptr + own, tl.sum(dweight, axis=0), mask=columns < N)
+    if dbias_parts_ptr is not None:
+        tl.store(dbias_parts_ptr + own, tl.sum(dbias, axis=0), mask=columns < N)
+
+
+@triton.jit
+def _layer_norm_backward_long_input(
+    grad_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr, dinput_ptr, grad_stride, row_stride, N, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns one row of dinput, and walks it twice in chunks of BLOCK_N."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_N)
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    sum_g = tl.zeros([BLOCK_N], tl.float32)
+    sum_g_xhat = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        mask = start + columns < N
+        g = tl.load(grad_ptr + row * grad_stride + start + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(input_ptr + row * row_stride + start + columns, mask=mask, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            g *= tl.load(weight_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        sum_g += g
+        sum_g_xhat += tl.where(mask, g * (x - mean) * rstd, 0.0)
+    mean_g = tl.sum(sum_g, axis=0) / N
+    mean_g_xhat = tl.sum(sum_g_xhat, axis=0) / N
+    for start in range(0, N, BLOCK_N):
+        mask = start + columns < N
+        g = tl.load(grad_ptr + row * grad_stride + start + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(input_ptr + row * row_stride + start + columns, mask=mask, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            g *= tl.load(weight_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        dx = (g - mean_g - (x - mean) * rstd * mean_g_xhat) * rstd
+        tl.store(dinput_ptr + row * N + start + columns, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_backward_long_parameters(
+    grad_ptr, input_ptr, mean_ptr, rstd_ptr, dweight_parts_ptr, dbias_parts_ptr,
+    n_rows, grad_stride, row_stride, N, n_parts, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N columns of every n_parts-th row, and their places in one row of each workspace."""
+    part = (tl.program_id(0) % n_parts).to(tl.int64)
+    columns = (tl.program_id(0) // n_parts).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = columns < N
+    dweight = tl.zeros([BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_N], tl.float32)
+    for row in range(part, n_rows, n_parts):
+        dy = tl.load(grad_ptr + row * grad_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(input_ptr + row * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        dweight += dy * (x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row)
+        dbias += dy
+    if dweight_parts_ptr is not None:
+        tl.store(dweight_parts_ptr + part * N + columns, dweight, mask=mask)
+    if dbias_parts_ptr is not None:
+        tl.store(dbias_parts_ptr + part * N + columns, dbias, mask=mask)
+
+
+@triton.jit
+def _layer_norm_reduce(
+    dweight_parts_ptr, dbias_parts_ptr, dweight_ptr, dbias_ptr, n_parts, N,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N columns of dweight and dbias, and adds the workspaces' rows in order."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for start in range(0, n_parts, BLOCK_P):
+        parts = start + tl.arange(0, BLOCK_P)
+        mask = (parts < n_parts)[:, None] & (columns < N)[None, :]
+        places = parts.to(tl.int64)[:, None] * N + columns[None, :]
+        if dweight_ptr is not None:
+            dweight += tl.load(dweight_parts_ptr + places, mask=mask, other=0.0)
+        if dbias_ptr is not None:
+            dbias += tl.load(dbias_parts_ptr + places, mask=mask, other=0.0)
+    if dweight_ptr is not None:
+        total = cast(tl.sum(dweight, axis=0), dweight_ptr.dtype.element_ty)
+        tl.store(dweight_ptr + columns, total, mask=columns < N)
+    if dbias_ptr is not None:
+        total = cast(tl.sum(dbias, axis=0), dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + columns, total, mask=columns < N)
+
+
+# ---------------------------------------------------------------- plan
+
+ONE_BLOCK = 16384  # longest row held in registers: 32 elements a thread with 16 warps, no spills on sm_80 to sm_100
+CHUNK = 4096  # what a program walks a longer row in
+
+
+def _block(n: int, device: Device) -> tuple[int, int, int]:
+    """(BLOCK_N, rows a program, warps): 16 elements a thread, so that bf16 rows load 16 bytes at a time."""
+    block_n = max(16, next_power_of_2(n))
+    elements = 1 << 18 if device.arch == "interpreter" else 2048
+    return block_n, max(1, elements // block_n), min(16, max(4, block_n // 512))
+
+
+def _parts(n_rows: int, n: int, device: Device) -> int:
+    """How many programs, and so workspace rows, share the parameters' gradients: enough to fill the device."""
+    if n > ONE_BLOCK:
+        return min(n_rows, max(1, 4 * device.processors * CHUNK // next_power_of_2(n)))
+    _, rows, warps = _block(n, device)
+    return min(cdiv(n_rows, rows), device.processors * (16 // warps))
+
+
+def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+    n_rows, n = specs["input"].shape
+    tensors = pointers(specs, "input", "weight", "bias", "output", "mean", "rstd")
+    row_stride = specs["input"].stride[0]
+    if n > ONE_BLOCK:
+        arguments = tensors | {"row_stride": row_stride, "N": n, "eps": options["eps"]}
+        return [Launch(_layer_norm_forward_long, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)]
+    block_n, rows, warps = _block(n, device)
+    arguments = tensors | {"n_rows": n_rows, "row_stride": row_stride, "eps": options["eps"]}
+    constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
+    return [Launch(_layer_norm_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 1)]
+
+
+def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+    n_rows, n = specs["input"].shape
+    strides = {"grad_stride": specs["grad"].stride[0], "row_stride": specs["input"].stride[0]}
+    has_parameters = specs["dweight"] is not None or specs["dbias"] is not None
+    n_parts = _parts(n_rows, n, device)
+    launches = []
+    if n > ONE_BLOCK:
+        if specs["dinput"] is not None:
+            arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput") | strides | {"N": n}
+            launches.append(
+                Launch(_layer_norm_backward_long_input, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)
+            )
+        if has_parameters:
+            arguments = pointers(specs, "grad", "input", "mean", "rstd", "dweight_parts", "dbias_parts")
+            arguments |= {"n_rows": n_rows} | strides | {"N": n, "n_parts": n_parts}
+            grid = (cdiv(n, CHUNK) * n_parts,)
+            launches.append(
+                Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1)
+            )
+    else:
+        block_n, rows, warps = _block(n, device)
+        arguments = pointers(
+            specs, "grad", "input", "weight", "mean", "rstd", "dinput", "dweight_parts", "dbias_parts"
+        )
+        constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
+        launches.append(
+            Launch(_layer_norm_backward, (n_parts,), arguments | {"n_rows": n_rows} | strides, constexprs, warps, 1)
+        )
+    if has_parameters:
+        block_p, block_n = (256, 1024) if device.arch == "interpreter" else (32, 32)
+        arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
+        arguments |= {"n_parts": n_parts, "N": n}
+        constexprs = {"BLOCK_P": block_p, "BLOCK_N": block_n}
+        launches.append(Launch(_layer_norm_reduce, (cdiv(n, block_n),), arguments, constexprs, 4, 1))
+    return launches
+
+
+# ---------------------------------------------------------------- registration
+
+
+def _empty_forward(input, out_dtype):
+    output = torch.empty_like(input, dtype=out_dtype, memory_format=torch.contiguous_format)
+    mean = input.new_empty(input.shape[0], dtype=torch.float32)
+    return output, mean, torch.empty_like(mean)
+
+
+def _forward(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(n_rows, N) -> output of `out_dtype` (n_rows, N), mean and rstd fp32 (n_rows,)."""
+    output, mean, rstd = _empty_forward(input, out_dtype)
+    tensors = {"input": rows_of(input), "weight": weight, "bias": bias, "output": output, "mean": mean, "rstd": rstd}
+    run(plan_forward, tensors, eps=eps)
+    return output, mean, rstd
+
+
+def _empty_backward(input, weight, bias, needs):
+    """A gradient that is not needed is an empty tensor: an op cannot return None."""
+    like = [input, weight, bias]
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else input.new_empty(0)
+        for tensor, need in zip(like, needs, strict=True)
+    )
+
+
+def _backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of input, weight and bias, those that `needs` asks for."""
+    gradients = _empty_backward(input, weight, bias, needs)
+    dinput, dweight, dbias = (tensor if need else None for tensor, need in zip(gradients, needs, strict=True))
+    n_rows, n = input.shape
+    parts = input.new_empty((2, _parts(n_rows, n, facts_of(input)), n), dtype=torch.float32)
+    run(
+        plan_backward,
+        {
+            "grad": rows_of(grad), "input": rows_of(input), "weight": weight, "mean": mean, "rstd": rstd,
+            "dinput": dinput, "dweight": dweight, "dbias": dbias,
+            "dweight_parts": parts[0] if needs[1] else None, "dbias_parts": parts[1] if needs[2] else None,
+        },
+    )  # fmt: skip
+    return gradients
+
+
+def _save(ctx, inputs, output):
+    input, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(input, weight, bias, mean, rstd)
+
+
+def _gradients(ctx, grad, _grad_mean, _grad_rstd):
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = backward(grad, *ctx.saved_tensors, needs)
+    return *(tensor if need else None for tensor, need in zip(gradients, needs, strict=True)), None, None
+
+
+forward = register("layer_norm", _forward, lambda input, weight, bias, eps, out_dtype: _empty_forward(input, out_dtype))
+forward.register_autograd(_gradients, setup_context=_save)
+backward = register(
+    "layer_norm_backward",
+    _backward,
+    lambda grad, input, weight, bias, mean, rstd, needs: _empty_backward(input, weight, bias, needs),
+)
+
+# ---------------------------------------------------------------- public
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`torch.nn.functional.layer_norm`: (*, *normalized_shape) -> the same shape and dtype.
+
+    fp32, fp16 or bf16; weight and bias may have another of these dtypes than input. Statistics and
+    sums are fp32. Under autocast the result has autocast's dtype, where PyTorch returns fp32: the
+    product that follows would cast it anyway.
+
+    Raises RuntimeError if a shape does not fit normalized_shape, NotImplementedError for other dtypes.
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(
+            f"layer_norm: normalized_shape={list(shape)} needs an input of shape [*, {', '.join(map(str, shape))}], "
+            f"got {list(input.shape)}"
+        )
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise NotImplementedError(f"layer_norm: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
+        if tensor.device != input.device:
+            raise RuntimeError(f"layer_norm: {name} is on {tensor.device}, input on {input.device}")
+        if name != "input" and tuple(tensor.shape) != shape:
+            raise RuntimeError(f"layer_norm: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    device_type = input.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    out_dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
+    n = math.prod(shape)
+    if n == 0:
+        return input.to(out_dtype, copy=True)
+    flat = input.reshape(-1, n)
+    weight = None if weight is None else weight.reshape(n)
+    bias = None if bias is None else bias.reshape(n)
+    return forward(flat, weight, bias, eps, out_dtype)[0].view(input.shape)
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
+    """The launches of a forward and a backward pass in which every gradient is needed."""
+    input, weight, bias = inputs["input"], inputs.get("weight"), inputs.get("bias")
+    n = math.prod(options["normalized_shape"])
+    input = input.reshape(-1, n)
+    weight, bias = (None if tensor is None else tensor.reshape(n) for tensor in (weight, bias))
+    with plan_only(device) as launches:
+        output, mean, rstd = _forward(input, weight, bias, 1e-5, input.dtype)
+        _backward(output, input, weight, bias, mean, rstd, [True, weight is not None, bias is not None])
+    return launches
+
+
+def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
+    """Seven operations an element forward, fourteen backward; x read and y written, x and dy read and dx written."""
+    input = inputs["input"]
+    parameters = sum(inputs[name].nbytes for name in ("weight", "bias") if inputs.get(name) is not None)
+    statistics = 8 * (input.numel() // math.prod(options["normalized_shape"]))
+    return (
+        Cost(7 * input.numel(), 2 * input.nbytes + parameters + statistics),
+        Cost(14 * input.numel(), 3 * input.nbytes + 2 * parameters + statistics),
+    )
+
+
+def _case(name: str, *lead: int, shape: tuple[int, ...], weight: bool = True, bias: bool = True) -> Case:
+    shapes = {"input": (*lead, *shape)} | ({"weight": shape} if weight else {}) | ({"bias": shape} if bias else {})
+    return Case(name, shapes, {"normalized_shape": shape})
+
+
+OP = Op(
+    name="layer_norm",
+    public=layer_norm,
+    reference=reference.layer_norm,
+    torch=F.layer_norm,
+    plan=_plan,
+    cost=_cost,
+    cases=(
+        _case("one_element", 3, shape=(1,)),
+        _case("one_row", shape=(64,)),
+        _case("prime", 7, 13, shape=(67,)),
+        _case("no_weight", 5, shape=(128,), weight=False, bias=False),
+        _case("no_bias", 2, 9, shape=(384,), bias=False),
+        _case("only_bias", 5, shape=(33,), weight=False),
+        _case("two_dimensions", 6, shape=(5, 9)),
+        _case("gpt2", 2, 33, shape=(768,)),
+        _case("one_over_a_block", 3, shape=(4097,)),
+        _case("long", 3, shape=(20_000,)),
+    ),
+    sizes=(
+        _case("vocabulary-65", 16384, shape=(65,)),
+        _case("384", 16384, shape=(384,)),
+        _case("768", 16384, shape=(768,)),
+        _case("1024", 16384, shape=(1024,)),
+        _case("4096", 4096, shape=(4096,)),
+        _case("8192", 4096, shape=(8192,)),
+        _case("16384", 2048, shape=(16384,)),
+        _case("262144", 256, shape=(262144,)),
+    ),
+    differentiable=("input", "weight", "bias"),
+)

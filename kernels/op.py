@@ -1,0 +1,229 @@
+"""What an op is made of: Spec, Launch, Case, Cost, Op; how a plan is run; and the helpers that every kernel uses.
+
+A plan is a pure function `plan(specs, options, device) -> list[Launch]`. Whatever wants to know what a kernel
+is launched with (running, ahead-of-time compilation, resource tables, launch counts, tuning) reads the plan.
+"""
+
+import collections
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels import device as devices
+from kernels.device import Device
+
+if devices.HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+
+    class _Absent:
+        """Stands where Triton would, so that the op files import; launching is refused before it is touched."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    triton = tl = _Absent()
+
+
+class Spec(NamedTuple):
+    """What a plan may know of a tensor. Strides are in elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool  # the first element lies on a 16-byte boundary
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Spec":
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. `arguments` are in the kernel's order; the pointer named `x_ptr` is the tensor `x`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Spec | int | float | None]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+Specs = Mapping[str, Spec | None]
+Plan = Callable[[Specs, Mapping[str, Any], Device], list[Launch]]
+
+_pretended: Device | None = None  # plan for this device instead of the tensors' own
+_planned: list[Launch] | None = None  # collect launches here instead of launching
+_counters: list[collections.Counter] = []
+
+
+@contextlib.contextmanager
+def plan_for(device: Device) -> Iterator[None]:
+    """Run with the tiles of another device: the interpreter can execute what a GPU would."""
+    global _pretended
+    before, _pretended = _pretended, device
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+@contextlib.contextmanager
+def plan_only(device: Device) -> Iterator[list[Launch]]:
+    """Collect the launches for `device` and launch nothing; tensors may be on the meta device."""
+    global _planned
+    before, _planned = _planned, []
+    try:
+        with plan_for(device):
+            yield _planned
+    finally:
+        _planned = before
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[collections.Counter]:
+    """Count launches by kernel name for as long as the context lasts."""
+    counter = collections.Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launches(plan: Plan, specs: tuple, options: tuple, device: Device) -> list[Launch]:
+    return [launch for launch in plan(dict(specs), dict(options), device) if 0 not in launch.grid]
+
+
+def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) -> None:
+    """Launch what `plan` makes of the tensors. They must lie on one device; None is an absent tensor."""
+    first = next(iter(tensors.values()))
+    specs = tuple((name, None if tensor is None else Spec.of(tensor)) for name, tensor in tensors.items())
+    launches = _launches(plan, specs, tuple(options.items()), facts_of(first))
+    if _planned is not None:
+        _planned.extend(launches)
+        return
+    refusal = devices.why_not(first.device)
+    if refusal:
+        raise RuntimeError(refusal)
+    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
+    with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
+        for launch in launches:
+            arguments = [
+                tensors[name.removesuffix("_ptr")] if isinstance(value, Spec) else value
+                for name, value in launch.arguments.items()
+            ]
+            launch.kernel[launch.grid](
+                *arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
+            )
+            for counter in _counters:
+                counter[launch.name] += 1
+
+
+def facts_of(tensor: torch.Tensor) -> Device:
+    """The device that work on `tensor` is planned for."""
+    return _pretended or devices.facts(tensor.device)
+
+
+def register(name: str, function: Callable, fake: Callable) -> Any:
+    """`function` as the custom op kernels::name; `fake` allocates what it returns, strides too."""
+    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
+    op.register_fake(fake)
+    return op
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` if its last dimension is contiguous, as every kernel here walks it, else a contiguous copy."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def pointers(specs: Specs, *names: str) -> dict[str, Spec | None]:
+    """The pointer arguments of a Launch for the tensors of these names."""
+    return {f"{name}_ptr": specs[name] for name in names}
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Case(NamedTuple):
+    """One problem for an op: shapes by argument name, and the options to call it with."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+
+class Cost(NamedTuple):
+    """Floating-point operations, and the fewest bytes that must move through device memory."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's entry in the catalogue; tests, compilation, benchmarks and tables loop over these."""
+
+    name: str
+    public: Callable
+    reference: Callable  # the same in plain arithmetic
+    torch: Callable  # PyTorch's own function of that name
+    plan: Callable[[dict, dict, Device], list[Launch]]  # inputs (meta will do), options -> forward and backward
+    cost: Callable[[dict, dict], tuple[Cost, Cost]]  # inputs, options -> forward, backward
+    cases: tuple[Case, ...]  # small and awkward: parity
+    sizes: tuple[Case, ...]  # real: compilation, resources, benchmarks
+    differentiable: tuple[str, ...]
+    draw: Callable[[str, tuple[int, ...], Case, torch.Generator], torch.Tensor | None] = field(default=lambda *_: None)
+
+    def inputs(self, case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict:
+        """The case's tensors on `device` ("meta" will do): drawn from N(0, 1), or as `draw` has it."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, shape in case.shapes.items():
+            tensor = self.draw(name, shape, case, generator)
+            if tensor is None:
+                tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            tensors[name] = tensor.to(device)
+        return tensors
+
+
+INTERPRETED = tl.constexpr(devices.INTERPRETED)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x as `dtype`, rounded to nearest even. Triton's interpreter by itself truncates fp32 to bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, precision: tl.constexpr):
+    """acc + a @ b with an fp32 sum. Triton's interpreter by itself multiplies the bit patterns of bf16."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=precision)
