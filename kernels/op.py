@@ -227,3 +227,11 @@ def dot(a, b, acc, precision: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=precision)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c rounded once, as GPUs have it. Triton's interpreter by itself rounds the product too."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    return a * b + c

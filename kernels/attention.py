@@ -1,0 +1,845 @@
+"""Scaled dot-product attention: softmax(scale * Q K^T) V without ever writing the scores.
+
+Forward walks the keys in tiles with a running maximum m and sum l of every query's row:
+
+    s = scale * q k^T      m' = max(m, max(s))      p = exp(s - m')
+    l' = l * exp(m - m') + sum(p)                   o' = o * exp(m - m') + p v
+
+and ends with o / l and lse = m + log(l), one fp32 number a query. Backward has p = exp(s - lse) again from
+saved q, k, v, out and lse, and with delta = sum(out * dout):
+
+    dv = p^T dout     dp = dout v^T     ds = p * (dp - delta)     dq = scale * ds k     dk = scale * ds^T q
+
+Two launches, no atomics: programs that own queries write dq and delta, then programs that own keys
+write dk and dv, the heads of a group one after another. Causal: query i sees key j when j <= i + query_offset. Tiles that are seen whole run in a
+loop without masks.
+
+Forward takes 4 Tq Tk D operations a head (half of it when causal), backward 10 by count and 14 as run here, as
+each of the two kernels needs p. Bytes: q, k, v, out once, far below the operations, so matrix products and
+exponentials are the bound.
+
+Dropout keeps an element when its 16 random bits reach the threshold; Philox gives 8 elements a call,
+8 keys in a row for one query, by (seed, key // 8, query, batch * head), whatever the tiles.
+
+Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
+Dao, "FlashAttention-2" (2023), https://arxiv.org/abs/2307.08691.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), for Philox.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import reference
+from kernels.device import Device, allow_tf32
+from kernels.op import (
+    Case,
+    Cost,
+    Launch,
+    Op,
+    Spec,
+    Specs,
+    cast,
+    cdiv,
+    dot,
+    fma,
+    next_power_of_2,
+    plan_only,
+    pointers,
+    register,
+    rows_of,
+    run,
+    tl,
+    triton,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _head(base_ptr, head, n_head, group, stride_batch, stride_head):
+    """Where a head's matrix begins; `group` query heads share a key head."""
+    batch = (head // n_head).to(tl.int64)
+    return base_ptr + batch * stride_batch + (head % n_head // group).to(tl.int64) * stride_head
+
+
+@triton.jit
+def _offsets(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, stride):
+    """Where the elements of a [BLOCK, BLOCK_D] tile lie, from its first."""
+    return tl.arange(0, BLOCK)[:, None].to(tl.int64) * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load(
+    head_ptr, start, offsets, stride, n_rows,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The [BLOCK, BLOCK_D] tile at row `start`, zero beyond n_rows (if MASKED) and beyond column D."""
+    tile = head_ptr + tl.cast(start, tl.int64) * stride + offsets
+    rows = (start + tl.arange(0, BLOCK) < n_rows)[:, None]
+    columns = (tl.arange(0, BLOCK_D) < D)[None, :]
+    if MASKED and D < BLOCK_D:
+        return tl.load(tile, mask=rows & columns, other=0.0)
+    elif MASKED:
+        return tl.load(tile, mask=rows, other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(tile, mask=columns, other=0.0)
+    else:
+        return tl.load(tile)
+
+
+@triton.jit
+def _store(
+    head_ptr, start, offsets, stride, n_rows, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    rows = (start + tl.arange(0, BLOCK) < n_rows)[:, None]
+    columns = (tl.arange(0, BLOCK_D) < D)[None, :]
+    tile = cast(tile, head_ptr.dtype.element_ty)
+    tl.store(head_ptr + tl.cast(start, tl.int64) * stride + offsets, tile, mask=rows & columns)
+
+
+@triton.jit
+def _seen(queries, keys, q_len, k_len, query_offset, IS_CAUSAL: tl.constexpr):
+    """Whether a query sees a key; the arguments broadcast."""
+    seen = (keys < k_len) & (queries < q_len)
+    if IS_CAUSAL:
+        seen = seen & (keys <= queries + query_offset)
+    return seen
+
+
+@triton.jit
+def _kept(seed, head, queries, first_key, threshold, BLOCK_K: tl.constexpr):
+    """[len(queries), BLOCK_K]: whether dropout keeps an element; first_key is a multiple of 8."""
+    groups = first_key // 8 + tl.arange(0, BLOCK_K // 8)
+    zeros = tl.zeros([queries.shape[0], BLOCK_K // 8], tl.int32)
+    a, b, c, d = tl.philox(seed, zeros + groups[None, :], zeros + queries[:, None], zeros + head, zeros, n_rounds=7)
+    words = tl.join(tl.join(a, b), tl.join(c, d))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [queries.shape[0], BLOCK_K]).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _exp(s, scale, shift, PRECISE: tl.constexpr):
+    """exp(s * scale - shift), which for fp16 and bf16 come in base 2 already: one instruction less an element.
+
+    For fp32 the factor comes last, where its rounding weighs as the small exponent does and not as the large score.
+    """
+    exponent = fma(s, scale, -shift)
+    return tl.exp2(exponent * LOG2_E) if PRECISE else tl.exp2(exponent)
+
+
+@triton.jit
+def _key_range(first, q_len, k_len, query_offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """(full, end): keys below `full` are seen by every query of the tile at `first`, those from `end` by none."""
+    if IS_CAUSAL:
+        last = tl.minimum(first + BLOCK_Q, q_len) - 1
+        full = tl.maximum(tl.minimum(first + query_offset + 1, k_len), 0)
+        end = tl.maximum(tl.minimum(last + query_offset + 1, k_len), 0)
+    else:
+        full = k_len
+        end = k_len
+    return full // BLOCK_K * BLOCK_K, end
+
+
+@triton.jit
+def _attend(
+    acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+    q_len, k_len, query_offset, scale, seed, head, threshold,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running output, maximum and sum of a tile of queries."""
+    PRECISE: tl.constexpr = q.dtype == tl.float32
+    k = _load(key_ptr, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_K], tl.float32), PRECISION)
+    if MASKED:
+        keys = start + tl.arange(0, BLOCK_K)
+        s = tl.where(_seen(queries[:, None], keys[None, :], q_len, k_len, query_offset, IS_CAUSAL), s, float("-inf"))
+    highest = tl.maximum(peak, tl.max(s, axis=1) * scale)
+    base = highest
+    if MASKED:  # a query that has seen no key yet must not get inf - inf
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+    p = _exp(s, scale, base[:, None], PRECISE)
+    alpha = _exp(peak, 1.0, base, PRECISE)
+    total = total * alpha + tl.sum(p, axis=1)
+    if DROPOUT:
+        p = tl.where(_kept(seed, head, queries, start, threshold, BLOCK_K), p, 0.0)
+    v = _load(value_ptr, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    acc = dot(cast(p, v.dtype), v, acc * alpha[:, None], PRECISION)
+    return acc, highest, total
+
+
+@triton.jit
+def _attention_forward(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, seed_ptr,
+    q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
+    o_stride_b, o_stride_h, o_stride,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_Q queries of one head; the last tiles of a head, which see most keys, come first."""
+    tiles = tl.cdiv(q_len, BLOCK_Q)
+    head = tl.program_id(0) // tiles
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
+    query_ptr = _head(query_ptr, head, n_head, 1, q_stride_b, q_stride_h)
+    key_ptr = _head(key_ptr, head, n_head, group, k_stride_b, k_stride_h)
+    value_ptr = _head(value_ptr, head, n_head, group, v_stride_b, v_stride_h)
+    out_ptr = _head(out_ptr, head, n_head, 1, o_stride_b, o_stride_h)
+    k_offsets = _offsets(BLOCK_K, BLOCK_D, k_stride)
+    v_offsets = _offsets(BLOCK_K, BLOCK_D, v_stride)
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    queries = first + tl.arange(0, BLOCK_Q)
+    q = _load(query_ptr, first, _offsets(BLOCK_Q, BLOCK_D, q_stride), q_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+    for start in range(0, full, BLOCK_K):
+        acc, peak, total = _attend(
+            acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
+            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
+        )  # fmt: skip
+    for start in range(full, end, BLOCK_K):
+        acc, peak, total = _attend(
+            acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
+            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
+        )  # fmt: skip
+
+    acc *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    _store(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, acc, D, BLOCK_Q, BLOCK_D)
+    if q.dtype == tl.float32:
+        lse = peak + tl.log(tl.where(total == 0.0, 1.0, total))
+    else:
+        lse = (peak + tl.log2(tl.where(total == 0.0, 1.0, total))) / LOG2_E
+    tl.store(lse_ptr + head.to(tl.int64) * q_len + queries, lse, mask=queries < q_len)
+
+
+@triton.jit
+def _load_lse(lse_ptr, queries, q_len, PRECISE: tl.constexpr, MASKED: tl.constexpr):
+    """lse as _exp takes it; inf, which makes p zero, for a query that sees no key (-inf) or lies beyond q_len."""
+    if MASKED:
+        lse = tl.load(lse_ptr + queries, mask=queries < q_len, other=float("inf"))
+    else:
+        lse = tl.load(lse_ptr + queries)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse if PRECISE else lse * LOG2_E
+
+
+@triton.jit
+def _query_gradient(
+    dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+    q_len, k_len, query_offset, scale, seed, head, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries plus what one tile of keys gives, without the factor `scale`."""
+    k = _load(key_ptr, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    v = _load(value_ptr, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    zeros = tl.zeros([q.shape[0], BLOCK_K], tl.float32)
+    p = _exp(dot(q, tl.trans(k), zeros, PRECISION), scale, lse[:, None], q.dtype == tl.float32)
+    dp = dot(dout, tl.trans(v), zeros, PRECISION)
+    if MASKED:
+        keys = start + tl.arange(0, BLOCK_K)
+        p = tl.where(_seen(queries[:, None], keys[None, :], q_len, k_len, query_offset, IS_CAUSAL), p, 0.0)
+    if DROPOUT:
+        dp = tl.where(_kept(seed, head, queries, start, threshold, BLOCK_K), dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return dot(cast(ds, k.dtype), k, dq, PRECISION)
+
+
+@triton.jit
+def _attention_backward_query(
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, seed_ptr, delta_ptr, dquery_ptr,
+    q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
+    o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_Q queries of one head: their dquery, and their delta for the other kernel."""
+    tiles = tl.cdiv(q_len, BLOCK_Q)
+    head = tl.program_id(0) // tiles
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
+    query_ptr = _head(query_ptr, head, n_head, 1, q_stride_b, q_stride_h)
+    key_ptr = _head(key_ptr, head, n_head, group, k_stride_b, k_stride_h)
+    value_ptr = _head(value_ptr, head, n_head, group, v_stride_b, v_stride_h)
+    out_ptr = _head(out_ptr, head, n_head, 1, o_stride_b, o_stride_h)
+    grad_ptr = _head(grad_ptr, head, n_head, 1, g_stride_b, g_stride_h)
+    dquery_ptr = _head(dquery_ptr, head, n_head, 1, dq_stride_b, dq_stride_h)
+    k_offsets = _offsets(BLOCK_K, BLOCK_D, k_stride)
+    v_offsets = _offsets(BLOCK_K, BLOCK_D, v_stride)
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    queries = first + tl.arange(0, BLOCK_Q)
+    q = _load(query_ptr, first, _offsets(BLOCK_Q, BLOCK_D, q_stride), q_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    dout = _load(grad_ptr, first, _offsets(BLOCK_Q, BLOCK_D, g_stride), g_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    out = _load(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    tl.store(delta_ptr + head.to(tl.int64) * q_len + queries, delta, mask=queries < q_len)
+    lse = _load_lse(lse_ptr + head.to(tl.int64) * q_len, queries, q_len, q.dtype == tl.float32, True)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+    for start in range(0, full, BLOCK_K):
+        dq = _query_gradient(
+            dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
+            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
+        )  # fmt: skip
+    for start in range(full, end, BLOCK_K):
+        dq = _query_gradient(
+            dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
+            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
+        )  # fmt: skip
+    _store(dquery_ptr, first, _offsets(BLOCK_Q, BLOCK_D, dq_stride), dq_stride, q_len, dq * scale, D, BLOCK_Q, BLOCK_D)
+
+
+@triton.jit
+def _key_gradients(
+    dk, dv, k, v, keys, first, start, query_ptr, grad_ptr, lse_ptr, delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
+    q_len, k_len, query_offset, scale, seed, head, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, MASKED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """dk (without the factor `scale`) and dv of a tile of keys plus what one tile of queries gives.
+
+    Scores stand transposed, keys as rows, so that p^T and ds^T enter their products from registers. A query beyond
+    q_len has lse = inf, so p = 0; a key beyond k_len only spoils its own row, which is not stored.
+    """
+    queries = start + tl.arange(0, BLOCK_Q)
+    q = _load(query_ptr, start, q_offsets, q_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
+    dout = _load(grad_ptr, start, g_offsets, g_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
+    lse = _load_lse(lse_ptr, queries, q_len, q.dtype == tl.float32, MASKED_ROWS)
+    if MASKED_ROWS:
+        delta = tl.load(delta_ptr + queries, mask=queries < q_len, other=0.0)
+    else:
+        delta = tl.load(delta_ptr + queries)
+    zeros = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    p = _exp(dot(k, tl.trans(q), zeros, PRECISION), scale, lse[None, :], q.dtype == tl.float32)
+    if MASKED:
+        p = tl.where(_seen(queries[None, :], keys[:, None], q_len, k_len, query_offset, IS_CAUSAL), p, 0.0)
+    dp = dot(v, tl.trans(dout), zeros, PRECISION)
+    dropped = p
+    if DROPOUT:
+        kept = tl.trans(_kept(seed, head, queries, first, threshold, BLOCK_K))
+        dropped = tl.where(kept, p * keep_scale, 0.0)
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    dv = dot(cast(dropped, dout.dtype), dout, dv, PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _attention_backward_key(
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, seed_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
+    q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
+    g_stride_b, g_stride_h, g_stride, dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_K keys of one key head, and walks the queries of every head of its group in order."""
+    tiles = tl.cdiv(k_len, BLOCK_K)
+    n_key_head = n_head // group
+    key_head = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BLOCK_K
+    key_ptr = _head(key_ptr, key_head, n_key_head, 1, k_stride_b, k_stride_h)
+    value_ptr = _head(value_ptr, key_head, n_key_head, 1, v_stride_b, v_stride_h)
+    dkey_ptr = _head(dkey_ptr, key_head, n_key_head, 1, dk_stride_b, dk_stride_h)
+    dvalue_ptr = _head(dvalue_ptr, key_head, n_key_head, 1, dv_stride_b, dv_stride_h)
+    q_offsets = _offsets(BLOCK_Q, BLOCK_D, q_stride)
+    g_offsets = _offsets(BLOCK_Q, BLOCK_D, g_stride)
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    keys = first + tl.arange(0, BLOCK_K)
+    k = _load(key_ptr, first, _offsets(BLOCK_K, BLOCK_D, k_stride), k_stride, k_len, D, BLOCK_K, BLOCK_D, True)
+    v = _load(value_ptr, first, _offsets(BLOCK_K, BLOCK_D, v_stride), v_stride, k_len, D, BLOCK_K, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for member in range(0, group):
+        head = key_head * group + member  # batch * n_head + h, as key_head is batch * n_key_head + h // group
+        head_query_ptr = _head(query_ptr, head, n_head, 1, q_stride_b, q_stride_h)
+        head_grad_ptr = _head(grad_ptr, head, n_head, 1, g_stride_b, g_stride_h)
+        head_lse_ptr = lse_ptr + head.to(tl.int64) * q_len
+        head_delta_ptr = delta_ptr + head.to(tl.int64) * q_len
+        lowest = 0
+        if IS_CAUSAL:
+            # From the first query that sees a key of the tile, BLOCK_K queries see it in part. The trip count is a
+            # constant: with a dynamic one, Triton 3.6 has ptxas serialise the tensor cores (advisory C7515).
+            lowest = tl.maximum(first - query_offset, 0)
+            for step in range(0, BLOCK_K // BLOCK_Q):
+                dk, dv = _key_gradients(
+                    dk, dv, k, v, keys, first, lowest + step * BLOCK_Q, head_query_ptr, head_grad_ptr, head_lse_ptr,
+                    head_delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
+                    q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
+                    D, BLOCK_Q, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True, True,
+                )  # fmt: skip
+            lowest += BLOCK_K
+        for start in range(lowest, q_len, BLOCK_Q):
+            dk, dv = _key_gradients(
+                dk, dv, k, v, keys, first, start, head_query_ptr, head_grad_ptr, head_lse_ptr,
+                head_delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
+                q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
+                D, BLOCK_Q, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False, not EVEN,
+            )  # fmt: skip
+    dk_offsets = _offsets(BLOCK_K, BLOCK_D, dk_stride)
+    dv_offsets = _offsets(BLOCK_K, BLOCK_D, dv_stride)
+    _store(dkey_ptr, first, dk_offsets, dk_stride, k_len, dk * scale, D, BLOCK_K, BLOCK_D)
+    _store(dvalue_ptr, first, dv_offsets, dv_stride, k_len, dv, D, BLOCK_K, BLOCK_D)
+
+
+# ---------------------------------------------------------------- plan
+
+# (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
+# "half" is fp16 and bf16; fp32 is "ieee", or "tf32" where PyTorch is set to allow it.
+FORWARD = {
+    "sm_80": {
+        "half": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+        "tf32": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+    },
+    "sm_89": {
+        "half": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "tf32": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    },
+    "sm_90": {
+        "half": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "tf32": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    },
+    "gfx942": {
+        "half": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+        "tf32": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
+        "ieee": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
+    },
+}
+BACKWARD_QUERY = {
+    "sm_80": {
+        "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    },
+    "sm_89": {
+        "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+        "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    },
+    "sm_90": {
+        "half": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "tf32": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    },
+    "gfx942": {
+        "half": {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+        "tf32": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+        "ieee": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+}
+BACKWARD_KEY = {
+    "sm_80": {
+        "half": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
+        "tf32": {64: (32, 32, 8, 2), 128: (32, 64, 8, 2), 256: (16, 16, 8, 1)},
+        "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    },
+    "sm_89": {
+        "half": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+        "tf32": {64: (32, 32, 8, 2), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+        "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    },
+    "sm_90": {
+        "half": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
+        "tf32": {64: (64, 64, 8, 2), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+        "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    },
+    "gfx942": {
+        "half": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
+        "tf32": {64: (16, 64, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+        "ieee": {64: (16, 64, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    },
+}
+for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
+    _table["sm_100"] = _table["sm_90"]
+
+_INTERPRETER_TILE = (128, 128, 4, 1)  # its cost is per program
+
+
+def _tile(table: dict, spec: Spec, allow_tf32: bool, device: Device) -> tuple[int, int, int, int]:
+    if device.arch == "interpreter":
+        return _INTERPRETER_TILE
+    kind = "half" if spec.dtype != torch.float32 else "tf32" if allow_tf32 else "ieee"
+    return table[device.tiles][kind][max(64, next_power_of_2(spec.shape[-1]))]
+
+
+def _strides(**specs: Spec) -> dict[str, int]:
+    """Batch, head and row strides by prefix, as the kernels name them."""
+    strides = {}
+    for prefix, spec in specs.items():
+        strides |= {f"{prefix}_stride_b": spec.stride[0], f"{prefix}_stride_h": spec.stride[1]}
+        strides |= {f"{prefix}_stride": spec.stride[2]}
+    return strides
+
+
+def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
+    """The arguments that every kernel here takes, in their order."""
+    n_head, q_len = specs["query"].shape[1:3]
+    n_key_head, k_len = specs["key"].shape[1:3]
+    threshold = round(options["dropout_p"] * 65536)
+    return {
+        "n_head": n_head,
+        "group": n_head // n_key_head,
+        "q_len": q_len,
+        "k_len": k_len,
+        "query_offset": options["query_offset"],
+        "exponent_scale": options["scale"] * (1.0 if specs["query"].dtype == torch.float32 else math.log2(math.e)),
+        "scale": options["scale"],
+        "threshold": threshold,
+        "keep_scale": 65536 / (65536 - threshold) if threshold < 65536 else 0.0,
+    }
+
+
+def _constexprs(specs: Specs, options: dict, block_q: int, block_k: int) -> dict:
+    d = specs["query"].shape[-1]
+    return {
+        "D": d,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "BLOCK_D": max(16, next_power_of_2(d)),
+        "IS_CAUSAL": options["is_causal"],
+        "PRECISION": "tf32" if options["allow_tf32"] and specs["query"].dtype == torch.float32 else "ieee",
+    }
+
+
+def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+    batch, n_head, q_len, _ = specs["query"].shape
+    block_q, block_k, warps, stages = _tile(FORWARD, specs["query"], options["allow_tf32"], device)
+    numbers = _numbers(specs, options)
+    del numbers["scale"]
+    arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
+    arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
+    grid = (cdiv(q_len, block_q) * batch * n_head,)
+    constexprs = _constexprs(specs, options, block_q, block_k)
+    return [Launch(_attention_forward, grid, arguments, constexprs, warps, stages)]
+
+
+def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+    batch, n_head, q_len, _ = specs["query"].shape
+    n_key_head, k_len = specs["key"].shape[1:3]
+    inputs = {"q": specs["query"], "k": specs["key"], "v": specs["value"]}
+    numbers = _numbers(specs, options)
+
+    block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, specs["query"], options["allow_tf32"], device)
+    names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
+    strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
+    launches = [
+        Launch(
+            _attention_backward_query,
+            (cdiv(q_len, block_q) * batch * n_head,),
+            pointers(specs, *names) | strides | numbers,
+            _constexprs(specs, options, block_q, block_k),
+            warps,
+            stages,
+        )
+    ]
+    block_q, block_k, warps, stages = _tile(BACKWARD_KEY, specs["query"], options["allow_tf32"], device)
+    names = ("query", "key", "value", "grad", "lse", "seed", "delta", "dkey", "dvalue")
+    strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
+    even = q_len % block_q == 0 and (not options["is_causal"] or options["query_offset"] % block_q == 0)
+    launches.append(
+        Launch(
+            _attention_backward_key,
+            (cdiv(k_len, block_k) * batch * n_key_head,),
+            pointers(specs, *names) | strides | numbers,
+            _constexprs(specs, options, block_q, block_k) | {"EVEN": even},
+            warps,
+            stages,
+        )
+    )
+    return launches
+
+
+# ---------------------------------------------------------------- registration
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """Uninitialised (B, H, T, D), laid out as (B, T, H, D): joining the heads again copies nothing."""
+    batch, heads, length, size = tensor.shape
+    return tensor.new_empty((batch, length, heads, size)).transpose(1, 2)
+
+
+def _empty_forward(query):
+    return _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_offset: int,
+    allow_tf32: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, H, Tq, D), (B, Hk, Tk, D) twice, scale > 0 -> out (B, H, Tq, D), lse fp32 (B, H, Tq)."""
+    out, lse = _empty_forward(query)
+    tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value)}
+    tensors |= {"out": out, "lse": lse, "seed": seed}
+    run(
+        plan_forward, tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=query_offset,
+        allow_tf32=allow_tf32,
+    )  # fmt: skip
+    return out, lse
+
+
+def _empty_backward(query, key, value):
+    return _like(query), _like(key), _like(value)
+
+
+def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_offset: int,
+    allow_tf32: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value."""
+    dquery, dkey, dvalue = _empty_backward(query, key, value)
+    tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value), "out": out}
+    tensors |= {"grad": rows_of(grad), "lse": lse, "seed": seed, "delta": torch.empty_like(lse)}
+    tensors |= {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
+    run(
+        plan_backward, tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=query_offset,
+        allow_tf32=allow_tf32,
+    )  # fmt: skip
+    return dquery, dkey, dvalue
+
+
+def _save(ctx, inputs, output):
+    query, key, value, seed, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse, seed)
+
+
+def _gradients(ctx, grad, _grad_lse):
+    return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+
+
+forward = register("attention", _forward, lambda query, *_: _empty_forward(query))
+forward.register_autograd(_gradients, setup_context=_save)
+backward = register("attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value))
+
+# ---------------------------------------------------------------- public
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_SIZE = 256
+
+
+def _check(query, key, value, attn_mask, dropout_p, enable_gqa):
+    """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
+    tensors = {"query": query, "key": key, "value": value}
+    if attn_mask is not None:
+        raise NotImplementedError("scaled_dot_product_attention: attn_mask is not implemented; is_causal is")
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2:
+            raise ValueError(f"scaled_dot_product_attention: {name} must be at least 2-D, got {list(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise RuntimeError(f"scaled_dot_product_attention: {name} is {tensor.dtype}, query is {query.dtype}")
+        if tensor.device != query.device:
+            raise RuntimeError(f"scaled_dot_product_attention: {name} is on {tensor.device}, query on {query.device}")
+    if query.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"scaled_dot_product_attention: query is {query.dtype}; the kernel has float32, float16, bfloat16"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"scaled_dot_product_attention: dropout_p must be in [0, 1], got {dropout_p}")
+    size = query.shape[-1]
+    if key.shape[-1] != size or key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"scaled_dot_product_attention: query {list(query.shape)}, key {list(key.shape)} and value "
+            f"{list(value.shape)} do not fit together: (..., Tq, D), (..., Tk, D), (..., Tk, D)"
+        )
+    if value.shape[-1] != size:
+        raise NotImplementedError(
+            f"scaled_dot_product_attention: a value head of another size ({value.shape[-1]}) than query's ({size})"
+        )
+    if not 1 <= size <= MAX_HEAD_SIZE:
+        raise NotImplementedError(f"scaled_dot_product_attention: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
+    if enable_gqa:
+        if min(tensor.dim() for tensor in tensors.values()) < 3:
+            raise RuntimeError("scaled_dot_product_attention: enable_gqa needs a head dimension, (..., H, T, D)")
+        heads = query.shape[-3]
+        if key.shape[-3] != value.shape[-3] or key.shape[-3] == 0 or heads % key.shape[-3]:
+            raise RuntimeError(
+                f"scaled_dot_product_attention: {key.shape[-3]} key and {value.shape[-3]} value heads must be equal "
+                f"and divide the {heads} query heads"
+            )
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    query_offset: int = 0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`torch.nn.functional.scaled_dot_product_attention`: softmax(scale * query @ key^T) @ value.
+
+    (..., H, Tq, D), (..., Hk, Tk, D), (..., Hk, Tk, D) -> (..., H, Tq, D), D from 1 to 256, fp32, fp16 or bf16; the
+    dimensions in front broadcast. Hk = H, or with enable_gqa a divisor of it. scale: 1 / sqrt(D) unless given.
+    With is_causal, query i sees key j when j <= i + query_offset: 0 is PyTorch's own meaning, Tk - Tq suits a
+    cache. A query that sees no key gives zeros. return_lse adds log(sum(exp(scores))), (..., H, Tq) in fp32,
+    -inf where no key is seen, not differentiable. The dropout mask comes from PyTorch's generator on the
+    device, dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own are.
+
+    Raises RuntimeError or ValueError for inputs that do not fit, NotImplementedError for attn_mask, a value
+    head of another size, D above 256 and other dtypes.
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype.is_floating_point and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    _check(query, key, value, attn_mask, dropout_p, enable_gqa)
+
+    if not enable_gqa:
+        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        heads = kv_heads = lead
+    else:
+        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        heads, kv_heads = (*lead, query.shape[-3]), (*lead, key.shape[-3])
+    query = _four_dimensions(query, heads)
+    key, value = _four_dimensions(key, kv_heads), _four_dimensions(value, kv_heads)
+
+    q_len, k_len, size = query.shape[-2], key.shape[-2], query.shape[-1]
+    scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
+    if scale <= 0.0:  # the kernel takes the maximum before it scales
+        query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+    query_offset = max(-q_len, min(k_len, query_offset)) if is_causal else 0
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    tf32 = query.dtype == torch.float32 and allow_tf32()
+    out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset, tf32)
+    out = out.reshape(*heads, q_len, size)
+    return (out, lse.reshape(*heads, q_len)) if return_lse else out
+
+
+def _four_dimensions(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` as (batch, heads, T, D), its leading dimensions broadcast to `heads`."""
+    if tensor.shape[:-2] != heads:
+        tensor = tensor.expand(*heads, *tensor.shape[-2:])
+    if len(heads) == 2:
+        return tensor
+    if len(heads) < 2:
+        return tensor.reshape((1,) * (2 - len(heads)) + tuple(tensor.shape))
+    return tensor.flatten(0, -4)
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
+    """The launches of a forward and a backward pass."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    dropout_p = options.get("dropout_p", 0.0)
+    seed = torch.empty(1, dtype=torch.int64, device=query.device) if dropout_p else None
+    common = (dropout_p, options.get("is_causal", False), query.shape[-1] ** -0.5, options.get("query_offset", 0))
+    common = (*common, query.dtype == torch.float32 and allow_tf32())
+    with plan_only(device) as launches:
+        out, lse = _forward(query, key, value, seed, *common)
+        _backward(out, query, key, value, out, lse, seed, *common)
+    return launches
+
+
+def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
+    """Two products forward, five backward, 2 D operations an element of the scores that are seen."""
+    query, key = inputs["query"], inputs["key"]
+    q_len, k_len, size = query.shape[-2], key.shape[-2], query.shape[-1]
+    elements = q_len * k_len
+    if options.get("is_causal", False):
+        offset = options.get("query_offset", 0)
+        elements = sum(max(0, min(k_len, i + offset + 1)) for i in range(q_len))
+    flops = 2 * size * elements * (query.numel() // max(1, q_len * size))
+    lse = 4 * query.numel() // size
+    tensors = 2 * query.nbytes + 2 * key.nbytes
+    return Cost(2 * flops, tensors + lse), Cost(5 * flops, 2 * tensors + lse)
+
+
+def _case(name: str, b: int, h: int, t: int, d: int, *, k_len: int = 0, key_heads: int = 0, **options) -> Case:
+    kv = (b, key_heads or h, k_len or t, d)
+    return Case(name, {"query": (b, h, t, d), "key": kv, "value": kv}, options)
+
+
+OP = Op(
+    name="scaled_dot_product_attention",
+    public=scaled_dot_product_attention,
+    reference=reference.scaled_dot_product_attention,
+    torch=F.scaled_dot_product_attention,
+    plan=_plan,
+    cost=_cost,
+    cases=(
+        _case("one_element", 1, 1, 1, 1),
+        _case("small", 2, 3, 17, 16, is_causal=True),
+        _case("tiny_model", 2, 4, 64, 16, is_causal=True),
+        _case("prime", 1, 2, 131, 37, is_causal=True),
+        _case("one_over_a_tile", 1, 1, 129, 64, is_causal=True),
+        _case("not_causal", 1, 2, 130, 40),
+        _case("more_keys", 1, 2, 33, 64, k_len=150),
+        _case("more_queries", 1, 2, 150, 64, k_len=33, is_causal=True),
+        _case("cache", 1, 2, 5, 32, k_len=140, is_causal=True, query_offset=135),
+        _case("sees_nothing", 1, 1, 40, 32, k_len=20, is_causal=True, query_offset=-7),
+        _case("offset", 1, 1, 70, 32, k_len=200, is_causal=True, query_offset=61),
+        _case("grouped", 2, 6, 65, 32, key_heads=2, is_causal=True, enable_gqa=True),
+        _case("one_key_head", 1, 4, 20, 64, key_heads=1, enable_gqa=True),
+        _case("scaled", 1, 2, 30, 24, is_causal=True, scale=0.7),
+        _case("negative_scale", 1, 1, 30, 24, scale=-0.3),
+        _case("wide_head", 1, 1, 70, 128, is_causal=True),
+        _case("widest_head", 1, 1, 66, 256, is_causal=True),
+        _case("odd_wide_head", 1, 1, 40, 200),
+    ),
+    sizes=(
+        _case("d16", 2, 4, 64, 16, is_causal=True),
+        _case("d32", 12, 4, 64, 32, is_causal=True),
+        _case("shakespeare", 64, 6, 256, 64, is_causal=True),
+        _case("shakespeare-dropout", 64, 6, 256, 64, is_causal=True, dropout_p=0.2),
+        _case("gpt2", 16, 12, 1024, 64, is_causal=True),
+        _case("d64-full", 4, 16, 4096, 64),
+        _case("d128", 4, 16, 4096, 128, is_causal=True),
+        _case("d96", 4, 16, 1024, 96, is_causal=True),
+        _case("d256", 2, 8, 2048, 256, is_causal=True),
+    ),
+    differentiable=("query", "key", "value"),
+)
