@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -19,6 +19,8 @@ from . import backends
 from .errors import UserError
 
 T = TypeVar("T")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,43 @@ class ModelConfig:
         )
 
 
+# The fields in which each preset differs from TrainConfig's defaults. Shapes, learning rates and batches of gpt2*:
+# Radford et al. 2019; Brown et al. 2020, table 2.1. 19,073 steps of 524,288 tokens are 10 billion tokens.
+_GPT2 = {
+    "block_size": 1024, "vocab_size": 50304, "bias": True, "beta2": 0.95, "warmup_steps": 700, "max_steps": 19073,
+    "eval_tokens": 1 << 18,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 512, "vocab_size": 100, "bias": True,
+        "tied_head": False, "head_bias": True, "batch_size": 2, "window": 64, "max_steps": 100, "warmup_steps": 10,
+        "learning_rate": 3e-3, "min_learning_rate": 3e-4, "eval_interval": 50, "eval_tokens": 2048, "val_tokens": 8192,
+        "sample_tokens": 100,
+    },
+    "shakespeare-cpu": {"eval_tokens": 20480},
+    "shakespeare": {
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "batch_size": 64,
+        "max_steps": 5000,
+    },
+    "gpt2": _GPT2 | {
+        "n_layer": 12, "n_head": 12, "n_embd": 768, "batch_size": 16, "grad_accumulation": 32,
+        "learning_rate": 6e-4, "min_learning_rate": 6e-5,
+    },
+    "gpt2-medium": _GPT2 | {
+        "n_layer": 24, "n_head": 16, "n_embd": 1024, "batch_size": 16, "grad_accumulation": 32,
+        "learning_rate": 3e-4, "min_learning_rate": 3e-5,
+    },
+    "gpt2-large": _GPT2 | {
+        "n_layer": 36, "n_head": 20, "n_embd": 1280, "batch_size": 8, "grad_accumulation": 64,
+        "learning_rate": 2.5e-4, "min_learning_rate": 2.5e-5,
+    },
+    "gpt2-xl": _GPT2 | {
+        "n_layer": 48, "n_head": 25, "n_embd": 1600, "batch_size": 4, "grad_accumulation": 128,
+        "learning_rate": 2e-4, "min_learning_rate": 2e-5,
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a GPT on a text, and write its checkpoint, metrics, curves and a sample to a folder.
@@ -57,9 +96,9 @@ class TrainConfig:
     The defaults are those of the preset; every one of them can be overridden.
     """
 
-    preset: str = "shakespeare-cpu"
-    """Settings to start from: PRESETS. Without one: shakespeare on a GPU, shakespeare-cpu without, tiny when kernels
-    run in Triton's interpreter."""
+    preset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")] = "shakespeare-cpu"
+    """Settings to start from. Without one: shakespeare on a GPU; shakespeare-cpu without, or tiny when kernels run in
+    Triton's interpreter."""
     data: str | None = None
     """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
     out: Path | None = None
@@ -130,7 +169,7 @@ class TrainConfig:
     """Validation tokens of the final evaluation; 0: the whole validation split."""
     sample_tokens: int = 300
     """Tokens of text to sample at the end; 0: none."""
-    prompt: str = "\n"
+    prompt: str = ""
     """What the sample continues."""
 
     def __post_init__(self) -> None:
@@ -156,57 +195,26 @@ class TrainConfig:
             self.window <= self.block_size,
             f"window ({self.window}) must not exceed block_size ({self.block_size})",
         )
-        _require(
-            self.dtype in ("auto", "fp32", "bf16", "fp16"),
-            f"dtype must be auto, fp32, bf16 or fp16, not {self.dtype!r}",
-        )
+        _require(self.dtype in ("auto", *DTYPES), f"dtype must be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """These settings as plain JSON values; `from_json` reads them."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The settings that `to_json` described. Raises UserError when they are not those of this version."""
+        try:
+            settings = cls(**values)
+            paths = {name: Path(values[name]) for name in ("out", "resume") if values.get(name) is not None}
+        except TypeError as error:
+            raise UserError(f"the stored settings are damaged or of another version of minigpt ({error})") from None
+        return dataclasses.replace(settings, **paths)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model's part of these settings, for a tokenizer of `vocab_size` tokens, padded up to `self.vocab_size`."""
+        """The model's part of these settings; a tokenizer's `vocab_size` is padded up to the one in these settings."""
         shared = {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size"}
         return ModelConfig(max(vocab_size, self.vocab_size), **{name: getattr(self, name) for name in shared})
-
-
-_GPT2 = {
-    "vocab_size": 50304,  # GPT-2's 50,257, padded to a multiple of 64
-    "block_size": 1024,
-    "bias": True,
-    "beta2": 0.95,
-    "warmup_steps": 700,
-    "max_steps": 19073,  # 10 billion tokens at 524,288 a step
-    "eval_tokens": 1 << 18,
-    "prompt": "\n",
-}
-
-# Learning rates and shapes of gpt2*: Radford et al. 2019 and Brown et al. 2020, table 2.1.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 512, "vocab_size": 100, "bias": True, "tied_head": False, "head_bias": True,
-        "batch_size": 2, "window": 64, "max_steps": 100, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 10,
-        "eval_interval": 50, "eval_tokens": 2048, "val_tokens": 8192, "sample_tokens": 100,
-    },
-    "shakespeare-cpu": {"eval_tokens": 20480},
-    "shakespeare": {
-        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "batch_size": 64, "max_steps": 5000,
-    },
-    "gpt2": _GPT2 | {
-        "n_layer": 12, "n_head": 12, "n_embd": 768, "batch_size": 16, "grad_accumulation": 32,
-        "learning_rate": 6e-4, "min_learning_rate": 6e-5,
-    },
-    "gpt2-medium": _GPT2 | {
-        "n_layer": 24, "n_head": 16, "n_embd": 1024, "batch_size": 16, "grad_accumulation": 32,
-        "learning_rate": 3e-4, "min_learning_rate": 3e-5,
-    },
-    "gpt2-large": _GPT2 | {
-        "n_layer": 36, "n_head": 20, "n_embd": 1280, "batch_size": 8, "grad_accumulation": 64,
-        "learning_rate": 2.5e-4, "min_learning_rate": 2.5e-5,
-    },
-    "gpt2-xl": _GPT2 | {
-        "n_layer": 48, "n_head": 25, "n_embd": 1600, "batch_size": 4, "grad_accumulation": 128,
-        "learning_rate": 2e-4, "min_learning_rate": 2e-5,
-    },
-}  # fmt: skip
-"""Preset -> the fields in which it differs from TrainConfig's defaults."""
 
 
 def preset(name: str, **overrides: Any) -> TrainConfig:
@@ -224,6 +232,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     hint = "" if len(usable) > 1 else "; PyTorch sees no GPU"
     raise UserError(f"unknown device {name!r}: choose auto, {', '.join(usable)}{hint}")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision called `name`; auto: bf16 on a GPU that computes in it, else fp32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return DTYPES[name]
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainConfig:

@@ -2,12 +2,16 @@
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
-# Errors of the operating system that a person can put right; any other OSError is a bug of ours and keeps its traceback.
+# Errors of the system that a person can put right; any other OSError is a bug of ours and keeps its traceback.
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space, or write somewhere else",
     errno.EDQUOT: "the disk quota is used up; free some space, or write somewhere else",
@@ -44,6 +48,41 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _told(error, path) from error
+
+
+@dataclass
+class StopRequest:
+    """Whether Ctrl-C or SIGTERM has asked the program to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM during a block into a request that the block looks at when it suits it.
+
+    The second one acts as it always does. Only the main thread gets signals; in another one nothing is ever requested.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        restore()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()
 
 
 def door(main: Callable[[], None]) -> None:

@@ -1,0 +1,58 @@
+"""The order in which a run sees its data: a pure function of the text, the seed and the step.
+
+Nothing about the position in the data needs to be stored to go on with a run, and every backend and device sees the
+same batches.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+
+class Batches:
+    """Batches of windows for training, each epoch all of the text in shuffled windows, cut at a random offset.
+
+    tokens (N,) int64, on the device that trains; `window` tokens per window. Raises UserError when the text is shorter
+    than one window.
+    """
+
+    def __init__(self, tokens: Tensor, window: int, batch_size: int, seed: int):
+        if len(tokens) <= window:
+            raise UserError(
+                f"the text to train on has {len(tokens):,} tokens, and one window needs {window + 1:,}: "
+                "take a longer text, or a smaller --window or --block-size"
+            )
+        self.window = window
+        self.batch_size = batch_size
+        self.seed = seed
+        # Row i is tokens[i : i + window + 1], a view: gathering rows of it is one indexing operation.
+        self._rows = tokens.unfold(0, window + 1, 1)
+        # One window short of what fits, where the text allows, so that the cut can be anywhere.
+        self._per_epoch = max(1, len(tokens) // window - 1)
+        self._epoch = -1
+        self._starts = torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (batch_size, window) int64 each, of the batch with this number, 0 or more."""
+        wanted, end = index * self.batch_size, (index + 1) * self.batch_size
+        parts = []
+        while wanted < end:
+            epoch, first = divmod(wanted, self._per_epoch)
+            part = self._epoch_starts(epoch)[first : first + end - wanted]
+            parts.append(part)
+            wanted += len(part)
+        rows = self._rows[parts[0] if len(parts) == 1 else torch.cat(parts)]
+        return rows[:, :-1], rows[:, 1:]
+
+    def _epoch_starts(self, epoch: int) -> Tensor:
+        """Where each window of an epoch starts, in the order of training."""
+        if epoch != self._epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            last_offset = len(self._rows) - 1 - (self._per_epoch - 1) * self.window
+            offset = random.integers(min(self.window, last_offset + 1))
+            starts = offset + self.window * random.permutation(self._per_epoch)
+            self._starts = torch.from_numpy(starts).to(self._rows.device)
+            self._epoch = epoch
+        return self._starts

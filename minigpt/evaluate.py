@@ -1,0 +1,77 @@
+"""How well a model predicts a text: nats and bits per token, and perplexity, over all of it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .model import GPT
+
+_TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean over the tokens of a text."""
+
+    loss: float
+    """Nats per token."""
+    tokens: int
+    """How many tokens were predicted."""
+
+    @property
+    def bits_per_character(self) -> float:
+        """Bits per token, and a token is a character here."""
+        return self.loss / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: Tensor, *, max_tokens: int = 0, dtype: torch.dtype = torch.float32) -> Evaluation:
+    """The mean loss of `model` in predicting `tokens` (N,) int64, on the model's device.
+
+    Non-overlapping windows of block_size, the last one shorter where they do not fit, so that each of the N - 1 tokens
+    after the first counts once. With `max_tokens`, no more than that many, in windows spread evenly over the text.
+    Matrix products in `dtype`. Dropout is off meanwhile. Raises UserError when there is nothing to predict.
+    """
+    windows = list(_windows(tokens, model.config.block_size, max_tokens))
+    count = sum(targets.numel() for _, targets in windows)
+    if count == 0:
+        raise UserError("the text to validate on needs at least 2 tokens: take a longer text")
+
+    # Summed on the device in double precision: one synchronisation at the end.
+    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            for inputs, targets in windows:
+                _, loss = model(inputs, targets)
+                total += loss.double() * targets.numel()
+    finally:
+        model.train(was_training)
+    return Evaluation(total.item() / count, count)
+
+
+def _windows(tokens: Tensor, block: int, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, (n, T) int64 each, of the windows to evaluate, several at once."""
+    count = len(tokens) - 1
+    whole = count - count % block
+    inputs, targets = tokens[:whole].view(-1, block), tokens[1 : whole + 1].view(-1, block)
+    rest = tokens[None, whole:count], tokens[None, whole + 1 :]
+    if 0 < max_tokens < count:
+        block = min(block, max_tokens)
+        inputs, targets = tokens[:count].unfold(0, block, block), tokens[1:].unfold(0, block, block)
+        chosen = torch.linspace(0, len(inputs) - 1, max_tokens // block, dtype=torch.float64).long().to(tokens.device)
+        inputs, targets, rest = inputs[chosen], targets[chosen], (tokens[None, :0], tokens[None, :0])
+    rows = max(1, _TOKENS_AT_ONCE // block)
+    yield from zip(inputs.split(rows), targets.split(rows), strict=True)
+    if rest[0].numel():
+        yield rest

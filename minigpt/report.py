@@ -1,0 +1,204 @@
+"""What a run shows and writes down: the progress bar, metrics.csv, and small text files."""
+
+import csv
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from .errors import UserError, writing
+
+COLUMNS = ("step", "train_loss", "learning_rate", "val_loss", "perplexity", "tokens_per_second")
+"""metrics.csv: one row per step; validation loss and perplexity where evaluated, speed where shown, else empty."""
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Metrics:
+    """The file metrics.csv; `step` keeps the rows up to that one and continues after it (0: from the start)."""
+
+    def __init__(self, path: Path, step: int = 0):
+        self.path = path
+        with writing(path):
+            kept: list[dict[str, str]] = []
+            if step and path.is_file():
+                with path.open(newline="", encoding="utf-8") as file:
+                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            self._file = path.open("w", newline="", encoding="utf-8")
+            self._writer = csv.DictWriter(self._file, COLUMNS, restval="", extrasaction="ignore")
+            self._writer.writeheader()
+            self._writer.writerows(kept)
+            self._file.flush()
+
+    def write(self, rows: list[dict[str, float]]) -> None:
+        """Append rows, and hand them to the operating system."""
+        with writing(self.path):
+            for row in rows:
+                self._writer.writerow({name: f"{v:.7g}" if isinstance(v, float) else v for name, v in row.items()})
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with writing(self.path):
+            self._file.close()
+
+
+class Clock:
+    """Training time and tokens; what is not between `start` and `stop` (evaluation, saving) does not count."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0, tokens: int = 0):
+        self._device = device
+        self._started = 0.0
+        self.seconds = seconds
+        self.tokens = tokens
+
+    def start(self) -> None:
+        """Begin to count, once the device has done what was asked of it before."""
+        self._wait()
+        self._started = time.perf_counter()
+
+    def stop(self, tokens: int) -> None:
+        """Add the time since `start`, and the `tokens` trained on meanwhile."""
+        self._wait()
+        self.seconds += time.perf_counter() - self._started
+        self.tokens += tokens
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def rate_now(self, tokens: int) -> float:
+        """Tokens per second with the `tokens` since `start`, without waiting for the device."""
+        return (self.tokens + tokens) / (self.seconds + time.perf_counter() - self._started)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class Losses:
+    """Losses of steps, brought from the device without making it wait.
+
+    On a GPU the copy is asynchronous: what `take` gives are the losses that the call before it asked for.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pending: list[Tensor] = []
+        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Note the loss () of the next step."""
+        self._pending.append(loss)
+
+    def take(self, *, everything: bool = False) -> list[float]:
+        """The next losses that are there, in order of the steps; with `everything`, all of them."""
+        found = self._arrived()
+        if self._pending:
+            losses, self._pending = torch.stack(self._pending), []
+            if self._device.type == "cuda":
+                host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
+                host.copy_(losses, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                self._copy = host, event
+            else:
+                found += losses.tolist()
+        return found + self._arrived() if everything else found
+
+    def _arrived(self) -> list[float]:
+        if self._copy is None:
+            return []
+        (host, event), self._copy = self._copy, None
+        event.synchronize()
+        return host.tolist()
+
+
+class Display:
+    """Progress on the terminal: a bar where there is one, a plain line every few seconds where there is not."""
+
+    def __init__(self, console: Console, steps: int):
+        self._console = console
+        self._steps = steps
+        self._bar: Progress | None = None
+        self._last_line = time.monotonic()
+
+    @contextmanager
+    def running(self, step: int) -> Iterator[None]:
+        """Show the bar, `step` steps being done, while the block runs."""
+        if not self._console.is_terminal:
+            self._begun, self._first = time.monotonic(), step
+            yield
+            return
+        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[shown]}"))
+        # Refreshed by update() alone: a thread that redraws would take time from the training.
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, auto_refresh=False
+        ) as self._bar:
+            self._task = self._bar.add_task("train", total=self._steps, completed=step, shown="")
+            yield
+        self._bar = None
+
+    def update(self, step: int, loss: float, rate: float) -> None:
+        """Show that `step` steps are done, the latest loss (nats per token) and the speed (tokens per second)."""
+        shown = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown, refresh=True)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - self._begun) / (step - self._first) * (self._steps - step)
+            self.line(f"step {step}/{self._steps}  {shown}  {left:.0f} s left")
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        self._console.print(table)
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """Print a line that stays."""
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def new_folder(out: Path | None, name: str) -> Path:
+    """Make the folder of a new run: `out`, or the next free runs/NAME-N.
+
+    Raises UserError when it cannot be made, or when something is in it already.
+    """
+    if out is not None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            taken = any(out.iterdir())
+        if taken:
+            raise UserError(f"{out} is not empty: --resume {out} goes on with a run there; or choose another --out")
+        return out
+    root = Path("runs")
+    with writing(root):
+        root.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            folder = root / f"{name}-{number}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, or not at all. Raises UserError when it cannot be written."""
+    draft = path.with_name(path.name + ".writing")
+    with writing(path):
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
