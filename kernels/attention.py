@@ -10,9 +10,9 @@ saved q, k, v, out and lse, and with delta = sum(out * dout):
 
     dv = p^T dout     dp = dout v^T     ds = p * (dp - delta)     dq = scale * ds k     dk = scale * ds^T q
 
-Two launches, no atomics: programs that own queries write dq and delta, then programs that own keys
-write dk and dv, the heads of a group one after another. Causal: query i sees key j when j <= i + query_offset. Tiles that are seen whole run in a
-loop without masks.
+Two launches, no atomics: programs that own queries write dq and delta, then programs that own keys write
+dk and dv, the heads of a group one after another. Causal: query i sees key j when j <= i + query_offset.
+Tiles that are seen whole run in a loop without masks.
 
 Forward takes 4 Tq Tk D operations a head (half of it when causal), backward 10 by count and 14 as run here, as
 each of the two kernels needs p. Bytes: q, k, v, out once, far below the operations, so matrix products and
@@ -92,9 +92,7 @@ def _load(
 
 
 @triton.jit
-def _store(
-    head_ptr, start, offsets, stride, n_rows, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _store(head_ptr, start, offsets, stride, n_rows, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = (start + tl.arange(0, BLOCK) < n_rows)[:, None]
     columns = (tl.arange(0, BLOCK_D) < D)[None, :]
     tile = cast(tile, head_ptr.dtype.element_ty)
@@ -132,7 +130,9 @@ def _exp(s, scale, shift, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _key_range(first, q_len, k_len, query_offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr):
+def _key_range(
+    first, q_len, k_len, query_offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr
+):
     """(full, end): keys below `full` are seen by every query of the tile at `first`, those from `end` by none."""
     if IS_CAUSAL:
         last = tl.minimum(first + BLOCK_Q, q_len) - 1
@@ -654,7 +654,9 @@ def _gradients(ctx, grad, _grad_lse):
 
 forward = register("attention", _forward, lambda query, *_: _empty_forward(query))
 forward.register_autograd(_gradients, setup_context=_save)
-backward = register("attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value))
+backward = register(
+    "attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value)
+)
 
 # ---------------------------------------------------------------- public
 
@@ -691,7 +693,9 @@ def _check(query, key, value, attn_mask, dropout_p, enable_gqa):
             f"scaled_dot_product_attention: a value head of another size ({value.shape[-1]}) than query's ({size})"
         )
     if not 1 <= size <= MAX_HEAD_SIZE:
-        raise NotImplementedError(f"scaled_dot_product_attention: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
+        raise NotImplementedError(
+            f"scaled_dot_product_attention: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}"
+        )
     if enable_gqa:
         if min(tensor.dim() for tensor in tensors.values()) < 3:
             raise RuntimeError("scaled_dot_product_attention: enable_gqa needs a head dimension, (..., H, T, D)")

@@ -274,21 +274,15 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     if n > ONE_BLOCK:
         if specs["dinput"] is not None:
             arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput") | strides | {"N": n}
-            launches.append(
-                Launch(_layer_norm_backward_long_input, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)
-            )
+            launches.append(Launch(_layer_norm_backward_long_input, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1))
         if has_parameters:
             arguments = pointers(specs, "grad", "input", "mean", "rstd", "dweight_parts", "dbias_parts")
             arguments |= {"n_rows": n_rows} | strides | {"N": n, "n_parts": n_parts}
             grid = (cdiv(n, CHUNK) * n_parts,)
-            launches.append(
-                Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1)
-            )
+            launches.append(Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1))
     else:
         block_n, rows, warps = _block(n, device)
-        arguments = pointers(
-            specs, "grad", "input", "weight", "mean", "rstd", "dinput", "dweight_parts", "dbias_parts"
-        )
+        arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput", "dweight_parts", "dbias_parts")
         constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
         launches.append(
             Launch(_layer_norm_backward, (n_parts,), arguments | {"n_rows": n_rows} | strides, constexprs, warps, 1)
@@ -410,7 +404,9 @@ def layer_norm(
         if tensor is None:
             continue
         if tensor.dtype not in DTYPES:
-            raise NotImplementedError(f"layer_norm: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
+            raise NotImplementedError(
+                f"layer_norm: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16"
+            )
         if tensor.device != input.device:
             raise RuntimeError(f"layer_norm: {name} is on {tensor.device}, input on {input.device}")
         if name != "input" and tuple(tensor.shape) != shape:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from kernels import device as devices
@@ -121,7 +122,12 @@ def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) 
     if refusal:
         raise RuntimeError(refusal)
     elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
-    with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
+    context = contextlib.nullcontext()
+    if devices.INTERPRETED:
+        context = numpy.errstate(all="ignore")  # padding may divide by zero, as silently as on a GPU
+    elif elsewhere:
+        context = torch.cuda.device(first.device)
+    with context:
         for launch in launches:
             arguments = [
                 tensors[name.removesuffix("_ptr")] if isinstance(value, Spec) else value

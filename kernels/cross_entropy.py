@@ -1,0 +1,421 @@
+"""Softmax cross-entropy of a matrix of logits, the softmax never stored.
+
+With lse = log(sum over c of exp(x_c)), class weights w (1 unless given) and smoothing e over V classes,
+a row with target y has
+
+    loss = (1 - e) * w_y * (lse - x_y) + e / V * sum over c of w_c * (lse - x_c)
+    dx_c = g * ((1 - e) * w_y * (p_c - [c = y]) + e / V * (p_c * sum(w) - w_c)),   p_c = exp(x_c - lse)
+
+where g is the incoming gradient of the row: for "mean" that of the loss over the sum of w_y. Rows whose target
+is ignore_index have loss and gradient zero and no part in that sum. A target outside [0, V) makes its row's
+loss and gradient NaN.
+
+Forward walks a row once with a running maximum and sum, and saves lse, one fp32 number a row. Backward
+makes p from the logits again, so the only buffer of the logits' size is their gradient. Forward reads the
+logits; backward reads them and writes the gradient; five to ten operations an element: bandwidth is the bound.
+
+Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
+Szegedy et al., "Rethinking the Inception architecture" (2015), https://arxiv.org/abs/1512.00567, for smoothing.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import device as devices
+from kernels import reference
+from kernels.device import Device
+from kernels.op import (
+    Case,
+    Cost,
+    Launch,
+    Op,
+    Specs,
+    cast,
+    cdiv,
+    next_power_of_2,
+    plan_only,
+    pointers,
+    register,
+    rows_of,
+    run,
+    tl,
+    triton,
+)
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _cross_entropy_forward(
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, lse_ptr,
+    n_rows, row_stride, ignore_index, smoothing, V,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """A program owns ROWS rows: their losses, their weights (the second row of losses) and their lse."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < n_rows
+    logits_ptr += rows[:, None] * row_stride
+    columns = tl.arange(0, BLOCK_V)[None, :]
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    below = tl.zeros([ROWS], tl.float32)  # sum of w_c * (x_c - peak)
+    weight_so_far = 0.0
+    for start in range(0, V, BLOCK_V):
+        in_row = start + columns < V
+        x = tl.load(logits_ptr + start + columns, mask=in_rows[:, None] & in_row, other=float("-inf")).to(tl.float32)
+        highest = tl.maximum(peak, tl.max(x, axis=1))
+        base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+        if SMOOTH:
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)
+            else:
+                w = in_row.to(tl.float32)
+            shift = tl.where(weight_so_far > 0.0, (peak - base) * weight_so_far, 0.0)
+            below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
+            weight_so_far += tl.sum(w)
+        peak = highest
+
+    target = tl.load(target_ptr + rows, mask=in_rows, other=0)
+    kept = target != ignore_index
+    valid = (target >= 0) & (target < V)
+    target_logit = tl.load(logits_ptr + tl.where(valid, target, 0)[:, None], mask=(in_rows & valid)[:, None], other=0.0)
+    target_logit = tl.sum(target_logit.to(tl.float32), axis=1)
+    target_weight = tl.where(kept & valid, 1.0, 0.0)
+    if weight_ptr is not None:
+        target_weight = tl.load(weight_ptr + target, mask=in_rows & kept & valid, other=0.0).to(tl.float32)
+    log_total = tl.log(total)
+    loss = target_weight * (log_total + (peak - target_logit))
+    if SMOOTH:
+        weight_sum = V * 1.0
+        if weight_ptr is not None:
+            weight_sum = tl.load(weight_sum_ptr)
+        loss = (1.0 - smoothing) * loss + smoothing / V * (weight_sum * log_total - below)
+    loss = tl.where(kept, tl.where(valid, loss, float("nan")), 0.0)
+    tl.store(losses_ptr + rows, loss, mask=in_rows)
+    tl.store(losses_ptr + n_rows + rows, target_weight, mask=in_rows)
+    tl.store(lse_ptr + rows, peak + log_total, mask=in_rows)
+
+
+@triton.jit
+def _cross_entropy_backward(
+    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    n_rows, grad_stride, row_stride, ignore_index, smoothing, V,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_V columns of ROWS rows of dlogits."""
+    blocks = tl.cdiv(V, BLOCK_V)
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_rows = rows < n_rows
+    mask = in_rows[:, None] & (columns < V)[None, :]
+
+    target = tl.load(target_ptr + rows, mask=in_rows, other=0)
+    kept = target != ignore_index
+    valid = (target >= 0) & (target < V)
+    grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
+    if divisor_ptr is not None:
+        grad = grad / tl.load(divisor_ptr)
+    lse = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
+    x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    p = tl.exp(x - lse[:, None])
+    is_target = columns[None, :] == target[:, None]
+    dx = tl.where(is_target, p - 1.0, p)
+    if weight_ptr is not None:
+        dx *= tl.load(weight_ptr + target, mask=in_rows & kept & valid, other=0.0).to(tl.float32)[:, None]
+    if SMOOTH:
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+            spread = p * tl.load(weight_sum_ptr) - w
+        else:
+            spread = p * V - 1.0
+        dx = (1.0 - smoothing) * dx + smoothing / V * spread
+    dx = tl.where(kept[:, None], tl.where(valid[:, None], dx * grad[:, None], float("nan")), 0.0)
+    places = rows[:, None] * V + columns[None, :]
+    tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def _tile(n_classes: int, device: Device) -> tuple[int, int, int]:
+    """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short."""
+    interpreted = device.arch == "interpreter"
+    block_v = max(16, min(next_power_of_2(n_classes), 1 << 16 if interpreted else 4096))
+    rows = max(1, (1 << 18 if interpreted else 2048) // block_v)
+    return block_v, rows, 4 if block_v <= 2048 else 8
+
+
+def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
+    return {
+        "row_stride": specs["logits"].stride[0],
+        "ignore_index": options["ignore_index"],
+        "smoothing": options["label_smoothing"],
+        "V": specs["logits"].shape[1],
+    }
+
+
+def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+    n_rows, n_classes = specs["logits"].shape
+    block_v, rows, warps = _tile(n_classes, device)
+    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
+    arguments |= {"n_rows": n_rows} | _numbers(specs, options)
+    constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
+    return [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
+
+
+def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+    n_rows, n_classes = specs["logits"].shape
+    block_v, rows, warps = _tile(n_classes, device)
+    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
+    arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
+    arguments |= _numbers(specs, options)
+    constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
+    grid = (cdiv(n_rows, rows) * cdiv(n_classes, block_v),)
+    return [Launch(_cross_entropy_backward, grid, arguments, constexprs, warps, 1)]
+
+
+# ---------------------------------------------------------------- registration
+
+CHECK_TARGETS = devices.INTERPRETED or devices.DEBUG
+
+
+def _check_targets(target: torch.Tensor, n_classes: int, ignore_index: int) -> None:
+    outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    if outside.any():
+        wrong = target[outside][0].item()
+        raise IndexError(f"cross_entropy: target {wrong} is out of bounds for {n_classes} classes")
+
+
+def _weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
+    return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
+
+
+def _empty_forward(logits, reduction, out_dtype):
+    loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
+    return loss, logits.new_empty(logits.shape[0], dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
+
+
+def _forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, lse fp32 (n_rows,), what "mean" divides by, fp32 ()."""
+    n_rows, n_classes = logits.shape
+    if CHECK_TARGETS and not target.is_meta:
+        _check_targets(target, n_classes, ignore_index)
+    lse = logits.new_empty(n_rows, dtype=torch.float32)
+    losses = logits.new_empty((2, n_rows), dtype=torch.float32)
+    tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
+    tensors |= {"weight_sum": _weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
+    run(plan_forward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if reduction == "none":
+        return losses[0].to(out_dtype, copy=True), lse, losses.new_empty(())
+    total, divisor = losses.sum(1).unbind()
+    loss = total / divisor if reduction == "mean" else total
+    return loss.to(out_dtype, copy=True), lse, divisor.clone()
+
+
+def _empty_backward(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    divisor: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Gradient of the logits (n_rows, V)."""
+    dlogits = _empty_backward(logits)
+    tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
+    tensors |= {"weight_sum": _weight_sum(weight, label_smoothing), "lse": lse}
+    tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits}
+    run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return dlogits
+
+
+def _save(ctx, inputs, output):
+    logits, target, weight, ignore_index, reduction, label_smoothing, _ = inputs
+    _, lse, divisor = output
+    ctx.mark_non_differentiable(lse, divisor)
+    ctx.options = (ignore_index, reduction, label_smoothing)
+    ctx.save_for_backward(logits, target, weight, lse, divisor)
+
+
+def _gradients(ctx, grad, _grad_lse, _grad_divisor):
+    dlogits = backward(grad, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
+    return dlogits, None, None, None, None, None, None
+
+
+forward = register(
+    "cross_entropy",
+    _forward,
+    lambda logits, target, weight, ignore_index, reduction, label_smoothing, out_dtype: _empty_forward(
+        logits, reduction, out_dtype
+    ),
+)
+forward.register_autograd(_gradients, setup_context=_save)
+backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
+
+# ---------------------------------------------------------------- public
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check(input, target, weight, reduction, label_smoothing):
+    """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
+    if input.dtype not in DTYPES:
+        raise NotImplementedError(f"cross_entropy: input is {input.dtype}; the kernel has float32, float16, bfloat16")
+    if target.dtype.is_floating_point:
+        raise NotImplementedError("cross_entropy: probability targets are not implemented; class indices are")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"cross_entropy: target must be int64, got {target.dtype}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
+    classes = 0 if input.dim() == 1 else 1
+    expected = input.shape[:classes] + input.shape[classes + 1 :]
+    if target.shape != expected:
+        raise (ValueError if input.dim() > 1 and target.shape[:1] != expected[:1] else RuntimeError)(
+            f"cross_entropy: input {list(input.shape)} needs a target of shape {list(expected)}, "
+            f"got {list(target.shape)}"
+        )
+    if weight is not None and weight.shape != (input.shape[classes],):
+        raise RuntimeError(
+            f"cross_entropy: weight must have one element for each of the {input.shape[classes]} classes, "
+            f"got shape {list(weight.shape)}"
+        )
+    if weight is not None and weight.dtype not in DTYPES:
+        raise NotImplementedError(f"cross_entropy: weight is {weight.dtype}; the kernel has float32, float16, bfloat16")
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`torch.nn.functional.cross_entropy` with class indices.
+
+    Logits (C,), (N, C) or (N, C, d1, ...) in fp32, fp16 or bf16 and int64 targets (), (N,) or (N, d1, ...) -> the
+    mean or sum, or with reduction="none" the losses in target's shape, in input's dtype; fp32 under autocast.
+    "mean" divides by the sum of the targets' weights, and is NaN where every target is ignored. Sums are fp32.
+
+    A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
+    KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
+    do not fit, NotImplementedError for probability targets and other dtypes.
+    """
+    _check(input, target, weight, reduction, label_smoothing)
+    classes = 0 if input.dim() == 1 else 1
+    n_classes = input.shape[classes]
+    logits = input.movedim(classes, -1).reshape(math.prod(target.shape), n_classes)
+    out_dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
+    weight = None if weight is None else weight.detach().contiguous()
+    labels = target.reshape(-1).to(torch.int64)
+    loss = forward(logits, labels, weight, ignore_index, reduction, float(label_smoothing), out_dtype)[0]
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def _draw(name: str, shape: tuple[int, ...], case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    """Targets are classes, every fifth ignored if the case has an ignore_index; class weights are positive."""
+    if name == "weight":
+        return 0.5 + torch.rand(shape, generator=generator)
+    if name != "target":
+        return None
+    n_classes = case.shapes["input"][min(1, len(case.shapes["input"]) - 1)]
+    target = torch.randint(0, n_classes, shape, generator=generator)
+    if "ignore_index" in case.options:
+        target.view(-1)[::5] = case.options["ignore_index"]
+    return target
+
+
+def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
+    """The launches of a forward and a backward pass."""
+    logits, target = inputs["input"].movedim(min(1, inputs["input"].dim() - 1), -1), inputs["target"]
+    logits = logits.reshape(-1, logits.shape[-1])
+    common = (options.get("ignore_index", -100), options.get("reduction", "mean"), options.get("label_smoothing", 0.0))
+    with plan_only(device) as launches:
+        loss, lse, divisor = _forward(logits, target.reshape(-1), inputs.get("weight"), *common, logits.dtype)
+        _backward(loss, logits, target.reshape(-1), inputs.get("weight"), lse, divisor, *common)
+    return launches
+
+
+def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
+    """Five operations an element forward, six backward; logits read, then read again and their gradient written."""
+    logits, target = inputs["input"], inputs["target"]
+    rows = target.nbytes + 4 * target.numel()
+    return (
+        Cost(5 * logits.numel(), logits.nbytes + rows + 8 * target.numel()),
+        Cost(6 * logits.numel(), 2 * logits.nbytes + rows),
+    )
+
+
+def _case(name: str, *shape: int, weight: bool = False, **options) -> Case:
+    target = (shape[0], *shape[2:]) if len(shape) > 1 else ()
+    shapes = {"input": shape, "target": target}
+    if weight:
+        shapes["weight"] = (shape[min(1, len(shape) - 1)],)
+    return Case(name, shapes, options)
+
+
+OP = Op(
+    name="cross_entropy",
+    public=cross_entropy,
+    reference=reference.cross_entropy,
+    torch=F.cross_entropy,
+    plan=_plan,
+    cost=_cost,
+    cases=(
+        _case("one_class", 3, 1),
+        _case("no_batch", 10),
+        _case("characters", 128, 65),
+        _case("prime", 31, 1009),
+        _case("sum", 17, 100, reduction="sum"),
+        _case("none", 17, 100, reduction="none"),
+        _case("ignored", 23, 50, ignore_index=-100),
+        _case("ignored_class", 23, 50, ignore_index=3, reduction="none"),
+        _case("smooth", 19, 130, label_smoothing=0.1),
+        _case("weighted", 19, 130, weight=True),
+        _case("weighted_smooth", 19, 130, weight=True, label_smoothing=0.3, ignore_index=7),
+        _case("all_smooth", 9, 40, label_smoothing=1.0),
+        _case("pictures", 2, 11, 3, 5, ignore_index=-100),
+        _case("gpt2", 6, 50257),
+        _case("long", 2, 262_145, label_smoothing=0.1),
+    ),
+    sizes=(
+        _case("v65", 16384, 65),
+        _case("v1024", 16384, 1024),
+        _case("v50257", 8192, 50257),
+        _case("v50304", 8192, 50304),
+        _case("v131072", 4096, 131072),
+        _case("v262144", 2048, 262144),
+        _case("v50304-smooth-weighted", 8192, 50304, weight=True, label_smoothing=0.1),
+    ),
+    differentiable=("input",),
+    draw=_draw,
+)
