@@ -1,0 +1,1 @@
+"""Where registers, memory and time go."""
