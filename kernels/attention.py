@@ -131,17 +131,28 @@ def _exp(s, scale, shift, PRECISE: tl.constexpr):
 
 @triton.jit
 def _key_range(
-    first, q_len, k_len, query_offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr
+    first,
+    q_len,
+    k_len,
+    query_offset,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """(full, end): keys below `full` are seen by every query of the tile at `first`, those from `end` by none."""
+    """(full, end): tiles of keys up to `full` need no mask, those from there to `end` do, and the rest is not seen.
+
+    Without a diagonal it is all or nothing: an unmasked loop and then a masked one of a single trip would have ptxas
+    serialise the tensor cores (advisory C7515).
+    """
     if IS_CAUSAL:
         last = tl.minimum(first + BLOCK_Q, q_len) - 1
-        full = tl.maximum(tl.minimum(first + query_offset + 1, k_len), 0)
+        full = tl.maximum(tl.minimum(first + query_offset + 1, k_len), 0) // BLOCK_K * BLOCK_K
         end = tl.maximum(tl.minimum(last + query_offset + 1, k_len), 0)
     else:
-        full = k_len
+        full = k_len if EVEN else 0
         end = k_len
-    return full // BLOCK_K * BLOCK_K, end
+    return full, end
 
 
 @triton.jit
@@ -179,7 +190,7 @@ def _attention_forward(
     o_stride_b, o_stride_h, o_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_Q queries of one head; the last tiles of a head, which see most keys, come first."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
@@ -201,19 +212,21 @@ def _attention_forward(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL)
-    for start in range(0, full, BLOCK_K):
-        acc, peak, total = _attend(
-            acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-            q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
-            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
-        )  # fmt: skip
-    for start in range(full, end, BLOCK_K):
-        acc, peak, total = _attend(
-            acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-            q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
-            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
-        )  # fmt: skip
+    full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL, EVEN)
+    if IS_CAUSAL or EVEN:
+        for start in range(0, full, BLOCK_K):
+            acc, peak, total = _attend(
+                acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+                q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
+                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
+            )  # fmt: skip
+    if IS_CAUSAL or not EVEN:
+        for start in range(full, end, BLOCK_K):
+            acc, peak, total = _attend(
+                acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+                q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
+                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
+            )  # fmt: skip
 
     acc *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     _store(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, acc, D, BLOCK_Q, BLOCK_D)
@@ -264,7 +277,7 @@ def _attention_backward_query(
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_Q queries of one head: their dquery, and their delta for the other kernel."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
@@ -291,19 +304,21 @@ def _attention_backward_query(
     tl.store(delta_ptr + head.to(tl.int64) * q_len + queries, delta, mask=queries < q_len)
     lse = _load_lse(lse_ptr + head.to(tl.int64) * q_len, queries, q_len, q.dtype == tl.float32, True)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL)
-    for start in range(0, full, BLOCK_K):
-        dq = _query_gradient(
-            dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-            q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
-            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
-        )  # fmt: skip
-    for start in range(full, end, BLOCK_K):
-        dq = _query_gradient(
-            dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-            q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
-            D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
-        )  # fmt: skip
+    full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL, EVEN)
+    if IS_CAUSAL or EVEN:
+        for start in range(0, full, BLOCK_K):
+            dq = _query_gradient(
+                dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+                q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
+                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
+            )  # fmt: skip
+    if IS_CAUSAL or not EVEN:
+        for start in range(full, end, BLOCK_K):
+            dq = _query_gradient(
+                dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+                q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
+                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
+            )  # fmt: skip
     _store(dquery_ptr, first, _offsets(BLOCK_Q, BLOCK_D, dq_stride), dq_stride, q_len, dq * scale, D, BLOCK_Q, BLOCK_D)
 
 
@@ -536,7 +551,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
     arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
     grid = (cdiv(q_len, block_q) * batch * n_head,)
-    constexprs = _constexprs(specs, options, block_q, block_k)
+    constexprs = _constexprs(specs, options, block_q, block_k) | {"EVEN": specs["key"].shape[2] % block_k == 0}
     return [Launch(_attention_forward, grid, arguments, constexprs, warps, stages)]
 
 
@@ -554,7 +569,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             _attention_backward_query,
             (cdiv(q_len, block_q) * batch * n_head,),
             pointers(specs, *names) | strides | numbers,
-            _constexprs(specs, options, block_q, block_k),
+            _constexprs(specs, options, block_q, block_k) | {"EVEN": k_len % block_k == 0},
             warps,
             stages,
         )
@@ -841,7 +856,9 @@ OP = Op(
         _case("shakespeare-dropout", 64, 6, 256, 64, is_causal=True, dropout_p=0.2),
         _case("gpt2", 16, 12, 1024, 64, is_causal=True),
         _case("d64-full", 4, 16, 4096, 64),
+        _case("d64-ragged", 4, 16, 1000, 64),
         _case("d128", 4, 16, 4096, 128, is_causal=True),
+        _case("d128-grouped", 4, 16, 1000, 128, key_heads=4, is_causal=True, enable_gqa=True),
         _case("d96", 4, 16, 1024, 96, is_causal=True),
         _case("d256", 2, 8, 2048, 256, is_causal=True),
     ),
