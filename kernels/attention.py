@@ -30,6 +30,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.device import Device, allow_tf32
@@ -497,10 +498,10 @@ for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
 _INTERPRETER_TILE = (128, 128, 4, 1)  # its cost is per program
 
 
-def _tile(table: dict, spec: Spec, allow_tf32: bool, device: Device) -> tuple[int, int, int, int]:
+def _tile(table: dict, spec: Spec, tf32: bool, device: Device) -> tuple[int, int, int, int]:
     if device.arch == "interpreter":
         return _INTERPRETER_TILE
-    kind = "half" if spec.dtype != torch.float32 else "tf32" if allow_tf32 else "ieee"
+    kind = "half" if spec.dtype != torch.float32 else "tf32" if tf32 else "ieee"
     return table[device.tiles][kind][max(64, next_power_of_2(spec.shape[-1]))]
 
 
@@ -539,7 +540,7 @@ def _constexprs(specs: Specs, options: dict, block_q: int, block_k: int) -> dict
         "BLOCK_K": block_k,
         "BLOCK_D": max(16, next_power_of_2(d)),
         "IS_CAUSAL": options["is_causal"],
-        "PRECISION": "tf32" if options["allow_tf32"] and specs["query"].dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32" if options["allow_tf32"] else "ieee",
     }
 
 
@@ -613,7 +614,6 @@ def _forward(
     is_causal: bool,
     scale: float,
     query_offset: int,
-    allow_tf32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, H, Tq, D), (B, Hk, Tk, D) twice, scale > 0 -> out (B, H, Tq, D), lse fp32 (B, H, Tq)."""
     out, lse = _empty_forward(query)
@@ -621,7 +621,7 @@ def _forward(
     tensors |= {"out": out, "lse": lse, "seed": seed}
     run(
         plan_forward, tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=query_offset,
-        allow_tf32=allow_tf32,
+        allow_tf32=allow_tf32(query),
     )  # fmt: skip
     return out, lse
 
@@ -642,7 +642,6 @@ def _backward(
     is_causal: bool,
     scale: float,
     query_offset: int,
-    allow_tf32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value."""
     dquery, dkey, dvalue = _empty_backward(query, key, value)
@@ -651,7 +650,7 @@ def _backward(
     tensors |= {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
     run(
         plan_backward, tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=query_offset,
-        allow_tf32=allow_tf32,
+        allow_tf32=allow_tf32(query),
     )  # fmt: skip
     return dquery, dkey, dvalue
 
@@ -664,7 +663,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, _grad_lse):
-    return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+    return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 forward = register("attention", _forward, lambda query, *_: _empty_forward(query))
@@ -672,6 +671,33 @@ forward.register_autograd(_gradients, setup_context=_save)
 backward = register(
     "attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value)
 )
+
+
+def _flops(query_shape, key_shape, is_causal, query_offset) -> int:
+    """One product with the scores, or of them: 2 D operations for each that is seen."""
+
+    def rows(n):  # sum of min(m, k_len) for m from 1 to n
+        low = max(0, min(n, k_len))
+        return low * (low + 1) // 2 + max(0, n - k_len) * k_len
+
+    batch, heads, q_len, size = query_shape
+    k_len = key_shape[-2]
+    seen = rows(q_len + query_offset) - rows(query_offset) if is_causal else q_len * k_len
+    return 2 * size * seen * batch * heads
+
+
+@register_flop_formula(torch.ops.kernels.attention)
+def _forward_flops(query_shape, key_shape, value_shape, seed, dropout_p, is_causal, scale, query_offset, **_) -> int:
+    return 2 * _flops(query_shape, key_shape, is_causal, query_offset)
+
+
+@register_flop_formula(torch.ops.kernels.attention_backward)
+def _backward_flops(
+    grad_shape, query_shape, key_shape, value_shape, out_shape, lse_shape, seed, dropout_p, is_causal, scale,
+    query_offset, **_,
+) -> int:  # fmt: skip
+    return 5 * _flops(query_shape, key_shape, is_causal, query_offset)
+
 
 # ---------------------------------------------------------------- public
 
@@ -770,8 +796,7 @@ def scaled_dot_product_attention(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    tf32 = query.dtype == torch.float32 and allow_tf32()
-    out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset, tf32)
+    out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset)
     out = out.reshape(*heads, q_len, size)
     return (out, lse.reshape(*heads, q_len)) if return_lse else out
 
@@ -796,7 +821,6 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     dropout_p = options.get("dropout_p", 0.0)
     seed = torch.empty(1, dtype=torch.int64, device=query.device) if dropout_p else None
     common = (dropout_p, options.get("is_causal", False), query.shape[-1] ** -0.5, options.get("query_offset", 0))
-    common = (*common, query.dtype == torch.float32 and allow_tf32())
     with plan_only(device) as launches:
         out, lse = _forward(query, key, value, seed, *common)
         _backward(out, query, key, value, out, lse, seed, *common)
@@ -804,14 +828,10 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
 
 
 def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
-    """Two products forward, five backward, 2 D operations an element of the scores that are seen."""
+    """Two products forward, five backward; q, k, v, out and their gradients, and lse."""
     query, key = inputs["query"], inputs["key"]
-    q_len, k_len, size = query.shape[-2], key.shape[-2], query.shape[-1]
-    elements = q_len * k_len
-    if options.get("is_causal", False):
-        offset = options.get("query_offset", 0)
-        elements = sum(max(0, min(k_len, i + offset + 1)) for i in range(q_len))
-    flops = 2 * size * elements * (query.numel() // max(1, q_len * size))
+    size = query.shape[-1]
+    flops = _flops(query.shape, key.shape, options.get("is_causal", False), options.get("query_offset", 0))
     lse = 4 * query.numel() // size
     tensors = 2 * query.nbytes + 2 * key.nbytes
     return Cost(2 * flops, tensors + lse), Cost(5 * flops, 2 * tensors + lse)

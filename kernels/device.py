@@ -100,6 +100,6 @@ def facts(device: torch.device) -> Device:
     return Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-def allow_tf32() -> bool:
-    """Whether PyTorch is set to compute fp32 matrix products in TF32."""
-    return torch.get_float32_matmul_precision() != "highest"
+def allow_tf32(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch is set to compute matrix products of such a tensor in TF32."""
+    return tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"

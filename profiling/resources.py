@@ -143,9 +143,9 @@ def _begin_worker() -> None:
 
 
 def _widths(disassembly: str, instruction: str) -> dict[str, int]:
-    """How many global accesses in SASS there are of each width in bits."""
+    """How many global accesses in SASS there are of each width in bits, those of the TMA unit left out."""
     widths = collections.Counter()
-    for name in re.findall(rf"\b{instruction}((?:\.\w+)*)", disassembly):
+    for name in re.findall(rf"\b{instruction}((?:\.\w+)*)(?=\s)", disassembly):
         parts = name.split(".")
         wide = [part for part in parts if part in ("64", "128", "256")]
         narrow = [part[1:] for part in parts if part in ("U8", "S8", "U16", "S16")]
@@ -203,8 +203,8 @@ def compile_source(source: Source) -> dict[str, Any]:
     return common | {
         "registers": _number(r"Used (\d+) registers", log),
         "spill_bytes": _number(r"(\d+) bytes spill stores", log),
-        "loads": _widths(disassembly, r"(?:LDG|LDGSTS|UTMALDG)"),
-        "stores": _widths(disassembly, r"(?:STG|UTMASTG)"),
+        "loads": _widths(disassembly, r"(?:LDG|LDGSTS)"),
+        "stores": _widths(disassembly, "STG"),
         "advisories": sorted(set(re.findall(r"\((C\d+)\)", log))),
     }
 
