@@ -693,7 +693,7 @@ def _forward_flops(query_shape, key_shape, value_shape, seed, dropout_p, is_caus
 
 @register_flop_formula(torch.ops.kernels.attention_backward)
 def _backward_flops(
-    grad_shape, query_shape, key_shape, value_shape, out_shape, lse_shape, seed, dropout_p, is_causal, scale,
+    grad_shape, query_shape, key_shape, value_shape, _out, lse_shape, seed, dropout_p, is_causal, scale,
     query_offset, **_,
 ) -> int:  # fmt: skip
     return 5 * _flops(query_shape, key_shape, is_causal, query_offset)
