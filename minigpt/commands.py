@@ -1,0 +1,167 @@
+"""What a person does with a model once it is trained, as command lines: generate, evaluate, showcase.
+
+Each command is a dataclass of typed options, from which the flags and the --help come, and a function that carries it
+out. They raise UserError for whatever a person can put right.
+"""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import backends, checkpoint, corpora, sampling, showcase
+from .backends import Backends
+from .config import command_line, pick_device, pick_dtype
+from .errors import UserError
+from .evaluate import evaluate as evaluate_model
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write text with a trained model, character by character."""
+
+    run: Path | None = None
+    """Folder of the run, or of one of its checkpoints. Without one: the newest run in runs/."""
+    prompt: str | None = None
+    """What the text continues. Without one it begins at a new line."""
+    max_new_tokens: int = 500
+    """Tokens to write at most."""
+    temperature: float = 0.8
+    """Below 1 keeps to what is likely, above 1 is more surprising; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens only; 0: from all of them."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens only whose probabilities sum to this."""
+    seed: int | None = None
+    """The same seed writes the same text; without one, every text is new."""
+    stop: str | None = None
+    """Stop before this text."""
+    kernels: str | None = None
+    """Backend of the ops: auto, eager, torch, triton, or one per op, such as attention=triton. Without one: the
+    environment's MINIGPT_KERNELS, else auto."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure how well a trained model predicts the validation split of its text: the last tenth."""
+
+    run: Path | None = None
+    """Folder of the run, or of one of its checkpoints. Without one: the newest run in runs/."""
+    data: str | None = None
+    """Another text to measure on: shakespeare, pydocs, or a text file. Without one: the text of the run."""
+    max_tokens: int = 0
+    """Predict so many tokens only; 0: the whole split."""
+    kernels: str | None = None
+    """Backend of the ops, as for training. Without one: the environment's MINIGPT_KERNELS, else auto."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Showcase:
+    """Show in a minute that everything works here: tokenizer, transformer, training, generation."""
+
+    out: Path = Path("runs/showcase")
+    """Folder to save the trained model in."""
+    seed: int = 1337
+    """Fixes the initial weights and the sample."""
+    kernels: str | None = None
+    """Backend of the ops, as for training. Without one: the environment's MINIGPT_KERNELS, else auto."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+
+
+def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> None:
+    """Print a prompt and the text that a model continues it with, as it comes."""
+    options = command_line(Generate, sys.argv[1:] if argv is None else argv, prog=prog)
+    if options.prompt == "":
+        raise UserError("the prompt is empty: give --prompt at least one character, or leave it out")
+    folder = checkpoint.find(options.run or checkpoint.newest_run())
+    ops, device = _ops(options)
+    model, tokenizer = checkpoint.load_model(folder, ops, device)
+    prompt = options.prompt or ""
+    pieces = sampling.stream(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=options.stop,
+    )
+    # Only the text itself goes to stdout, so that it can be piped on.
+    print(f"{folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    print(prompt, end="", flush=True)
+    began, characters = time.perf_counter(), 0
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            characters += len(piece)
+    finally:
+        print(flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{characters} characters, {characters / max(seconds, 1e-9):,.0f} a second", file=sys.stderr)
+
+
+def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt evaluate") -> None:
+    """Print the loss of a model on the validation split of its text, or of another one."""
+    options = command_line(Evaluate, sys.argv[1:] if argv is None else argv, prog=prog)
+    if options.max_tokens < 0:
+        raise UserError(f"max_tokens is {options.max_tokens}: it must be 0 or more")
+    folder = checkpoint.find(options.run or checkpoint.newest_run())
+    found = checkpoint.load(folder)
+    ops, device = _ops(options)
+    corpus = corpora.load(options.data or found.config.data)
+    if options.data is None and corpus.sha256 != found.state.get("corpus"):
+        raise UserError(f"{folder} was trained on another text than {corpus.source}: name it with --data")
+    model, tokenizer = checkpoint.load_model(folder, ops, device)
+    _, text = corpus.split()
+    if unknown := tokenizer.unknown(text):
+        print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
+    tokens = torch.from_numpy(tokenizer.encode(text)).to(device)
+    began = time.perf_counter()
+    result = evaluate_model(model, tokens, max_tokens=options.max_tokens, dtype=pick_dtype(found.config.dtype, device))
+    rows = {
+        "checkpoint": folder,
+        "kernels": _named(ops),
+        "text": f"the last tenth of {corpus.source}",
+        "tokens": f"{result.tokens:,}",
+        "loss": f"{result.loss:.4f} nats per token",
+        "bits": f"{result.bits_per_character:.4f} per character",
+        "perplexity": f"{result.perplexity:.3f}",
+        "time": f"{time.perf_counter() - began:.1f} s",
+    }
+    for name, value in rows.items():
+        print(f"{name:<12}{value}")
+
+
+def run_showcase(argv: Sequence[str] | None = None, prog: str = "python -m minigpt showcase") -> None:
+    """Run the stations of the showcase; UserError when one fails."""
+    options = command_line(Showcase, sys.argv[1:] if argv is None else argv, prog=prog)
+    ops, device = _ops(options)
+    showcase.run(ops, device, options.out, seed=options.seed)
+
+
+def _ops(options: Generate | Evaluate | Showcase) -> tuple[Backends, torch.device]:
+    """The backends and the device that a command asks for, and the warning that goes with them."""
+    device = pick_device(options.device)
+    ops = backends.resolve(options.kernels or os.environ.get("MINIGPT_KERNELS"), device)
+    if ops.warning:
+        Console(stderr=True).print(ops.warning, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return ops, device
+
+
+def _named(ops: Backends) -> str:
+    return ", ".join(f"{op}={backend}" for op, backend in ops.names.items())
