@@ -1,0 +1,368 @@
+"""The command lines: what a person types, right and wrong. Wrong input is one line, a status, and no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minigpt import __main__ as command
+from minigpt import commands, config, errors, trainer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TEXT = "The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 8
+SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a text and, in runs/small, a run that was trained on it by the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    options = [*SMALL, "--kernels", "torch", "--max-steps", "3", "--sample-tokens", "5", "--seed", "1"]
+    command.main(["train", *options, "--data", str(folder / "text.txt"), "--out", str(folder / "runs" / "small")])
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    """A copy of that run, to be damaged."""
+    return Path(shutil.copytree(trained / "runs" / "small", tmp_path / "copy"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Every test runs in an empty folder of its own, without the environment's choice of kernels."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.delenv("MINIGPT_KERNELS", raising=False)
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a program through its door: (status, stdout, stderr)."""
+
+    def run(main, *arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            errors.door(lambda: main(list(map(str, arguments))))
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def train(argv: list[str]) -> None:
+    trainer.train(config.parse(argv))
+
+
+def one_line(result: tuple[int, str, str], *words: str) -> str:
+    """Holds a result to what wrong input must give, and returns its line."""
+    status, _, error = result
+    assert status == 1
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
+    for word in words:
+        assert word in error, error
+    return error
+
+
+# generate
+
+
+def test_generate_prints_the_text_and_nothing_else_on_stdout(call, trained):
+    options = ["--run", trained / "runs" / "small", "--seed", 5, "--max-new-tokens", 30, "--kernels", "torch"]
+    status, out, error = call(commands.generate, *options, "--prompt", "The fox")
+    assert status == 0
+    assert out.startswith("The fox") and out.endswith("\n") and len(out) == len("The fox") + 30 + 1
+    assert set(out) <= set(TEXT)
+    assert "attention=torch" in error and "30 characters" in error
+    assert call(commands.generate, *options, "--prompt", "The fox")[1] == out  # the seed
+    checkpoint = [*options[2:], "--run", trained / "runs" / "small" / "best"]
+    assert call(commands.generate, *checkpoint, "--prompt", "The fox")[1] == out
+
+
+def test_generate_takes_the_newest_run(call, trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    status, out, error = call(commands.generate, "--max-new-tokens", 4, "--temperature", 0)
+    assert status == 0 and len(out) == 5 and "runs/small" in error.replace("\\", "/")
+
+
+def test_generate_in_the_folder_of_the_run(call, trained, monkeypatch):
+    monkeypatch.chdir(trained / "runs" / "small")
+    assert call(commands.generate, "--run", ".", "--max-new-tokens", 1)[0] == 0
+    monkeypatch.chdir("last")
+    assert call(commands.generate, "--run", ".", "--max-new-tokens", 1)[0] == 0
+
+
+def test_generate_stops_before_the_stop_text(call, trained):
+    run = ["--run", trained / "runs" / "small", "--max-new-tokens", 200, "--seed", 1, "--temperature", 5]
+    _, whole, _ = call(commands.generate, *run, "--prompt", "q")
+    stop = whole[20:22]
+    status, out, _ = call(commands.generate, *run, "--prompt", "q", "--stop", stop)
+    assert status == 0
+    assert out == "q" + whole[1 : 1 + whole[1:].index(stop)] + "\n"
+
+
+def test_kernels_of_the_environment_and_of_the_flag(call, trained, monkeypatch):
+    run = ["--run", trained / "runs" / "small", "--max-new-tokens", 1]
+    monkeypatch.setenv("MINIGPT_KERNELS", "eager")
+    assert "attention=eager" in call(commands.generate, *run)[2]
+    assert (
+        "attention=torch, layer_norm=eager"
+        in call(commands.generate, *run, "--kernels", "attention=torch,layer_norm=eager")[2]
+    )
+    monkeypatch.setenv("MINIGPT_KERNELS", "cuda")
+    one_line(call(commands.generate, *run), "'cuda'", "triton")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", ""], ["prompt is empty", "--prompt"]),
+        (["--prompt", "caf\u00e9 5"], ["'\u00e9'", "'5'", "never seen"]),
+        (["--prompt", "a\udc80b"], ["never seen"]),
+        (["--stop", ""], ["stop text is empty"]),
+        (["--stop", "\u2603"], ["stop text"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--temperature", "nan"], ["temperature"]),
+        (["--temperature", "warm"], ["temperature", "warm"]),
+        (["--top-k", "1000"], ["top_k", "1000"]),
+        (["--top-k", "-3"], ["top_k"]),
+        (["--top-k", "2.5"], ["2.5"]),
+        (["--top-p", "0"], ["top_p"]),
+        (["--top-p", "1.5"], ["top_p"]),
+        (["--max-new-tokens", "-1"], ["max_new_tokens"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--device", "gpu"], ["'gpu'", "cpu"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--kernels", "cuda"], ["'cuda'", "eager", "torch", "triton"]),
+        (["--kernels", "matmul=torch"], ["'matmul'", "attention"]),
+        (["--kernels", "attention=fast"], ["'fast'"]),
+        (["--tempreature", "1"], ["--tempreature", "--temperature"]),
+        (["--temperature"], ["temperature"]),
+        (["unexpected"], ["unexpected"]),
+    ],
+)
+def test_generate_with_wrong_options(call, trained, options, words):
+    result = call(commands.generate, "--run", trained / "runs" / "small", *options)
+    one_line(result, *words)
+    assert result[1] == ""
+
+
+def test_generate_without_any_run(call, tmp_path):
+    one_line(call(commands.generate), "runs", "train first")
+    one_line(call(commands.generate, "--run", "missing"), "missing", "train first")
+    one_line(call(commands.generate, "--run", tmp_path), "no checkpoint")
+    for place in (".", "..", "/", ""):
+        one_line(call(commands.generate, "--run", place), "no checkpoint")
+    (tmp_path / "file").write_text("x")
+    one_line(call(commands.generate, "--run", tmp_path / "file"), "no checkpoint")
+
+
+# checkpoints that are not whole
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def widen(path: Path) -> None:
+    settings = json.loads(path.read_text())
+    settings["model"]["n_embd"] *= 2
+    path.write_text(json.dumps(settings))
+
+
+def shorten(path: Path) -> None:
+    tokenizer = json.loads(path.read_text())
+    tokenizer["characters"] += "\U0010ffff"
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("model.safetensors", Path.unlink, ["no checkpoint"]),
+        ("model.safetensors", truncate, ["model.safetensors", "damaged"]),
+        ("model.safetensors", lambda path: path.write_bytes(b""), ["model.safetensors", "damaged"]),
+        ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 1000), ["model.safetensors", "damaged"]),
+        ("config.json", Path.unlink, ["config.json", "missing"]),
+        ("config.json", truncate, ["config.json", "damaged"]),
+        ("config.json", lambda path: path.write_text("[]"), ["config.json", "damaged"]),
+        ("config.json", lambda path: path.write_text("{}"), ["config.json", "damaged"]),
+        ("config.json", lambda path: path.write_bytes(b"\xff"), ["config.json", "damaged"]),
+        ("config.json", widen, ["another shape"]),
+        ("tokenizer.json", Path.unlink, ["tokenizer.json", "missing"]),
+        ("tokenizer.json", lambda path: path.write_text("{}"), ["tokenizer"]),
+        ("tokenizer.json", shorten, ["do not belong together"]),
+        ("state.json", Path.unlink, ["state.json", "missing"]),
+    ],
+)
+def test_generate_from_a_damaged_checkpoint(call, copy, name, damage, words):
+    for checkpoint in ("best", "last"):
+        damage(copy / checkpoint / name)
+    one_line(call(commands.generate, "--run", copy, "--max-new-tokens", 1), *words)
+
+
+def test_generate_from_a_model_that_has_diverged(call, copy):
+    path = copy / "best" / "model.safetensors"
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+    status, _, error = call(commands.generate, "--run", copy, "--max-new-tokens", 1)
+    assert status == 1
+    assert error.splitlines()[-1].startswith("error: ") and "diverged" in error
+
+
+# evaluate
+
+
+def test_evaluate_gives_what_training_measured(call, trained):
+    summary = json.loads((trained / "runs" / "small" / "summary.json").read_text())
+    status, out, _ = call(commands.evaluate, "--run", trained / "runs" / "small" / "last")
+    assert status == 0
+    found = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert found["tokens"] == f"{summary['val_tokens']:,}"
+    assert found["loss"] == f"{summary['val_loss']:.4f} nats per token"
+    assert found["perplexity"] == f"{summary['perplexity']:.3f}"
+
+
+def test_evaluate_on_another_text(call, trained, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("The fox has 99 balloons.\n" * 20)
+    status, out, _ = call(commands.evaluate, "--run", trained / "runs" / "small", "--data", other, "--max-tokens", 7)
+    assert status == 0 and "1 kinds of characters are unknown" in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("tokens")] == ["7"]
+
+
+def test_evaluate_with_wrong_input(call, trained, copy, tmp_path):
+    run = ["--run", trained / "runs" / "small"]
+    one_line(call(commands.evaluate, *run, "--max-tokens", -1), "max_tokens")
+    one_line(call(commands.evaluate, *run, "--data", "missing.txt"), "missing.txt")
+    (tmp_path / "short.txt").write_text("The")
+    one_line(call(commands.evaluate, *run, "--data", tmp_path / "short.txt"), "longer text")
+    state = json.loads((copy / "best" / "state.json").read_text())
+    (copy / "best" / "state.json").write_text(json.dumps(state | {"corpus": "0" * 64}))
+    one_line(call(commands.evaluate, "--run", copy), "another text", "--data")
+    one_line(call(commands.evaluate), "train first")
+
+
+# train: what the command line itself must refuse; tests of the trainer look at the rest
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "huge"], ["'huge'", "tiny", "shakespeare-cpu", "gpt2-xl"]),
+        (["--kernels", "cuda"], ["'cuda'", "eager", "torch", "triton"]),
+        (["--kernels", "attention=triton,softmax=torch"], ["'softmax'", "attention", "layer_norm", "loss"]),
+        (["--device", "tpu"], ["'tpu'", "cpu"]),
+        (["--n-layers", "3"], ["--n-layers", "--n-layer"]),
+        (["--max-steps", "many"], ["many"]),
+        (["--max-steps"], ["max-steps"]),
+        (["--dtype", "fp8"], ["fp8", "bf16"]),
+        (["--block-size", "0"], ["block_size"]),
+        (["--n-head", "3"], ["n_head", "n_embd"]),
+        (["--data", "missing.txt"], ["missing.txt", "--data"]),
+        (["--data", "."], ["folder"]),
+        (["--data", "empty.txt"], ["empty.txt", "no text"]),
+        (["--data", "latin.txt"], ["latin.txt", "UTF-8"]),
+        (["--data", "short.txt"], ["longer text"]),
+        (["--data", "text.txt", "--prompt", "\u2603"], ["'\u2603'"]),
+        (["--data", "text.txt", "--out", "text.txt/run"], ["text.txt"]),
+        (["--data", "text.txt", "--resume", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_train_with_wrong_options(call, options, words):
+    Path("text.txt").write_text(TEXT)
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    Path("short.txt").write_text("To be, or not")
+    before = sorted(Path().rglob("*"))
+    one_line(call(train, *options), *words)
+    assert sorted(Path().rglob("*")) == before  # nothing half-written
+
+
+# python -m minigpt
+
+
+def test_help_lists_every_command(call):
+    status, out, _ = call(command.main, "--help")
+    assert status == 0
+    for name in command.COMMANDS:
+        assert name in out
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_every_command_has_typed_help(call, name):
+    status, out, error = call(command.main, name, "--help")
+    assert status == 0 and error == ""
+    assert f"python -m minigpt {name}" in out and "--kernels" in out and "--device" in out
+    assert "INT" in out
+
+
+def test_wrong_commands(call):
+    one_line(call(command.main), "train", "generate", "evaluate", "showcase")
+    one_line(call(command.main, "frobnicate"), "'frobnicate'", "train", "showcase")
+    one_line(call(command.main, "genrate"), "did you mean generate?")
+    one_line(call(command.main, "showcase", "--out"), "--out")
+    one_line(call(command.main, "showcase", "--kernels", "fast"), "'fast'", "triton")
+
+
+def test_the_showcase_has_a_status(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("minigpt.showcase.STEPS", 1)
+    result = call(command.main, "showcase", "--kernels", "torch", "--out", tmp_path)
+    one_line(result, "2 of 4 stations failed: training, generation")
+
+
+# The programs themselves
+
+
+def program(*arguments, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, env=environment, timeout=120, **options
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return done
+
+
+def test_generate_py_writes_utf8_or_what_the_terminal_has(trained):
+    done = program(
+        ROOT / "generate.py", "--run", trained / "runs" / "small", "--prompt", "fox", "--max-new-tokens", "3",
+        env={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith(b"fox") and len(done.stdout.strip(b"\n")) >= 3
+
+
+def test_the_module_says_no_in_one_line():
+    done = program("-m", "minigpt", "frobnicate")
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith("error: unknown command 'frobnicate'") and done.stderr.count(b"\n") == 1
+
+
+def test_train_py_says_no_in_one_line(tmp_path):
+    done = program(ROOT / "train.py", "--data", tmp_path / "caf\u00e9.txt", env={"LC_ALL": "C"})
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: there is no file") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise on Windows")
+def test_a_closed_pipe_ends_quietly(trained):
+    arguments = ["--run", str(trained / "runs" / "small"), "--max-new-tokens", "2000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        error = process.stderr.read()
+        status = process.wait(120)
+    assert status == 141 and b"Traceback" not in error and b"Exception ignored" not in error
