@@ -224,7 +224,7 @@ def _sync(path: Path) -> None:
 
 
 def _previous(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".previous")
+    return folder.parent / f"{folder.name}.previous"  # with_name would refuse "."
 
 
 def _replace(draft: Path, folder: Path) -> None:
