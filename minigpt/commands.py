@@ -4,7 +4,6 @@ Each command is a dataclass of typed options, from which the flags and the --hel
 out. They raise UserError for whatever a person can put right.
 """
 
-import io
 import os
 import sys
 import time
@@ -101,8 +100,6 @@ def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> No
     )
     # Only the text itself goes to stdout, so that it can be piped on.
     print(f"{folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     print(prompt, end="", flush=True)
     began, characters = time.perf_counter(), 0
     try:

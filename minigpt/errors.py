@@ -1,6 +1,7 @@
 """What a person can get wrong, told in one line; and the door that every program of ours goes through."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -89,8 +90,10 @@ def door(main: Callable[[], None]) -> None:
     """Run `main` as a whole program: print what a person caused as one line on stderr, and exit with the right status.
 
     UserError, full disks and missing permissions end with status 1, Ctrl-C with 130, a closed pipe (`... | head`)
-    quietly with 141. A bug of ours keeps its traceback.
+    quietly with 141. A bug of ours keeps its traceback. Where the terminal lacks a character, "?" is shown.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

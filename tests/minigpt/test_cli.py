@@ -331,12 +331,15 @@ def program(*arguments, **options) -> subprocess.CompletedProcess:
     return done
 
 
-def test_generate_py_writes_utf8_or_what_the_terminal_has(trained):
-    done = program(
-        ROOT / "generate.py", "--run", trained / "runs" / "small", "--prompt", "fox", "--max-new-tokens", "3",
-        env={"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.startswith(b"fox") and len(done.stdout.strip(b"\n")) >= 3
+def test_a_terminal_that_lacks_a_character_shows_another():
+    code = "from minigpt import errors; errors.door(lambda: print('snow\N{SNOWMAN}man'))"
+    done = program("-c", code, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.strip() == b"snow?man"
+
+
+def test_generate_py(trained):
+    done = program(ROOT / "generate.py", "--run", trained / "runs" / "small", "--prompt", "fox", "--max-new-tokens", 3)
+    assert done.returncode == 0 and done.stdout.startswith(b"fox") and b"3 characters" in done.stderr
 
 
 def test_the_module_says_no_in_one_line():
