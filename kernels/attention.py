@@ -495,13 +495,11 @@ BACKWARD_KEY = {
 for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
     _table["sm_100"] = _table["sm_90"]
 
-_INTERPRETER_TILE = (128, 128, 4, 1)  # its cost is per program
-
 
 def _tile(table: dict, owned: int, spec: Spec, tf32: bool, device: Device) -> tuple[int, int, int, int]:
     """The tile for a kernel whose programs own queries or keys, of which there are `owned` a head."""
-    if device.arch == "interpreter":
-        return _INTERPRETER_TILE
+    if device.arch == "interpreter":  # its cost is per program
+        return 128, 128, 4, 1
     kind = "half" if spec.dtype != torch.float32 else "tf32" if tf32 else "ieee"
     block_q, block_k, warps, stages = table[device.tiles][kind][max(64, next_power_of_2(spec.shape[-1]))]
     if owned <= 64 and warps == 8:  # half of a tile of 128 would be padding: as many rows a warp, half the warps

@@ -141,12 +141,13 @@ def _cross_entropy_backward(
 # ---------------------------------------------------------------- plan
 
 
-def _tile(n_classes: int, device: Device) -> tuple[int, int, int]:
+def _tile(n_rows: int, n_classes: int, device: Device) -> tuple[int, int, int]:
     """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short."""
-    interpreted = device.arch == "interpreter"
-    block_v = max(16, min(next_power_of_2(n_classes), 1 << 16 if interpreted else 4096))
-    rows = max(1, (1 << 18 if interpreted else 2048) // block_v)
-    return block_v, rows, 4 if block_v <= 2048 else 8
+    if device.arch == "interpreter":  # its cost is per program
+        block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
+        return block_v, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_v)), 4
+    block_v = max(16, min(next_power_of_2(n_classes), 4096))
+    return block_v, max(1, 2048 // block_v), 4 if block_v <= 2048 else 8
 
 
 def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
@@ -160,7 +161,7 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = _tile(n_classes, device)
+    block_v, rows, warps = _tile(n_rows, n_classes, device)
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
     arguments |= {"n_rows": n_rows} | _numbers(specs, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
@@ -169,7 +170,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = _tile(n_classes, device)
+    block_v, rows, warps = _tile(n_rows, n_classes, device)
     arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     arguments |= _numbers(specs, options)

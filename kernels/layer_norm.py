@@ -237,18 +237,19 @@ ONE_BLOCK = 16384  # longest row held in registers: 32 elements a thread with 16
 CHUNK = 4096  # what a program walks a longer row in
 
 
-def _block(n: int, device: Device) -> tuple[int, int, int]:
+def _block(n_rows: int, n: int, device: Device) -> tuple[int, int, int]:
     """(BLOCK_N, rows a program, warps): 16 elements a thread, so that bf16 rows load 16 bytes at a time."""
     block_n = max(16, next_power_of_2(n))
-    elements = 1 << 18 if device.arch == "interpreter" else 2048
-    return block_n, max(1, elements // block_n), min(16, max(4, block_n // 512))
+    if device.arch == "interpreter":  # its cost is per program
+        return block_n, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_n)), 4
+    return block_n, max(1, 2048 // block_n), min(16, max(4, block_n // 512))
 
 
 def _parts(n_rows: int, n: int, device: Device) -> int:
     """How many programs, and so workspace rows, share the parameters' gradients: enough to fill the device."""
     if n > ONE_BLOCK:
         return min(n_rows, max(1, 4 * device.processors * CHUNK // next_power_of_2(n)))
-    _, rows, warps = _block(n, device)
+    _, rows, warps = _block(n_rows, n, device)
     return min(cdiv(n_rows, rows), device.processors * (16 // warps))
 
 
@@ -259,7 +260,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     if n > ONE_BLOCK:
         arguments = tensors | {"row_stride": row_stride, "N": n, "eps": options["eps"]}
         return [Launch(_layer_norm_forward_long, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)]
-    block_n, rows, warps = _block(n, device)
+    block_n, rows, warps = _block(n_rows, n, device)
     arguments = tensors | {"n_rows": n_rows, "row_stride": row_stride, "eps": options["eps"]}
     constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
     return [Launch(_layer_norm_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 1)]
@@ -281,14 +282,16 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             grid = (cdiv(n, CHUNK) * n_parts,)
             launches.append(Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1))
     else:
-        block_n, rows, warps = _block(n, device)
+        block_n, rows, warps = _block(n_rows, n, device)
         arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput", "dweight_parts", "dbias_parts")
         constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
         launches.append(
             Launch(_layer_norm_backward, (n_parts,), arguments | {"n_rows": n_rows} | strides, constexprs, warps, 1)
         )
     if has_parameters:
-        block_p, block_n = (256, 1024) if device.arch == "interpreter" else (32, 32)
+        block_p, block_n = 32, 32
+        if device.arch == "interpreter":
+            block_p, block_n = min(256, next_power_of_2(n_parts)), min(1024, next_power_of_2(n))
         arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
         arguments |= {"n_parts": n_parts, "N": n}
         constexprs = {"BLOCK_P": block_p, "BLOCK_N": block_n}

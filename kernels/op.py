@@ -105,6 +105,33 @@ def count_launches() -> Iterator[collections.Counter]:
         _counters.remove(counter)
 
 
+@contextlib.contextmanager
+def _interpreting() -> Iterator[None]:
+    """Let one launch in Triton's interpreter be silent and quicker.
+
+    Padding may divide by zero, as silently as on a GPU. And at every call of a helper, of tl.sum and tl.zeros too, the
+    interpreter looks through all of triton.language for what it has yet to replace, which takes half of its time:
+    once a launch is enough for each module that a function was written in.
+    """
+    from triton.runtime import interpreter
+
+    replace, seen = interpreter._patch_lang, set()
+
+    def replace_once(function):
+        module = id(function.__globals__)
+        if module in seen:
+            return interpreter._LangPatchScope()
+        seen.add(module)
+        return replace(function)
+
+    interpreter._patch_lang = replace_once
+    try:
+        with numpy.errstate(all="ignore"):
+            yield
+    finally:
+        interpreter._patch_lang = replace
+
+
 @functools.lru_cache(maxsize=4096)
 def _launches(plan: Plan, specs: tuple, options: tuple, device: Device) -> list[Launch]:
     return [launch for launch in plan(dict(specs), dict(options), device) if 0 not in launch.grid]
@@ -122,13 +149,13 @@ def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) 
     if refusal:
         raise RuntimeError(refusal)
     elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
-    context = contextlib.nullcontext()
-    if devices.INTERPRETED:
-        context = numpy.errstate(all="ignore")  # padding may divide by zero, as silently as on a GPU
-    elif elsewhere:
-        context = torch.cuda.device(first.device)
-    with context:
-        for launch in launches:
+    for launch in launches:
+        context = contextlib.nullcontext()
+        if devices.INTERPRETED:
+            context = _interpreting()
+        elif elsewhere:
+            context = torch.cuda.device(first.device)
+        with context:
             arguments = [
                 tensors[name.removesuffix("_ptr")] if isinstance(value, Spec) else value
                 for name, value in launch.arguments.items()
