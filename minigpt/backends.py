@@ -83,7 +83,7 @@ def parse_request(request: str | None) -> dict[str, str]:
 
     Raises UserError for an unknown op or backend, listing the right ones.
     """
-    request = (request or AUTO).strip().lower()
+    request = (request or "").strip().lower() or AUTO
     if "=" not in request:
         return dict.fromkeys(OPS, _known_backend(request))
     asked = dict.fromkeys(OPS, AUTO)

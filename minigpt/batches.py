@@ -29,7 +29,7 @@ class Batches:
         self.seed = seed
         # Row i is tokens[i : i + window + 1], a view: gathering rows of it is one indexing operation.
         self._rows = tokens.unfold(0, window + 1, 1)
-        # One window short of what fits, where the text allows, so that the cut can be anywhere.
+        # One window fewer than fit, where the text allows, so that the first can start anywhere in a window.
         self._per_epoch = max(1, len(tokens) // window - 1)
         self._epoch = -1
         self._starts = torch.empty(0, dtype=torch.int64)
@@ -51,7 +51,7 @@ class Batches:
         if epoch != self._epoch:
             random = np.random.default_rng([self.seed, epoch])
             last_offset = len(self._rows) - 1 - (self._per_epoch - 1) * self.window
-            offset = random.integers(min(self.window, last_offset + 1))
+            offset = random.integers(last_offset + 1)
             starts = offset + self.window * random.permutation(self._per_epoch)
             self._starts = torch.from_numpy(starts).to(self._rows.device)
             self._epoch = epoch

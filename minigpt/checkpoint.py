@@ -14,6 +14,7 @@ a kill never leaves half of one: the one before stays.
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,10 +180,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        # safetensors tells the operating system's errors in words of its own.
-        if "os error 28" in str(error):
-            raise UserError(f"{path}: the disk is full; free some space, or write somewhere else") from error
-        raise UserError(f"{path} cannot be written ({error})") from error
+        # safetensors tells the system's errors in words of its own, the number among them.
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from error
     _sync(path)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
@@ -247,13 +248,20 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainCon
     Raises UserError for whatever is wrong with it; SystemExit(0) after --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    request = _peek(argv, "kernels") or os.environ.get("MINIGPT_KERNELS") or backends.AUTO
+    request = _peek(argv, "kernels") or os.environ.get("MINIGPT_KERNELS")
+    if (run := _peek(argv, "resume")) is not None:
+        from . import checkpoint  # it imports this module
+
+        default = checkpoint.load(Path(run) / "last").config
+        return command_line(
+            TrainConfig, argv, prog=prog, default=dataclasses.replace(default, kernels=request or default.kernels)
+        )
     device = pick_device(_peek(argv, "device") or "auto")
     name = _peek(argv, "preset")
     if name is None:
         on_cpu = "tiny" if backends.will_interpret(request, device) else "shakespeare-cpu"
         name = on_cpu if device.type == "cpu" else "shakespeare"
-    return command_line(TrainConfig, argv, prog=prog, default=preset(name, kernels=request))
+    return command_line(TrainConfig, argv, prog=prog, default=preset(name, kernels=request or backends.AUTO))
 
 
 def command_line(kind: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
@@ -286,7 +294,7 @@ def _one_line(box: str, prog: str) -> str:
 def _peek(argv: Sequence[str], flag: str) -> str | None:
     """The value of --flag in argv, or None: what the defaults depend on is read before everything else."""
     found = None
-    for here, after in zip(argv, [*argv[1:], None], strict=True):
+    for here, after in itertools.pairwise([*argv, None]):
         if here == f"--{flag}":
             found = after
         elif here.startswith(f"--{flag}="):

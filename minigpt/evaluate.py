@@ -63,15 +63,17 @@ def evaluate(model: GPT, tokens: Tensor, *, max_tokens: int = 0, dtype: torch.dt
 def _windows(tokens: Tensor, block: int, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets, (n, T) int64 each, of the windows to evaluate, several at once."""
     count = len(tokens) - 1
-    whole = count - count % block
-    inputs, targets = tokens[:whole].view(-1, block), tokens[1 : whole + 1].view(-1, block)
-    rest = tokens[None, whole:count], tokens[None, whole + 1 :]
-    if 0 < max_tokens < count:
+    if not 0 < max_tokens < count:
+        whole = count // block
+        inputs, targets = tokens[: whole * block].view(whole, block), tokens[1 : whole * block + 1].view(whole, block)
+        rest = tokens[None, whole * block : count], tokens[None, whole * block + 1 :]
+    else:
         block = min(block, max_tokens)
         inputs, targets = tokens[:count].unfold(0, block, block), tokens[1:].unfold(0, block, block)
         chosen = torch.linspace(0, len(inputs) - 1, max_tokens // block, dtype=torch.float64).long().to(tokens.device)
-        inputs, targets, rest = inputs[chosen], targets[chosen], (tokens[None, :0], tokens[None, :0])
+        inputs, targets = inputs[chosen], targets[chosen]
+        rest = tokens[None, :0], tokens[None, :0]
     rows = max(1, _TOKENS_AT_ONCE // block)
-    yield from zip(inputs.split(rows), targets.split(rows), strict=True)
-    if rest[0].numel():
-        yield rest
+    for part in (*zip(inputs.split(rows), targets.split(rows), strict=True), rest):
+        if part[0].numel():
+            yield part

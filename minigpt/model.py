@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .backends import Backends
 from .config import ModelConfig
+from .gelu import gelu
 
 IGNORE = -100
 """A target with this value does not count in the loss."""
@@ -41,9 +42,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
+        )
         y = self.ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -55,8 +59,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2's GELU is the tanh form (Hendrycks & Gimpel 2016), not the erf form that PyTorch defaults to.
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up(x)))
 
 
 class Block(nn.Module):

@@ -156,7 +156,12 @@ class Session:
         )
         if config.sample_tokens:
             text = sampling.complete(
-                self.model, self.tokenizer, config.prompt, max_new_tokens=config.sample_tokens, seed=config.seed
+                self.model,
+                self.tokenizer,
+                config.prompt,
+                max_new_tokens=config.sample_tokens,
+                temperature=0.8,
+                seed=config.seed,
             )
             write_text(self.folder / "samples.txt", text + "\n")
             self.display.line(f"sample:\n{text}")

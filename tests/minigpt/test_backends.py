@@ -1,0 +1,96 @@
+"""The flag: what it names is what runs, or an error says why not."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+import kernels
+import kernels.reference
+from minigpt import backends
+from minigpt.backends import OPS, parse_request, resolve, will_interpret
+from minigpt.errors import UserError
+
+CPU = torch.device("cpu")
+NAMES = {"attention": "scaled_dot_product_attention", "layer_norm": "layer_norm", "loss": "cross_entropy"}
+
+
+@pytest.fixture
+def runs_anywhere(monkeypatch):
+    monkeypatch.setattr(kernels.device, "why_not", lambda device: None)
+
+
+@pytest.mark.parametrize(("backend", "home"), [("eager", kernels.reference), ("torch", F), ("triton", kernels)])
+def test_one_name_for_all_ops(backend, home, runs_anywhere):
+    for request in (backend, f" {backend.upper()} ", ",".join(f"{op} = {backend}" for op in OPS)):
+        ops = resolve(request, CPU)
+        assert ops.names == dict.fromkeys(OPS, backend)
+        for op in OPS:
+            assert getattr(ops, op) is getattr(home, NAMES[op])
+
+
+def test_ops_that_are_not_named_follow_auto(runs_anywhere):
+    ops = resolve("loss=triton,attention=eager", CPU)
+    assert ops.names == {"attention": "eager", "layer_norm": "torch", "loss": "triton"}
+    assert ops.loss is kernels.cross_entropy and ops.layer_norm is F.layer_norm
+    assert ops.choices["layer_norm"].reason == "no GPU" and "asked for" in ops.choices["loss"].reason
+
+
+@pytest.mark.parametrize("request_text", [None, "", "auto", "  ", "attention=auto"])
+def test_auto_is_torch_until_a_measurement_says_otherwise(request_text):
+    assert resolve(request_text, CPU).names == dict.fromkeys(OPS, "torch")
+    on_gpu = resolve(request_text, torch.device("cuda"))
+    assert on_gpu.names == dict.fromkeys(OPS, "torch")
+    assert all("no measurement" in choice.reason for choice in on_gpu.choices.values())
+
+
+@pytest.mark.parametrize(
+    ("request_text", "said"),
+    [
+        ("cuda", "unknown kernels 'cuda'.*auto, eager, torch, triton"),
+        ("attention=fast", "unknown kernels 'fast'.*eager, torch, triton"),
+        ("attention=", "unknown kernels ''"),
+        ("softmax=triton", "unknown op 'softmax'.*attention, layer_norm, loss"),
+        ("attention=triton,", "unknown op ''"),
+        ("attention=triton,loss", "unknown op 'loss'|unknown kernels ''"),
+        ("attention=torch,attention=eager", "named twice"),
+    ],
+)
+def test_wrong_names_list_the_right_ones(request_text, said):
+    with pytest.raises(UserError, match=said):
+        parse_request(request_text)
+
+
+def test_a_kernel_that_cannot_run_is_an_error_and_never_a_fallback(monkeypatch):
+    monkeypatch.setattr(kernels.device, "why_not", lambda device: "Triton is not installed: pip install triton")
+    for request in ("triton", "layer_norm=triton"):
+        with pytest.raises(UserError, match=r"triton cannot run on cpu.*pip install triton"):
+            resolve(request, CPU)
+        assert not will_interpret(request, CPU)
+    assert resolve("eager", CPU).names == dict.fromkeys(OPS, "eager")
+
+
+def test_the_interpreter_is_loud(monkeypatch, runs_anywhere):
+    monkeypatch.setattr(kernels.device, "INTERPRETED", True)
+    ops = resolve("loss=triton", CPU)
+    assert ops.interpreted and "INTERPRETER" in ops.warning and "slow" in ops.warning
+    assert resolve("torch", CPU).warning is None
+    monkeypatch.setattr(kernels.device, "INTERPRETED", False)
+    assert resolve("loss=triton", CPU).warning is None
+
+
+def test_the_table_names_each_op_its_backend_and_the_reason():
+    out = io.StringIO()
+    ops = resolve("attention=eager", CPU)
+    Console(file=out, width=120).print(ops.table())
+    rows = [line for line in out.getvalue().splitlines() if any(op in line for op in OPS)]
+    for row, (op, choice) in zip(rows, ops.choices.items(), strict=True):
+        assert op in row and choice.backend in row and choice.reason in row
+
+
+def test_every_backend_has_every_op():
+    assert set(backends.BACKENDS) == {"eager", "torch", "triton"}
+    for home in (kernels, kernels.reference, F):
+        assert all(callable(getattr(home, name)) for name in NAMES.values())
