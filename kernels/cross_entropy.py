@@ -334,7 +334,7 @@ def cross_entropy(
     logits = input.movedim(classes, -1).reshape(math.prod(target.shape), n_classes)
     out_dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
     weight = None if weight is None else weight.detach().contiguous()
-    labels = target.reshape(-1).to(torch.int64)
+    labels = target.reshape(-1).to(torch.int64).contiguous()
     loss = forward(logits, labels, weight, ignore_index, reduction, float(label_smoothing), out_dtype)[0]
     return loss.view(target.shape) if reduction == "none" else loss
 

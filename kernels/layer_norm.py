@@ -421,8 +421,8 @@ def layer_norm(
     if n == 0:
         return input.to(out_dtype, copy=True)
     flat = input.reshape(-1, n)
-    weight = None if weight is None else weight.reshape(n)
-    bias = None if bias is None else bias.reshape(n)
+    weight = None if weight is None else weight.reshape(n).contiguous()
+    bias = None if bias is None else bias.reshape(n).contiguous()
     return forward(flat, weight, bias, eps, out_dtype)[0].view(input.shape)
 
 
