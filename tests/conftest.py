@@ -1,0 +1,129 @@
+"""What every test shares: the interpreter's choice, the device, the skips that are allowed, the parity table."""
+
+import fnmatch
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks and profiling run from the checkout, they are not installed
+
+import kernels  # noqa: E402, I001 - before anything that imports Triton
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
+RATIOS = pytest.StashKey[dict]()
+SKIPPED = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--measure-caps",
+        metavar="FILE",
+        help="hold the parity tests to no cap, and write caps from their errors, as tests/kernels/caps.json has them",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreter: needs Triton's interpreter in a process of its own")
+    config.stash[RATIOS] = {}
+    config.stash[SKIPPED] = []
+
+
+def _interpreter_misfit() -> str | None:
+    """Why Triton's interpreter cannot work with the installed numpy, if it cannot."""
+    if not kernels.device.HAS_TRITON:
+        return "Triton is not installed"
+    import numpy
+    import triton
+
+    numbers = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if numbers[0] < (3, 7) and numbers[1] >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} does not work with numpy {numpy.__version__}"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = None if torch.cuda.is_available() else "needs a CUDA GPU"
+    # without a GPU the interpreter is what is tested: there a misfit is a failure
+    misfit = _interpreter_misfit() if torch.cuda.is_available() or not kernels.device.HAS_TRITON else None
+    for item in items:
+        for marker, reason in (("gpu", no_gpu), ("interpreter", misfit)):
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run here: the GPU, or the CPU in Triton's interpreter."""
+    chosen = torch.device("cuda" if torch.cuda.is_available() and not kernels.device.INTERPRETED else "cpu")
+    refusal = kernels.device.why_not(chosen)
+    if not kernels.device.HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    assert refusal is None, refusal
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def ratios(request) -> dict:
+    """(op, dtype, quantity) -> {"max": (ratio, case), "rms": ..., "error_max": ..., "error_rms": ...}, the largest."""
+    return request.config.stash[RATIOS]
+
+
+# ---------------------------------------------------------------- what may skip
+
+
+def _allowed() -> list[tuple[str, str]]:
+    lines = (line.strip() for line in ALLOWED_SKIPS.read_text().splitlines())
+    return [tuple(part.strip() for part in line.split("|", 1)) for line in lines if line and not line.startswith("#")]
+
+
+def _note_skip(config, report):
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    allowed = any(fnmatch.fnmatch(report.nodeid, where) and fnmatch.fnmatch(reason, why) for where, why in _allowed())
+    if not allowed:
+        config.stash[SKIPPED].append((report.nodeid, reason))
+
+
+class _Skips:
+    """Collects the skips that no line of allowed_skips.txt covers; the reports' hooks are not given the config."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        _note_skip(self.config, report)
+
+    def pytest_collectreport(self, report):
+        _note_skip(self.config, report)
+
+
+def pytest_sessionstart(session):
+    session.config.pluginmanager.register(_Skips(session.config), "allowed-skips")
+
+
+def pytest_sessionfinish(session):
+    if session.config.stash[SKIPPED] and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+# ---------------------------------------------------------------- what is printed at the end
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    table = config.stash[RATIOS]
+    if table:
+        terminalreporter.section("parity: error / what the numerics contract allows, the worst case of each")
+        terminalreporter.write_line(f"{'op':<30}{'dtype':<10}{'quantity':<10}{'max':>6}  {'case':<28}{'RMS':>6}  case")
+        for (op, dtype, quantity), worst in sorted(table.items()):
+            (high, high_case), (rms, rms_case) = worst["max"], worst["rms"]
+            line = f"{op:<30}{dtype:<10}{quantity:<10}{high:>6.2f}  {high_case:<28}{rms:>6.2f}  {rms_case}"
+            terminalreporter.write_line(line)
+    if config.stash[SKIPPED]:
+        terminalreporter.section("skipped, and not in tests/allowed_skips.txt: this run fails")
+        for nodeid, reason in config.stash[SKIPPED]:
+            terminalreporter.write_line(f"{nodeid} | {reason}", red=True)

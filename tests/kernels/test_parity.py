@@ -1,0 +1,246 @@
+"""Every op, case and dtype against PyTorch and float64 by the numerics contract; memory, layouts, repetition."""
+
+import json
+
+import pytest
+import torch
+from parity import (
+    DTYPES,
+    LAYOUTS,
+    check,
+    differentiate,
+    guarded_allocations,
+    in_float64,
+    incoming,
+    inputs_of,
+    name_of,
+    read_caps,
+    torch_errors,
+    torch_functions,
+)
+
+from kernels import catalogue
+from kernels.device import INTERPRETED, TARGETS
+from kernels.op import Case, plan_for
+
+OPS = {op.name: op for op in catalogue.OPS}
+CASES = [(name, case.name) for name, op in OPS.items() for case in op.cases]
+
+
+def _case(op, name):
+    return next(case for case in op.cases if case.name == name)
+
+
+@pytest.fixture(scope="module")
+def caps(request, ratios):
+    """The committed caps; or none, and the run's errors are written instead, with --measure-caps."""
+    path = request.config.getoption("--measure-caps")
+    yield None if path else read_caps()
+    if path:
+        table = {}
+        for (op, dtype, quantity), worst in sorted(ratios.items()):
+            # a quarter of room: the errors of another device and version differ by less
+            cap = {measure: float(f"{1.25 * worst[f'error_{measure}']:.3g}") for measure in ("max", "rms")}
+            table.setdefault(op, {}).setdefault(dtype, {})[quantity] = cap
+        with open(path, "w") as file:
+            json.dump({"caps": table}, file, indent=1)
+
+
+@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda value: value)
+def test_reference_is_pytorchs_function_in_float64(op, case):
+    op, case = OPS[op], _case(OPS[op], case)
+    inputs = inputs_of(op, case, torch.float64, "cpu")
+    grad = incoming(op, inputs, case.options)
+    ours = differentiate(op.reference, op, inputs, case.options, grad)
+    for function in torch_functions(op):
+        theirs = differentiate(function, op, inputs, case.options, grad)
+        for quantity, exact in theirs.items():
+            torch.testing.assert_close(ours[quantity], exact, rtol=1e-12, atol=1e-12)
+
+
+def _hold(op, case, dtype, device, ratios, caps=None):
+    """The case's first draw by the contract."""
+    inputs = inputs_of(op, case, dtype, device)
+    grad = incoming(op, inputs, case.options)
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    with guarded_allocations():
+        ours = differentiate(op.public, op, inputs, case.options, grad)
+    assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items()), "an input was modified"
+    truth = differentiate(op.reference, op, in_float64(inputs), case.options, grad.double())
+    theirs = torch_errors(op, case, dtype, device)
+    check(ratios, op, case.name, dtype, ours, theirs, truth, caps=caps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(("op", "case"), CASES, ids=lambda value: value)
+def test_parity(op, case, dtype, device, ratios, caps):
+    _hold(OPS[op], _case(OPS[op], case), dtype, device, ratios, caps)
+
+
+# ---------------------------------------------------------------- the tiles that GPUs get, in the interpreter
+
+TILES = {  # several tiles of every loop, one of them partly filled
+    "scaled_dot_product_attention": [
+        Case("d64", {"query": (1, 2, 150, 64), "key": (1, 1, 150, 64), "value": (1, 1, 150, 64)},
+             {"is_causal": True, "enable_gqa": True}),
+        Case("d64-even", {"query": (1, 1, 256, 64), "key": (1, 1, 256, 64), "value": (1, 1, 256, 64)},
+             {"is_causal": True}),
+        Case("d20-offset", {"query": (1, 1, 70, 20), "key": (1, 1, 203, 20), "value": (1, 1, 203, 20)},
+             {"is_causal": True, "query_offset": 91}),
+        Case("d16-full", {"query": (2, 1, 40, 16), "key": (2, 1, 77, 16), "value": (2, 1, 77, 16)}, {}),
+        Case("d96-back", {"query": (1, 1, 130, 96), "key": (1, 1, 65, 96), "value": (1, 1, 65, 96)},
+             {"is_causal": True, "query_offset": -29}),
+        Case("d130", {"query": (1, 1, 67, 130), "key": (1, 1, 67, 130), "value": (1, 1, 67, 130)},
+             {"is_causal": True}),
+    ],
+    "layer_norm": [
+        Case(f"{rows}x{n}", {"input": (rows, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
+        for rows, n in ((50, 65), (9, 768), (3, 5000), (2, 16_500))
+    ],
+    "cross_entropy": [
+        Case("65", {"input": (70, 65), "target": (70,)}, {"ignore_index": -100}),
+        Case("9001", {"input": (3, 9001), "target": (3,), "weight": (9001,)}, {"label_smoothing": 0.1}),
+    ],
+}  # fmt: skip
+
+
+def _tile_problems() -> list:
+    problems = []
+    for name, cases in TILES.items():
+        for case in cases:
+            for arch in TARGETS:
+                for dtype in (torch.float32, torch.bfloat16):
+                    # the default run takes the main target; attention's fp32 tiles are small, and many
+                    main = arch == "sm_90" and (dtype == torch.bfloat16 or case.name in ("d20-offset", "9x768", "65"))
+                    marks = () if main else pytest.mark.slow
+                    label = f"{name}-{case.name}-{arch}-{name_of(dtype)}"
+                    problems.append(pytest.param(name, case, arch, dtype, marks=marks, id=label))
+    return problems
+
+
+@pytest.mark.parametrize(("op", "case", "arch", "dtype"), _tile_problems())
+def test_parity_of_a_gpus_tiles(op, case, arch, dtype, device):
+    if not INTERPRETED:
+        pytest.skip("the device's own tiles run in every other test")
+    with plan_for(TARGETS[arch]):
+        _hold(OPS[op], case, dtype, device, {})
+
+
+# ---------------------------------------------------------------- layouts
+
+LAID_OUT = {  # every input, several rows, nothing of size 1
+    "scaled_dot_product_attention": Case(
+        "grouped", {"query": (2, 2, 21, 16), "key": (2, 1, 13, 16), "value": (2, 1, 13, 16)},
+        {"is_causal": True, "enable_gqa": True},
+    ),
+    "layer_norm": Case(
+        "affine", {"input": (3, 5, 24), "weight": (24,), "bias": (24,)}, {"normalized_shape": (24,)}
+    ),
+    "cross_entropy": Case(
+        "pixels", {"input": (5, 24, 3), "target": (5, 3), "weight": (24,)},
+        {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 2},
+    ),
+}  # fmt: skip
+
+
+def _run(op, inputs, grad, options):
+    with guarded_allocations():
+        return differentiate(op.public, op, inputs, options, grad)
+
+
+def _same(ours, expected):
+    """In the interpreter the arithmetic is the same whatever the layout; on a GPU sums may be split otherwise."""
+    tolerance = {"rtol": 0.0, "atol": 0.0} if INTERPRETED else {}
+    for quantity, value in expected.items():
+        torch.testing.assert_close(ours[quantity], value, **tolerance, msg=lambda m, q=quantity: f"{q}: {m}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_any_layout_of_the_inputs(op, layout, device):
+    case = LAID_OUT[op.name]
+    inputs = {name: layout(tensor) for name, tensor in inputs_of(op, case, torch.bfloat16, device).items()}
+    grad = incoming(op, inputs, case.options)
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    ours = _run(op, inputs, grad, case.options)
+    assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items()), "an input was modified"
+    _same(ours, _run(op, {name: tensor.contiguous() for name, tensor in before.items()}, grad, case.options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_any_layout_of_the_incoming_gradient(op, layout, device):
+    case = LAID_OUT[op.name]
+    inputs = inputs_of(op, case, torch.bfloat16, device)
+    grad = layout(incoming(op, inputs, case.options))
+    before = grad.clone().contiguous()
+    ours = _run(op, inputs, grad, case.options)
+    assert torch.equal(grad, before), "the incoming gradient was modified"
+    _same(ours, _run(op, inputs, before, case.options))
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _leaves(op, inputs):
+    return {name: tensor.detach().clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_bitwise_the_same_every_time(op, dtype, device):
+    """Two runs, and a second backward pass of the first run's graph."""
+    case = LAID_OUT[op.name]
+    inputs = inputs_of(op, case, dtype, device)
+    grad = incoming(op, inputs, case.options)
+    leaves = _leaves(op, inputs)
+    wanted = [leaves[name] for name in inputs if name in op.differentiable]
+    output = op.public(**leaves, **case.options)
+    first = torch.autograd.grad(output, wanted, grad, retain_graph=True)
+    again = torch.autograd.grad(output, wanted, grad)
+    other = differentiate(op.public, op, inputs, case.options, grad)
+    assert torch.equal(output, other.pop("output"))
+    for one, two, three in zip(first, again, other.values(), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_gradients_of_some_inputs_only(op, device):
+    """Whatever combination is wanted comes out as when everything is, and nothing else gets a gradient."""
+    case = LAID_OUT[op.name]
+    inputs = inputs_of(op, case, torch.float32, device)
+    grad = incoming(op, inputs, case.options)
+    everything = differentiate(op.public, op, inputs, case.options, grad)
+    for wanted in op.differentiable:
+        leaves = {name: tensor.clone().requires_grad_(name == wanted) for name, tensor in inputs.items()}
+        op.public(**leaves, **case.options).backward(grad)
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == (name == wanted)
+        _same({"": leaves[wanted].grad}, {"": everything[f"d{wanted}"]})
+    with torch.no_grad():
+        assert not op.public(**leaves, **case.options).requires_grad
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_double_backward_raises(op, device):
+    case = LAID_OUT[op.name]
+    leaves = _leaves(op, inputs_of(op, case, torch.float32, device))
+    wanted = [leaves[name] for name in op.differentiable if name in leaves]
+    output = op.public(**leaves, **case.options)
+    first = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in first), wanted)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_changing_an_input_before_backward_raises(op, device):
+    """Autograd must notice that what was saved is no longer what it was."""
+    case = next(case for case in op.cases if case.name in ("small", "prime"))  # no input that is copied at the door
+    leaves = _leaves(op, inputs_of(op, case, torch.float32, device))
+    first = op.differentiable[0]
+    changed = leaves[first] * 1.0
+    output = op.public(**(leaves | {first: changed}), **case.options)
+    with torch.no_grad():
+        changed += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
