@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .model import GPT
-from .tokenizers import EOS, PAD, UNK, CharTokenizer
+from .tokenizers import EOS, SPECIAL, CharTokenizer
 
 
 def sample(
@@ -60,7 +60,7 @@ def generate(
 
     The model sees the last block_size tokens. `temperature`, `top_k`, `top_p` as in `sample`. A `seed` gives the same
     ids every time; without one every call differs. PyTorch's own generator is neither read nor moved. With a
-    `tokenizer`, <pad>, <unk> and the ids with which a vocabulary is padded are never drawn, and <eos> ends the text.
+    `tokenizer`, what no text has is never drawn: the special tokens, and the ids with which a vocabulary is padded.
     Raises UserError, before the first token, for values that make no sense.
     """
     vocab_size = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -91,7 +91,7 @@ def _generate(
 ) -> Iterator[int]:
     never = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     if tokenizer is not None:
-        never[[PAD, UNK]] = True
+        never[: len(SPECIAL)] = True
         never[tokenizer.vocab_size :] = True
     idx = idx[:, -model.config.block_size :].to(next(model.parameters()).device)
     for _ in range(max_new_tokens):
@@ -100,10 +100,7 @@ def _generate(
         if not logits.amax().isfinite():  # a NaN, or +inf
             raise UserError("the model's logits are not finite: its training has diverged; take another checkpoint")
         drawn = sample(logits, **options)
-        token = int(drawn)
-        if tokenizer is not None and token == EOS:
-            return
-        yield token
+        yield int(drawn)
         idx = torch.cat([idx, drawn.to(idx.device).view(1, 1)], 1)[:, -model.config.block_size :]
 
 
