@@ -144,11 +144,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), and smaller where 2 * n_layer branches add up in the residual stream."""
+        """GPT-2's initialisation, its 0.02 carried over from GPT-2's width to this one for the layers' matrices.
+
+        0.02 suits matrices of 768 channels; narrower ones need larger values to pass as much on (after Glorot & Bengio
+        2010). Where 2 * n_layer branches add up in the residual stream, each starts that much smaller.
+        """
+        width = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=width / math.sqrt(2 * self.config.n_layer))
+            elif name.startswith("blocks.") and parameter.dim() == 2:
+                nn.init.normal_(parameter, std=width)
+            elif parameter.dim() == 2:  # embeddings, and the head, which may be one
+                nn.init.normal_(parameter, std=0.02)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
