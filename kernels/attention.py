@@ -425,7 +425,8 @@ def _attention_backward_key(
 # ---------------------------------------------------------------- plan
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
-# "half" is fp16 and bf16; fp32 is "ieee", or "tf32" where PyTorch is set to allow it.
+# "half" is fp16 and bf16; fp32 is "ieee", or "tf32" where PyTorch is set to allow it. Random numbers and the loop over
+# a group's heads take registers: "-dropout" and "-grouped" where the tile without them would spill.
 FORWARD = {
     "sm_80": {
         "half": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
@@ -433,7 +434,7 @@ FORWARD = {
         "ieee": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
     },
     "sm_89": {
-        "half": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "half": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
         "tf32": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
         "ieee": {64: (64, 32, 8, 2), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
     },
@@ -451,11 +452,13 @@ FORWARD = {
 BACKWARD_QUERY = {
     "sm_80": {
         "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "half-dropout": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
         "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
         "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
     },
     "sm_89": {
         "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+        "half-dropout": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
         "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
         "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
     },
@@ -473,6 +476,7 @@ BACKWARD_QUERY = {
 BACKWARD_KEY = {
     "sm_80": {
         "half": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
+        "half-dropout": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
         "tf32": {64: (32, 32, 8, 2), 128: (32, 64, 8, 2), 256: (16, 16, 8, 1)},
         "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -483,6 +487,7 @@ BACKWARD_KEY = {
     },
     "sm_90": {
         "half": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
+        "half-grouped": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
         "tf32": {64: (64, 64, 8, 2), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
         "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -493,15 +498,24 @@ BACKWARD_KEY = {
     },
 }
 for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
-    _table["sm_100"] = _table["sm_90"]
+    _table["sm_100"] = dict(_table["sm_90"])
+FORWARD["sm_100"]["half"] = FORWARD["sm_90"]["half"] | {64: (128, 64, 8, 2)}
+BACKWARD_KEY["sm_100"]["half-grouped"] = BACKWARD_KEY["sm_90"]["half-grouped"] | {128: (64, 64, 8, 1)}
 
 
-def _tile(table: dict, owned: int, spec: Spec, tf32: bool, device: Device) -> tuple[int, int, int, int]:
+def _tile(
+    table: dict, owned: int, spec: Spec, options: dict, device: Device, grouped: bool = False
+) -> tuple[int, int, int, int]:
     """The tile for a kernel whose programs own queries or keys, of which there are `owned` a head."""
     if device.arch == "interpreter":  # its cost is per program
         return 128, 128, 4, 1
-    kind = "half" if spec.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    block_q, block_k, warps, stages = table[device.tiles][kind][max(64, next_power_of_2(spec.shape[-1]))]
+    rows = table[device.tiles]
+    kind = "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
+    if options["dropout_p"] > 0.0 and f"{kind}-dropout" in rows:
+        kind = f"{kind}-dropout"
+    elif grouped and f"{kind}-grouped" in rows:
+        kind = f"{kind}-grouped"
+    block_q, block_k, warps, stages = rows[kind][max(64, next_power_of_2(spec.shape[-1]))]
     if owned <= 64 and warps == 8:  # half of a tile of 128 would be padding: as many rows a warp, half the warps
         if table is BACKWARD_KEY and block_k == 128:
             return block_q, 64, 4, stages
@@ -551,7 +565,7 @@ def _constexprs(specs: Specs, options: dict, block_q: int, block_k: int) -> dict
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
-    block_q, block_k, warps, stages = _tile(FORWARD, q_len, specs["query"], options["allow_tf32"], device)
+    block_q, block_k, warps, stages = _tile(FORWARD, q_len, specs["query"], options, device)
     numbers = _numbers(specs, options)
     del numbers["scale"]
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
@@ -567,7 +581,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     inputs = {"q": specs["query"], "k": specs["key"], "v": specs["value"]}
     numbers = _numbers(specs, options)
 
-    block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, q_len, specs["query"], options["allow_tf32"], device)
+    block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, q_len, specs["query"], options, device)
     names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
     launches = [
@@ -580,7 +594,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             stages,
         )
     ]
-    block_q, block_k, warps, stages = _tile(BACKWARD_KEY, k_len, specs["query"], options["allow_tf32"], device)
+    block_q, block_k, warps, stages = _tile(BACKWARD_KEY, k_len, specs["query"], options, device, n_head > n_key_head)
     names = ("query", "key", "value", "grad", "lse", "seed", "delta", "dkey", "dvalue")
     strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
     even = q_len % block_q == 0 and (not options["is_causal"] or options["query_offset"] % block_q == 0)
@@ -884,6 +898,7 @@ OP = Op(
         _case("d64-full", 4, 16, 4096, 64),
         _case("d64-ragged", 4, 16, 1000, 64),
         _case("d128", 4, 16, 4096, 128, is_causal=True),
+        _case("d128-dropout", 4, 16, 1000, 128, is_causal=True, dropout_p=0.1),
         _case("d128-grouped", 4, 16, 1000, 128, key_heads=4, is_causal=True, enable_gqa=True),
         _case("d96", 4, 16, 1024, 96, is_causal=True),
         _case("d256", 2, 8, 2048, 256, is_causal=True),
