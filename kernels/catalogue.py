@@ -1,7 +1,10 @@
 """The ops, one line each. Tests, compilation, resource tables, benchmarks and the README's table loop over these."""
 
+import torch
+
 from kernels.attention import OP as ATTENTION
 from kernels.cross_entropy import OP as CROSS_ENTROPY
+from kernels.device import TARGETS
 from kernels.layer_norm import OP as LAYER_NORM
 
 OPS = (
@@ -9,3 +12,17 @@ OPS = (
     LAYER_NORM,
     CROSS_ENTROPY,
 )
+
+
+def table() -> str:
+    """The ops as a Markdown table: what the README shows, made from the plans for a GPU (sm_90)."""
+    lines = ["| function | drop-in for | launches forward, backward | held to |", "|---|---|---|---|"]
+    for op in OPS:
+        case = op.sizes[0]
+        launches = op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"])
+        backward = sum("backward" in launch.name for launch in launches)
+        lines.append(
+            f"| `kernels.{op.name}` | `torch.nn.functional.{op.torch.__name__}` | "
+            f"{len(launches) - backward}, {backward} | {len(op.cases)} cases in 3 dtypes |"
+        )
+    return "\n".join(lines)

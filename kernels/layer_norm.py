@@ -207,7 +207,7 @@ def _layer_norm_backward_long_parameters(
 
 
 @triton.jit
-def _layer_norm_reduce(
+def _layer_norm_backward_reduce(
     dweight_parts_ptr, dbias_parts_ptr, dweight_ptr, dbias_ptr, n_parts, N,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +295,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
         arguments |= {"n_parts": n_parts, "N": n}
         constexprs = {"BLOCK_P": block_p, "BLOCK_N": block_n}
-        launches.append(Launch(_layer_norm_reduce, (cdiv(n, block_n),), arguments, constexprs, 4, 1))
+        launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, 4, 1))
     return launches
 
 

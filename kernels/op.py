@@ -232,10 +232,12 @@ class Op:
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for name, shape in case.shapes.items():
-            tensor = self.draw(name, shape, case, generator)
+            meta = torch.device(device).type == "meta"
+            drawn = (1,) * len(shape) if meta else shape  # on the meta device for its dtype only
+            tensor = self.draw(name, drawn, case, generator)
             if tensor is None:
-                tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            tensors[name] = tensor.to(device)
+                tensor = torch.randn(drawn, generator=generator, dtype=torch.float64).to(dtype)
+            tensors[name] = torch.empty(shape, dtype=tensor.dtype, device=device) if meta else tensor.to(device)
         return tensors
 
 
