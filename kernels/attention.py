@@ -540,7 +540,7 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
     threshold = round(options["dropout_p"] * 65536)
     return {
         "n_head": n_head,
-        "group": n_head // n_key_head,
+        "group": n_head // max(1, n_key_head),
         "q_len": q_len,
         "k_len": k_len,
         "query_offset": options["query_offset"],
