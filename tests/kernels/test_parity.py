@@ -63,8 +63,9 @@ def _hold(op, case, dtype, device, ratios, caps=None):
     inputs = inputs_of(op, case, dtype, device)
     grad = incoming(op, inputs, case.options)
     before = {name: tensor.clone() for name, tensor in inputs.items()}
-    with guarded_allocations():
+    with guarded_allocations() as buffers:
         ours = differentiate(op.public, op, inputs, case.options, grad)
+    assert buffers, "nothing was allocated where the guards are put"
     assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items()), "an input was modified"
     truth = differentiate(op.reference, op, in_float64(inputs), case.options, grad.double())
     theirs = torch_errors(op, case, dtype, device)

@@ -1,0 +1,387 @@
+"""Attention's own: dropout, lse, offsets, groups, empty and broadcast shapes, special values, errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import DTYPES, differentiate, guarded_allocations, in_float64, name_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from kernels import reference
+from kernels.catalogue import ATTENTION
+
+attention = kernels.scaled_dot_product_attention
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def problem(device, b=1, h=2, q=20, k=20, d=16, kv_heads=None, dtype=torch.float32):
+    kv = (b, kv_heads or h, k, d)
+    query, key = draw(b, h, q, d, dtype=dtype, device=device, seed=1), draw(*kv, dtype=dtype, device=device, seed=2)
+    return {"query": query, "key": key, "value": draw(*kv, dtype=dtype, device=device, seed=3)}
+
+
+def both(function, inputs, options, grad):
+    return differentiate(function, ATTENTION, inputs, options, grad)
+
+
+def torchs(*args, **options):
+    """PyTorch's function, the implementation that takes everything."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **options)
+
+
+def agree(inputs, options):
+    """Output and gradients are the reference's in float64, and PyTorch's, where PyTorch has the options."""
+    grad = draw(*reference.scaled_dot_product_attention(**inputs, **options).shape, seed=4).to(inputs["query"])
+    with guarded_allocations():
+        ours = both(attention, inputs, options, grad)
+    truth = both(reference.scaled_dot_product_attention, in_float64(inputs), options, grad.double())
+    theirs = None
+    if "query_offset" not in options:
+        # scales up to zero make PyTorch's fused kernel for the CPU give NaN
+        fused = F.scaled_dot_product_attention if options.get("scale", 1.0) > 0.0 else torchs
+        theirs = both(fused, inputs, options, grad)
+        for quantity, exact in both(torchs, in_float64(inputs), options, grad.double()).items():
+            torch.testing.assert_close(truth[quantity], exact)
+
+    def error(result, exact):
+        return (result - exact).abs().max().item() if exact.numel() else 0.0
+
+    for quantity, exact in truth.items():
+        assert ours[quantity].shape == exact.shape
+        size = max(1.0, exact.abs().max().item()) if exact.numel() else 1.0
+        # PyTorch's fused kernels too save the lse, whose rounding is that of the largest score
+        allowed = 1e-5 * size + (3.0 * error(theirs[quantity], exact) if theirs else 0.0)
+        assert error(ours[quantity], exact) <= allowed, quantity
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def dropout_mask(inputs, options, seed):
+    """The mask that a run with this seed multiplies the probabilities with: read off by values that are an identity."""
+    query, key = inputs["query"], inputs["key"]
+    q_len, k_len = query.shape[-2], key.shape[-2]
+    # every score equal, so that a probability is 1 / k_len; each piece of the identity is a head's width of keys
+    query, key = torch.zeros_like(query), torch.zeros_like(key)
+    width, pieces = query.shape[-1], []
+    for start in range(0, k_len, width):
+        value = torch.zeros_like(key)
+        for column in range(min(width, k_len - start)):
+            value[..., start + column, column] = 1.0
+        torch.manual_seed(seed)
+        kept = attention(query, key, value, **(options | {"is_causal": False}))
+        pieces.append(kept[..., : min(width, k_len - start)] * k_len)
+    mask = torch.cat(pieces, -1).double()
+    keep = 1.0 / (1.0 - round(options["dropout_p"] * 2**16) / 2**16)  # dropout_p is taken in steps of 2^-16
+    on = mask > 0.5 * keep
+    assert mask.shape == (*inputs["query"].shape[:-1], k_len) and q_len == mask.shape[-2]
+    torch.testing.assert_close(
+        mask, on.double() * keep, rtol=2e-2 if inputs["query"].dtype != torch.float32 else 1e-3, atol=1e-6
+    )
+    return on.double() * keep
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"b": 2, "h": 2, "q": 33, "k": 33, "d": 32}, {"dropout_p": 0.2, "is_causal": True}),
+        ({"h": 4, "q": 19, "k": 70, "d": 64, "kv_heads": 2}, {"dropout_p": 0.5, "enable_gqa": True}),
+        ({"h": 1, "q": 140, "k": 139, "d": 64}, {"dropout_p": 0.1, "is_causal": True, "query_offset": -1}),
+    ],
+    ids=["causal", "grouped", "offset"],
+)
+def test_dropout_is_one_mask_forward_and_backward(shape, options, dtype, device):
+    """Output and every gradient are those of the reference under the mask that the seed gives, in float64."""
+    inputs = problem(device, **shape, dtype=dtype)
+    mask = dropout_mask(inputs, options, seed=11)
+    grad = draw(*inputs["query"].shape, seed=5, dtype=dtype, device=device)
+    torch.manual_seed(11)
+    ours = both(attention, inputs, options, grad)
+    exact_options = {name: value for name, value in options.items() if name != "dropout_p"} | {"dropout_mask": mask}
+    truth = both(reference.scaled_dot_product_attention, in_float64(inputs), exact_options, grad.double())
+    for quantity, exact in truth.items():
+        error = (ours[quantity].double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        # an element that one pass drops and the other keeps gives 1e-3 and more
+        assert error < 8 * torch.finfo(dtype).eps, f"{quantity}: {error:.3g}"
+
+
+def test_dropout_drops_the_share_it_is_told_and_nothing_repeats(device):
+    inputs = problem(device, b=1, h=2, q=130, k=130, d=64)
+    masks = [dropout_mask(inputs, {"dropout_p": 0.25}, seed) > 0 for seed in (1, 2)]
+    for mask in masks:
+        # 33,800 draws: the standard deviation of the share is 0.0024
+        assert abs(mask.double().mean().item() - 0.75) < 5 * 0.0024
+        assert not torch.equal(mask[:, 0], mask[:, 1]), "two heads have one mask"
+        rows = mask.flatten(0, -2)
+        assert len(set(map(tuple, rows.tolist()))) == len(rows), "two queries have one mask"
+        halves = mask[..., :64], mask[..., 64:128]
+        assert abs((halves[0] == halves[1]).double().mean().item() - 0.625) < 0.02, "the keys' masks hang together"
+    assert abs((masks[0] == masks[1]).double().mean().item() - 0.625) < 0.02, "two seeds hang together"
+    assert torch.equal(masks[0], dropout_mask(inputs, {"dropout_p": 0.25}, 1) > 0)
+
+
+def test_dropout_mask_does_not_hang_on_tiles(device):
+    from kernels.device import INTERPRETED, TARGETS
+    from kernels.op import plan_for
+
+    if not INTERPRETED:
+        pytest.skip("the device's own tiles run in every other test")
+    inputs = problem(device, h=1, q=70, k=90, d=64, dtype=torch.bfloat16)
+    options = {"dropout_p": 0.3, "is_causal": True, "query_offset": 20}
+    grad = draw(*inputs["query"].shape, seed=5, dtype=torch.bfloat16)
+    results = []
+    for arch in (None, "sm_90", "gfx942"):
+        torch.manual_seed(3)
+        if arch is None:
+            results.append(both(attention, inputs, options, grad))
+        else:
+            with plan_for(TARGETS[arch]):
+                results.append(both(attention, inputs, options, grad))
+    for other in results[1:]:
+        for quantity, value in results[0].items():
+            error = (other[quantity].double() - value.double()).square().mean().sqrt()
+            assert error < 2**-7 * value.double().square().mean().sqrt(), quantity
+
+
+def test_dropout_at_its_ends(device):
+    inputs = problem(device)
+    grad = torch.ones_like(inputs["query"])
+    everything = both(attention, inputs, {"dropout_p": 1.0, "is_causal": True}, grad)
+    expected = both(F.scaled_dot_product_attention, inputs, {"dropout_p": 1.0, "is_causal": True}, grad)
+    for quantity, value in expected.items():
+        torch.testing.assert_close(everything[quantity], value, msg=lambda m, q=quantity: f"{q}: {m}")
+    state = torch.get_rng_state()
+    attention(**inputs, dropout_p=0.0)
+    assert torch.equal(state, torch.get_rng_state()), "no dropout, but the generator moved"
+
+
+def test_dropout_draws_the_next_mask_each_time(device):
+    inputs = problem(device)
+    torch.manual_seed(0)
+    first, second = (attention(**inputs, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(first, attention(**inputs, dropout_p=0.5))
+
+
+def test_dropout_survives_checkpointing(device):
+    """Recomputed in backward, the mask is the same, for the generator's state is restored."""
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = problem(device)
+    grads = []
+    for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
+        torch.manual_seed(7)
+        wrap(lambda q, k, v: attention(q, k, v, dropout_p=0.4, is_causal=True), *leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for one, two in zip(*grads, strict=True):
+        assert torch.equal(one, two)
+
+
+# ---------------------------------------------------------------- which keys are seen
+
+
+@pytest.mark.parametrize("offset", [-200, -21, -20, -19, -1, 0, 1, 7, 16, 29, 30, 31, 500])
+def test_every_offset(offset, device):
+    inputs = problem(device, h=1, q=20, k=31, d=8)
+    agree(inputs, {"is_causal": True, "query_offset": offset})
+
+
+@pytest.mark.parametrize(("q", "k"), [(1, 1), (1, 200), (200, 1), (127, 128), (128, 129), (257, 128), (3, 131)])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_every_shape_of_scores(q, k, is_causal, device):
+    agree(problem(device, h=1, q=q, k=k, d=4), {"is_causal": is_causal})
+
+
+def test_offset_without_causal_changes_nothing(device):
+    inputs = problem(device, k=30)
+    assert torch.equal(attention(**inputs), attention(**inputs, query_offset=-5))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 15, 17, 31, 33, 63, 65, 80, 96, 127, 129, 192, 255])
+def test_every_kind_of_head_size(size, device):
+    """Sizes that are no power of two, their padding poisoned by what lies beside it in memory."""
+    around = {name: draw(1, 9, 1, size + 3, seed=7, device=device) for name in ("query", "key", "value")}
+    for tensor in around.values():
+        tensor[..., size:] = math.nan
+    inputs = {name: tensor[..., :size].transpose(1, 2) for name, tensor in around.items()}
+    agree(inputs, {"is_causal": True})
+
+
+@pytest.mark.parametrize("heads", [(6, 6), (6, 3), (6, 2), (6, 1), (1, 1)], ids=lambda heads: "x".join(map(str, heads)))
+def test_groups_are_repeated_heads(heads, device):
+    n, n_kv = heads
+    agree(problem(device, b=2, h=n, q=9, k=9, d=8, kv_heads=n_kv), {"is_causal": True, "enable_gqa": True})
+
+
+# ---------------------------------------------------------------- lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_lse(dtype, device):
+    inputs = problem(device, q=40, k=30, d=24, dtype=dtype)
+    options = {"is_causal": True, "query_offset": -5, "return_lse": True}
+    out, lse = attention(**inputs, **options)
+    _, exact = reference.scaled_dot_product_attention(**in_float64(inputs), **options)
+    assert lse.dtype == torch.float32 and lse.shape == inputs["query"].shape[:-1]
+    assert (lse[..., :5] == -torch.inf).all() and (out[..., :5, :] == 0).all()
+    torch.testing.assert_close(lse, exact, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(out, attention(**inputs, is_causal=True, query_offset=-5), rtol=0.0, atol=0.0)
+
+
+def test_lse_is_not_differentiable(device):
+    inputs = {name: tensor.requires_grad_() for name, tensor in problem(device).items()}
+    out, lse = attention(**inputs, return_lse=True)
+    assert out.requires_grad and not lse.requires_grad
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"q": 0}, {"k": 0}, {"q": 0, "k": 0}, {"b": 0}, {"h": 0}],
+    ids=lambda change: "no " + " ".join(change),
+)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_nothing_at_all(change, is_causal, device):
+    inputs = problem(device, **({"b": 2, "h": 2, "q": 5, "k": 6, "d": 8} | change))
+    agree(inputs, {"is_causal": is_causal})
+    torch.testing.assert_close(attention(**inputs, is_causal=is_causal), torchs(**inputs, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3), (2, 1, 2, 2)], ids=lambda lead: f"{len(lead) + 2}-D")
+def test_any_rank(lead, device):
+    inputs = {name: draw(*lead, 7, 8, seed=place, device=device) for place, name in enumerate(ATTENTION.differentiable)}
+    agree(inputs, {"is_causal": True})
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [((2, 3, 5, 8), (1, 3, 6, 8), (2, 1, 6, 8)), ((5, 8), (4, 6, 8), (6, 8)), ((4, 5, 8), (2, 1, 6, 8), (1, 4, 6, 8))],
+)
+def test_broadcast_in_front(query, key, value, device):
+    shapes = {"query": query, "key": key, "value": value}
+    inputs = {name: draw(*shape, seed=place, device=device) for place, (name, shape) in enumerate(shapes.items())}
+    agree(inputs, {})
+
+
+def test_one_tensor_for_query_key_and_value(device):
+    """Self-attention on one leaf: its gradient is the sum of three."""
+    x = draw(2, 2, 12, 8, device=device)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for leaf, function in zip(leaves, (attention, F.scaled_dot_product_attention), strict=True):
+        function(leaf, leaf, leaf, is_causal=True).square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+def test_fused_projection_is_walked_in_place(device):
+    """q, k and v as views of one (B, T, 3 C) tensor, as a GPT has them: right, and nothing of that size copied."""
+    b, t, h, d = 2, 17, 3, 16
+    fused = draw(b, t, 3 * h * d, device=device).requires_grad_()
+    other = fused.detach().clone().requires_grad_()
+    for leaf, function in ((fused, attention), (other, F.scaled_dot_product_attention)):
+        query, key, value = (part.view(b, t, h, d).transpose(1, 2) for part in leaf.split(h * d, dim=-1))
+        out = function(query, key, value, is_causal=True)
+        joined = out.transpose(1, 2).reshape(b, t, h * d)
+        if function is attention:
+            assert joined.data_ptr() == out.data_ptr(), "joining the heads copied"
+        joined.square().sum().backward()
+    torch.testing.assert_close(fused.grad, other.grad)
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.0, -0.5, 3.0, 50.0])
+def test_any_scale(scale, device):
+    agree(problem(device, q=33, k=40), {"scale": scale, "is_causal": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_large_scores_do_not_overflow(dtype, device):
+    """Scores of some thousand: the softmax is one key, found with the maximum subtracted."""
+    inputs = problem(device, q=33, k=40, d=32, dtype=dtype)
+    inputs["query"] *= 60.0
+    inputs["key"] *= 20.0
+    ours = attention(**inputs, is_causal=True)
+    exact = reference.scaled_dot_product_attention(**in_float64(inputs), is_causal=True)
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours.double(), exact, rtol=0.0, atol=2e-3 if dtype == torch.float32 else 3e-2)
+
+
+def test_very_negative_scores_keep_their_softmax(device):
+    """All of a row's scores far below zero: exp without the maximum subtracted would be 0 / 0."""
+    inputs = problem(device, q=5, k=200, d=8)
+    inputs["query"], inputs["key"] = inputs["query"].abs() * 30.0, -inputs["key"].abs() * 30.0
+    agree(inputs, {})
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_come_out_as_pytorchs(name, value, device):
+    inputs = problem(device, h=1, q=6, k=6, d=8)
+    inputs[name][0, 0, 4, 3] = value
+    torch.testing.assert_close(attention(**inputs).isnan(), torchs(**inputs).isnan())
+
+
+def test_the_future_is_not_seen(device):
+    """Changing a key and a value changes no query before them, bit for bit."""
+    inputs = problem(device, q=140, k=140, d=16)
+    before = attention(**inputs, is_causal=True)
+    inputs["key"][:, :, 100:] = 1e4
+    inputs["value"][:, :, 100:] = -1e4
+    after = attention(**inputs, is_causal=True)
+    assert torch.equal(before[:, :, :100], after[:, :, :100]) and not torch.equal(before[:, :, 100:], after[:, :, 100:])
+
+
+def test_autocast(device):
+    inputs = problem(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ours, theirs = (f(**inputs, is_causal=True) for f in (attention, F.scaled_dot_product_attention))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "says"),
+    [
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, {}, NotImplementedError, "attn_mask"),
+        ({"query": torch.ones(1, 2, 5, 8, dtype=torch.float64)}, {}, RuntimeError, "float64"),
+        ({"value": torch.ones(1, 2, 5, 4)}, {}, NotImplementedError, "value head"),
+        ({"key": torch.ones(1, 2, 5, 4)}, {}, RuntimeError, "do not fit"),
+        ({"value": torch.ones(1, 2, 6, 8)}, {}, RuntimeError, "do not fit"),
+        ({"key": torch.ones(1, 3, 5, 8)}, {}, RuntimeError, "broadcast|expand|size"),
+        ({"query": torch.ones(8)}, {}, ValueError, "2-D"),
+        ({}, {"dropout_p": 1.5}, ValueError, "dropout_p"),
+        ({}, {"dropout_p": -0.1}, ValueError, "dropout_p"),
+        ({"query": torch.ones(1, 3, 5, 8)}, {"enable_gqa": True}, RuntimeError, "heads"),
+    ],
+)
+def test_bad_arguments(change, options, error, says, device):
+    inputs = {name: torch.ones(1, 2, 5, 8) for name in ("query", "key", "value")} | change
+    with pytest.raises(error, match=says):
+        attention(**inputs, **options)
+
+
+@pytest.mark.parametrize("size", [257, 512])
+def test_too_wide_a_head(size):
+    with pytest.raises(NotImplementedError, match=str(size)):
+        attention(*(torch.ones(1, 1, 2, size),) * 3)
+
+
+def test_all_in_float64_is_not_implemented():
+    with pytest.raises(NotImplementedError, match="float64"):
+        attention(*(torch.ones(1, 1, 2, 8, dtype=torch.float64),) * 3)

@@ -1,0 +1,239 @@
+"""Cross-entropy's own: targets of every kind, weights, smoothing, shapes, special values, errors."""
+
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import DTYPES, guarded_allocations, name_of
+
+import kernels
+
+cross_entropy = kernels.cross_entropy
+module = importlib.import_module("kernels.cross_entropy")  # the package's attribute of that name is the function
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def classes(*shape, n_classes, device="cpu", seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, n_classes, shape, generator=generator).to(device)
+
+
+def agree(x, target, *, rtol=1e-5, atol=1e-6, **options):
+    """Loss and gradient are PyTorch's in float64, NaN where it has NaN."""
+    leaves = x.clone().requires_grad_(), x.double().requires_grad_()
+    doubles = {name: value.double() if torch.is_tensor(value) else value for name, value in options.items()}
+    expected = F.cross_entropy(leaves[1], target, **doubles)
+    grad = draw(*expected.shape, seed=7).to(x)
+    with guarded_allocations():
+        loss = cross_entropy(leaves[0], target, **options)
+        loss.backward(grad)
+    expected.backward(grad.double())
+    assert loss.dtype == x.dtype and loss.shape == expected.shape
+    for ours, exact in ((loss, expected), (leaves[0].grad, leaves[1].grad)):
+        torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=atol, equal_nan=True)
+
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 3, 15, 16, 17, 255, 4095, 4096, 4097, 65_536, 65_537, 262_144])
+def test_every_number_of_classes(n_classes, device):
+    rows = 5 if n_classes < 10_000 else 2
+    agree(draw(rows, n_classes, device=device), classes(rows, n_classes=n_classes, device=device))
+
+
+@pytest.mark.parametrize("n_classes", [5, 70_000])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_first_and_last_class(place, n_classes, device):
+    target = torch.full((3,), 0 if place == "first" else n_classes - 1, device=device)
+    agree(draw(3, n_classes, device=device), target, label_smoothing=0.1)
+
+
+def test_more_rows_than_a_program_owns(device):
+    agree(draw(20_000, 7, device=device), classes(20_000, n_classes=7, device=device))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("ignore_index", [-100, 0, 3, 19, 10**12])
+def test_every_combination(reduction, smoothing, weighted, ignore_index, device):
+    """Ignored targets by every rule, an ignored class among them."""
+    target = classes(23, n_classes=20, device=device)
+    target[::4] = ignore_index
+    options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": ignore_index}
+    if weighted:
+        options["weight"] = draw(20, seed=3, device=device).abs() + 0.1
+    agree(draw(23, 20, device=device), target, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_everything_ignored(reduction, smoothing, device):
+    """mean over nothing is NaN, as PyTorch has it."""
+    target = torch.full((6,), -100, device=device)
+    agree(draw(6, 9, device=device), target, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_weights_of_zero(reduction, smoothing, device):
+    """Classes that weigh nothing; once for some targets, once for all, where mean divides by zero."""
+    weight = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5], device=device)
+    target = classes(8, n_classes=5, device=device)
+    agree(draw(8, 5, device=device), target, weight=weight, reduction=reduction, label_smoothing=smoothing)
+    x, target = draw(3, 5, device=device), torch.tensor([0, 2, 0], device=device)
+    if reduction == "mean":  # PyTorch has NaN; with smoothing inf, the sum over nothing, is as good
+        assert not cross_entropy(x, target, weight, label_smoothing=smoothing).isfinite()
+    else:
+        agree(x, target, weight=weight, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (4, 9, 3), (2, 9, 3, 2), (2, 9, 2, 1, 3)], ids=lambda s: f"{len(s)}-D")
+def test_any_rank(shape, reduction, device):
+    target_shape = (shape[0], *shape[2:]) if len(shape) > 1 else ()
+    agree(draw(*shape, device=device), classes(*target_shape, n_classes=9, device=device), reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0, 9), (0, 9, 3), (2, 9, 0)], ids=str)
+def test_nothing_at_all(shape, reduction, device):
+    target = classes(shape[0], *shape[2:], n_classes=9, device=device)
+    agree(draw(*shape, device=device), target, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_weight_of_another_dtype(dtype, parameters, device):
+    weight = (draw(20, seed=3, device=device).abs() + 0.1).to(parameters)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    x, target = draw(11, 20, dtype=dtype, device=device), classes(11, n_classes=20, device=device)
+    agree(x, target, weight=weight, label_smoothing=0.1, **tolerance)
+
+
+def test_targets_of_uint8(device):
+    x, target = draw(11, 20, device=device), classes(11, n_classes=20, device=device)
+    assert torch.equal(cross_entropy(x, target.to(torch.uint8)), cross_entropy(x, target))
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_large_logits(dtype, smoothing, device):
+    x = draw(7, 40, dtype=dtype, device=device) * (1e4 if dtype != torch.float16 else 1e3)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    agree(x, classes(7, n_classes=40, device=device), label_smoothing=smoothing, reduction="none", **tolerance)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_logits_shifted_far_from_zero(shift, device):
+    """A constant added to every logit changes nothing but rounding."""
+    x, target = (draw(7, 40, device=device) * 64).round() / 64, classes(7, n_classes=40, device=device)
+    torch.testing.assert_close(cross_entropy(x + shift, target), cross_entropy(x, target), rtol=1e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("n_classes", [40, 70_000])
+def test_a_sure_and_right_prediction(n_classes, device):
+    """The loss is next to nothing, and not lost in the logits' size."""
+    x, target = draw(3, n_classes, device=device), classes(3, n_classes=n_classes, device=device)
+    x[torch.arange(3), target] = 25.0
+    agree(x, target, reduction="none", atol=2e-6)
+
+
+@pytest.mark.parametrize("n_classes", [12, 70_000])
+def test_forbidden_classes(n_classes, device):
+    """-inf logits, as masked vocabularies have them, whole tiles of them too; a forbidden target costs inf."""
+    x = draw(4, n_classes, device=device)
+    x[:, : n_classes // 2] = -math.inf
+    x[2, : n_classes - 1] = -math.inf
+    target = torch.tensor([n_classes - 1, n_classes - 2, n_classes - 1, 0], device=device)
+    agree(x, target, reduction="none")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_stay_in_their_row(value, device):
+    x, target = draw(5, 9, device=device), classes(5, n_classes=9, device=device)
+    x[2, 4] = value
+    agree(x, target, reduction="none")
+    x[2] = -math.inf
+    agree(x, target, reduction="none")
+
+
+# ---------------------------------------------------------------- targets out of bounds
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 10**9, -(2**40), 2**62])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_target_out_of_bounds_spoils_its_row_only(wrong, smoothing, device, monkeypatch):
+    monkeypatch.setattr(module, "CHECK_TARGETS", False)
+    x, target = draw(5, 9, device=device).requires_grad_(), classes(5, n_classes=9, device=device)
+    weight = draw(9, seed=3, device=device).abs()
+    target[3] = wrong
+    with guarded_allocations():
+        loss = cross_entropy(x, target, weight, reduction="none", label_smoothing=smoothing)
+        loss.backward(torch.ones_like(loss))
+    right = [0, 1, 2, 4]
+    assert loss[3].isnan() and x.grad[3].isnan().all() and x.grad[right].isfinite().all()
+    expected = F.cross_entropy(x[right], target[right], weight, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(loss[right], expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_a_target_out_of_bounds_is_told(wrong, device, monkeypatch):
+    monkeypatch.setattr(module, "CHECK_TARGETS", True)
+    target = torch.tensor([0, wrong, 3], device=device)
+    with pytest.raises(IndexError, match=f"{wrong} is out of bounds for 9"):
+        cross_entropy(draw(3, 9, device=device), target)
+    cross_entropy(draw(3, 9, device=device), target, ignore_index=wrong)
+
+
+# ---------------------------------------------------------------- the rest
+
+
+def test_autocast_gives_fp32(device):
+    x, target = draw(7, 20, dtype=torch.bfloat16, device=device), classes(7, n_classes=20, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss, expected = (f(x, target) for f in (cross_entropy, F.cross_entropy))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_gradient_through_what_follows(device):
+    """The loss scaled and added up, as accumulation does it: the incoming gradient is not one."""
+    x, target = draw(6, 9, device=device), classes(6, n_classes=9, device=device)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for leaf, f in zip(leaves, (cross_entropy, F.cross_entropy), strict=True):
+        (f(leaf * 2.0, target) * 0.125 + f(leaf, target, reduction="sum").square()).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"input": torch.ones(3, 5, dtype=torch.float64)}, NotImplementedError, "float64"),
+        ({"target": torch.ones(3, 5)}, NotImplementedError, "probability"),
+        ({"target": torch.ones(3, dtype=torch.int32)}, RuntimeError, "int64|Long"),
+        ({"target": torch.ones(4, dtype=torch.int64)}, ValueError, "target"),
+        ({"target": torch.ones(3, 5, dtype=torch.int64)}, RuntimeError, "target"),
+        ({"target": torch.tensor(1)}, (ValueError, RuntimeError), "target"),
+        ({"input": torch.ones(5), "target": torch.ones(3, dtype=torch.int64)}, (ValueError, RuntimeError), "target"),
+        ({"weight": torch.ones(4)}, RuntimeError, "weight"),
+        ({"weight": torch.ones(5, dtype=torch.float64)}, NotImplementedError, "weight"),
+        ({"reduction": "average"}, ValueError, "average"),
+        ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing"),
+        ({"label_smoothing": -0.1}, RuntimeError, "label_smoothing"),
+    ],
+)
+def test_bad_arguments(arguments, error, says):
+    given = {"input": torch.ones(3, 5), "target": torch.ones(3, dtype=torch.int64)} | arguments
+    with pytest.raises(error, match=says):
+        cross_entropy(**given)

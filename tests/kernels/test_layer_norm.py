@@ -1,0 +1,163 @@
+"""Layer norm's own: shapes, mixed dtypes, special values, errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import DTYPES, differentiate, guarded_allocations, name_of
+
+import kernels
+from kernels import reference
+from kernels.catalogue import LAYER_NORM
+
+layer_norm = kernels.layer_norm
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def agree(inputs, options, rtol=1e-5, atol=1e-5):
+    """Output and gradients are PyTorch's in float64."""
+    grad = draw(*inputs["input"].shape, seed=9).to(inputs["input"])
+    with guarded_allocations():
+        ours = differentiate(layer_norm, LAYER_NORM, inputs, options, grad)
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    for quantity, exact in differentiate(F.layer_norm, LAYER_NORM, doubles, options, grad.double()).items():
+        expected = inputs["input" if quantity == "output" else quantity[1:]]
+        assert ours[quantity].shape == exact.shape and ours[quantity].dtype == expected.dtype
+        torch.testing.assert_close(
+            ours[quantity].double(), exact, rtol=rtol, atol=atol, msg=lambda m, q=quantity: f"{q}: {m}"
+        )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 127, 128, 129, 1023, 1025, 4096, 4097, 8191])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_every_length_of_row(rows, n, device):
+    inputs = {"input": draw(rows, n, device=device), "weight": draw(n, seed=1, device=device)}
+    agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)})
+
+
+@pytest.mark.parametrize("n", [16384, 16385, 65_537, 262_144])
+def test_long_rows(n, device):
+    inputs = {"input": draw(2, n, device=device), "weight": draw(n, seed=1, device=device)}
+    agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)})
+
+
+@pytest.mark.parametrize("n", [24, 17_000])
+def test_more_rows_than_programs(n, device):
+    """Rows are shared out unevenly, and the workspace's rows are all used."""
+    rows = 4100 if n == 24 else 21
+    inputs = {"input": draw(rows, n, device=device), "weight": draw(n, seed=1, device=device)}
+    agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)}, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0), (0, 0)], ids=str)
+def test_nothing_at_all(shape, device):
+    n = shape[-1]
+    inputs = {"input": draw(*shape, device=device)}
+    if n:  # parameters without an element have no gradient to speak of
+        inputs |= {"weight": draw(n, device=device), "bias": draw(n, device=device)}
+    agree(inputs, {"normalized_shape": (n,)})
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), (2, 2, 2, 2, 7)], ids=lambda shape: f"{len(shape)}-D")
+@pytest.mark.parametrize("dims", [1, 2])
+def test_any_rank(shape, dims, device):
+    normalized = shape[-dims:]
+    inputs = {"input": draw(*shape, device=device), "weight": draw(*normalized, seed=1, device=device)}
+    agree(inputs | {"bias": draw(*normalized, seed=2, device=device)}, {"normalized_shape": normalized})
+
+
+def test_normalized_shape_in_every_form(device):
+    x = draw(3, 6, device=device)
+    expected = F.layer_norm(x, (6,))
+    for form in (6, [6], (6,), torch.Size([6])):
+        torch.testing.assert_close(layer_norm(x, form), expected)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_parameters_of_another_dtype(dtype, parameters, device):
+    inputs = {
+        "input": draw(9, 40, dtype=dtype, device=device),
+        "weight": draw(40, seed=1, dtype=parameters, device=device),
+    }
+    tolerance = 1e-5 if dtype == parameters == torch.float32 else 4e-2
+    inputs["bias"] = draw(40, seed=2, dtype=parameters, device=device)
+    agree(inputs, {"normalized_shape": (40,)}, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-3, 10.0])
+def test_any_eps(eps, device):
+    inputs = {"input": draw(5, 33, device=device)}
+    agree(inputs, {"normalized_shape": (33,), "eps": eps})
+
+
+@pytest.mark.parametrize("n", [50, 20_000])
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_a_mean_far_from_zero(mean, n, device):
+    """A variance taken as E[x^2] - E[x]^2 would have lost every digit."""
+    x = draw(3, n, device=device) + mean
+    with guarded_allocations():
+        ours = layer_norm(x, n)
+    exact = F.layer_norm(x.double(), (n,))
+    # the mean itself is rounded to fp32: that much of a deviation every method loses
+    torch.testing.assert_close(ours.double(), exact, rtol=0.0, atol=4e-7 * mean)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e15])
+def test_rows_of_any_size(scale, device):
+    x = draw(3, 40, device=device) * scale
+    torch.testing.assert_close(layer_norm(x, 40).double(), F.layer_norm(x.double(), (40,)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_constant_row_gives_the_bias(device):
+    x = torch.full((2, 70), 3.25, device=device)
+    bias = draw(70, device=device)
+    torch.testing.assert_close(layer_norm(x, 70, None, bias), bias.expand(2, 70), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("n", [24, 17_000])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_stay_in_their_row(value, n, device):
+    x = draw(3, n, device=device)
+    x[1, n // 2] = value
+    leaf = x.clone().requires_grad_()
+    out = layer_norm(leaf, n)
+    out.backward(torch.ones_like(out))
+    for result in (out, leaf.grad):
+        assert result[[0, 2]].isfinite().all() and result[1].isnan().all()
+
+
+def test_autocast_gives_autocasts_dtype(device):
+    x, weight = draw(4, 24, device=device), draw(24, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = layer_norm(x, 24, weight)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), F.layer_norm(x, (24,), weight), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"normalized_shape": 7}, RuntimeError, "normalized_shape"),
+        ({"normalized_shape": ()}, RuntimeError, "normalized_shape"),
+        ({"normalized_shape": (2, 3, 8)}, RuntimeError, "normalized_shape"),
+        ({"normalized_shape": 8, "weight": torch.ones(7)}, RuntimeError, "weight"),
+        ({"normalized_shape": 8, "bias": torch.ones(1, 8)}, RuntimeError, "bias"),
+        ({"normalized_shape": 8, "weight": torch.ones(8, dtype=torch.float64)}, NotImplementedError, "float64"),
+        ({"input": torch.ones(3, 8, dtype=torch.float64), "normalized_shape": 8}, NotImplementedError, "float64"),
+        ({"input": torch.ones(3, 8, dtype=torch.int64), "normalized_shape": 8}, NotImplementedError, "int64"),
+    ],
+)
+def test_bad_arguments(arguments, error, says):
+    with pytest.raises(error, match=says):
+        layer_norm(**({"input": torch.ones(3, 8)} | arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_reference_keeps_the_dtype(dtype):
+    assert reference.layer_norm(draw(3, 8, dtype=dtype), 8, draw(8, dtype=dtype)).dtype == dtype
