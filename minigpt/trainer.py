@@ -68,9 +68,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     can put right, and Stopped when Ctrl-C or SIGTERM ended it, once the last checkpoint is written.
     """
     session = Session(config)
-    with session.display.running(session.progress.step), stop_requests() as stop:
-        session.run(stop)
-    return session.finish()
+    threads = torch.get_num_threads()
+    if session.ops.interpreted:
+        # The interpreter runs on one thread: the others would only wait for it, and take the processor to do so.
+        torch.set_num_threads(1)
+    try:
+        with session.display.running(session.progress.step), stop_requests() as stop:
+            session.run(stop)
+        return session.finish()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Session:
@@ -150,6 +157,10 @@ class Session:
         self.metrics.close()
         config, progress = self.config, self.progress
         final = self._evaluation(config.val_tokens)
+        self.display.line(
+            f"trained: {progress.step} steps in {self.clock.seconds:.1f} s, {self.clock.rate:,.0f} tokens/s, "
+            "evaluation and saving left out"
+        )
         self.display.line(
             f"validation: {final.loss:.4f} nats per character, {final.bits_per_character:.4f} bits, "
             f"perplexity {final.perplexity:.3f}, over {final.tokens:,} tokens"
