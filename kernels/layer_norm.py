@@ -13,7 +13,7 @@ writes dx; each takes some ten operations an element, so memory bandwidth is the
 
 The parameters' gradients come in two stages without atomics, so that they are bitwise repeatable:
 each program sums the rows it owns into one fp32 row of a workspace, a second kernel adds these rows
-in order. A row up to ONE_BLOCK long stays in registers; a longer one is walked in chunks, whose
+in order. A row of moderate length stays in registers; a longer one is walked in chunks, whose
 means and squared deviations are merged as in Chan, Golub and LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances" (1979).
 
@@ -233,7 +233,8 @@ def _layer_norm_backward_reduce(
 
 # ---------------------------------------------------------------- plan
 
-ONE_BLOCK = 16384  # longest row held in registers: 32 elements a thread with 16 warps, no spills on sm_80 to sm_100
+LONGEST_FORWARD = 16384  # longest row held in registers without spills, by 16 warps on sm_80 to sm_100
+LONGEST_BACKWARD = 8192
 CHUNK = 4096  # what a program walks a longer row in
 
 
@@ -247,7 +248,7 @@ def _block(n_rows: int, n: int, device: Device) -> tuple[int, int, int]:
 
 def _parts(n_rows: int, n: int, device: Device) -> int:
     """How many programs, and so workspace rows, share the parameters' gradients: enough to fill the device."""
-    if n > ONE_BLOCK:
+    if n > LONGEST_BACKWARD:
         return min(n_rows, max(1, 4 * device.processors * CHUNK // next_power_of_2(n)))
     _, rows, warps = _block(n_rows, n, device)
     return min(cdiv(n_rows, rows), device.processors * (16 // warps))
@@ -257,7 +258,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n = specs["input"].shape
     tensors = pointers(specs, "input", "weight", "bias", "output", "mean", "rstd")
     row_stride = specs["input"].stride[0]
-    if n > ONE_BLOCK:
+    if n > LONGEST_FORWARD:
         arguments = tensors | {"row_stride": row_stride, "N": n, "eps": options["eps"]}
         return [Launch(_layer_norm_forward_long, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)]
     block_n, rows, warps = _block(n_rows, n, device)
@@ -272,7 +273,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     has_parameters = specs["dweight"] is not None or specs["dbias"] is not None
     n_parts = _parts(n_rows, n, device)
     launches = []
-    if n > ONE_BLOCK:
+    if n > LONGEST_BACKWARD:
         if specs["dinput"] is not None:
             arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput") | strides | {"N": n}
             launches.append(Launch(_layer_norm_backward_long_input, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1))
