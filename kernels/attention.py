@@ -41,6 +41,7 @@ from kernels.op import (
     Op,
     Spec,
     Specs,
+    autocast_dtype,
     cast,
     cdiv,
     dot,
@@ -792,9 +793,8 @@ def scaled_dot_product_attention(
     Raises RuntimeError or ValueError for inputs that do not fit, NotImplementedError for attn_mask, a value
     head of another size, D above 256 and other dtypes.
     """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype.is_floating_point and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(query.device)
+    if dtype is not None and query.dtype.is_floating_point and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, attn_mask, dropout_p, enable_gqa)
 

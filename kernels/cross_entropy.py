@@ -32,6 +32,7 @@ from kernels.op import (
     Launch,
     Op,
     Specs,
+    autocast_dtype,
     cast,
     cdiv,
     next_power_of_2,
@@ -196,8 +197,10 @@ def _weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Te
 
 
 def _empty_forward(logits, reduction, out_dtype):
-    loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
-    return loss, logits.new_empty(logits.shape[0], dtype=torch.float32), logits.new_empty((), dtype=torch.float32)
+    none = reduction == "none"
+    loss = logits.new_empty((logits.shape[0],) if none else (), dtype=out_dtype)
+    lse = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return loss, lse, logits.new_empty((0,) if none else (), dtype=torch.float32)
 
 
 def _forward(
@@ -209,7 +212,10 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, lse fp32 (n_rows,), what "mean" divides by, fp32 ()."""
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, lse fp32 (n_rows,), what "mean" divides by, fp32 ().
+
+    With reduction="none" there is nothing to divide by, and the last is empty.
+    """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
         _check_targets(target, n_classes, ignore_index)
@@ -219,7 +225,7 @@ def _forward(
     tensors |= {"weight_sum": _weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
     run(plan_forward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if reduction == "none":
-        return losses[0].to(out_dtype, copy=True), lse, losses.new_empty(())
+        return losses[0].to(out_dtype, copy=True), lse, losses.new_empty(0)
     total, divisor = losses.sum(1).unbind()
     loss = total / divisor if reduction == "mean" else total
     return loss.to(out_dtype, copy=True), lse, divisor.clone()
@@ -332,7 +338,7 @@ def cross_entropy(
     classes = 0 if input.dim() == 1 else 1
     n_classes = input.shape[classes]
     logits = input.movedim(classes, -1).reshape(math.prod(target.shape), n_classes)
-    out_dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
+    out_dtype = torch.float32 if autocast_dtype(input.device) else input.dtype
     weight = None if weight is None else weight.detach().contiguous()
     labels = target.reshape(-1).to(torch.int64).contiguous()
     loss = forward(logits, labels, weight, ignore_index, reduction, float(label_smoothing), out_dtype)[0]

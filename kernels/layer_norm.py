@@ -34,6 +34,7 @@ from kernels.op import (
     Launch,
     Op,
     Specs,
+    autocast_dtype,
     cast,
     cdiv,
     facts_of,
@@ -415,9 +416,7 @@ def layer_norm(
             raise RuntimeError(f"layer_norm: {name} is on {tensor.device}, input on {input.device}")
         if name != "input" and tuple(tensor.shape) != shape:
             raise RuntimeError(f"layer_norm: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    device_type = input.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    out_dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
+    out_dtype = autocast_dtype(input.device) or input.dtype
     n = math.prod(shape)
     if n == 0:
         return input.to(out_dtype, copy=True)

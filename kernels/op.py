@@ -172,6 +172,13 @@ def facts_of(tensor: torch.Tensor) -> Device:
     return _pretended or devices.facts(tensor.device)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast is set to for `device`; None where it is off, or unknown as for meta tensors."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def register(name: str, function: Callable, fake: Callable) -> Any:
     """`function` as the custom op kernels::name; `fake` allocates what it returns, strides too."""
     op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
