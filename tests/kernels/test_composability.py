@@ -1,0 +1,208 @@
+"""The ops inside PyTorch: registration, torch.compile, fake tensors, FLOP counts, launches."""
+
+import collections
+
+import pytest
+import torch
+from parity import DTYPES, LAYOUTS, differentiate, incoming, inputs_of, name_of
+from test_parity import LAID_OUT
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import kernels
+from kernels import catalogue
+from kernels.device import INTERPRETER
+from kernels.op import count_launches, facts_of
+
+OPS = {op.name: op for op in catalogue.OPS}
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the calls of our custom ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "kernels":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _problem(op, device, dtype=torch.float32):
+    case = LAID_OUT[op.name]
+    inputs = inputs_of(op, case, dtype, device)
+    return inputs, case.options, incoming(op, inputs, case.options)
+
+
+@each_op
+def test_every_registered_op_passes_opcheck(op, device):
+    inputs, options, grad = _problem(op, device)
+    with _Calls() as noted:
+        differentiate(op.public, op, inputs, options, grad)
+    assert len(noted.calls) == 2, "one boundary forward, one backward"
+    for place, (function, args, kwargs) in enumerate(noted.calls):
+        # only forward has a formula: a second derivative raises
+        wants = place == 0
+        args = [
+            value.detach().requires_grad_(wants and value.is_floating_point()) if torch.is_tensor(value) else value
+            for value in args
+        ]
+        torch.library.opcheck(function, tuple(args), kwargs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@each_op
+def test_fake_tensors_have_the_real_strides(op, layout, device):
+    inputs, options, _ = _problem(op, device, torch.bfloat16)
+    inputs = {name: layout(tensor) for name, tensor in inputs.items()}
+    grad = layout(incoming(op, inputs, options))
+    real = differentiate(op.public, op, inputs, options, grad)
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        fake = differentiate(op.public, op, fakes, options, mode.from_tensor(grad))
+    for quantity, value in real.items():
+        told = fake[quantity]
+        assert (told.shape, told.stride(), told.dtype) == (value.shape, value.stride(), value.dtype), quantity
+
+
+@each_op
+def test_meta_tensors(op):
+    inputs, options, grad = _problem(op, "cpu")
+    result = differentiate(op.public, op, {n: t.to("meta") for n, t in inputs.items()}, options, grad.to("meta"))
+    assert all(value.is_meta for value in result.values())
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def _chain(x, weight, bias, target):
+    """All three ops, one after another, and nothing else that computes."""
+    b, t, width = x.shape
+    y = kernels.layer_norm(x, (width,), weight, bias)
+    query = y.view(b, t, 2, width // 2).transpose(1, 2)
+    y = kernels.scaled_dot_product_attention(query, query, query, is_causal=True)
+    return kernels.cross_entropy(y.transpose(1, 2).reshape(b * t, width), target, label_smoothing=0.1)
+
+
+def _chain_inputs(device, dtype=torch.float32, t=9):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, t, 32, generator=generator).to(device, dtype)
+    parameters = [torch.randn(32, generator=generator).to(device, dtype) for _ in range(2)]
+    return x, *parameters, torch.randint(0, 32, (2 * t,), generator=generator).to(device)
+
+
+def _loss_and_gradients(function, inputs):
+    leaves = [tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    loss = function(*leaves)
+    loss.backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whole_it_is_eager(backend, dtype, device):
+    """Bit for bit; but inductor adds the gradients of query, key and value in fp32 where eager rounds in between."""
+    inputs = _chain_inputs(device, dtype)
+    compiled = torch.compile(_chain, fullgraph=True, backend=backend)
+    tolerance = {} if backend == "inductor" else {"rtol": 0.0, "atol": 0.0}
+    for eager, ours in zip(_loss_and_gradients(_chain, inputs), _loss_and_gradients(compiled, inputs), strict=True):
+        torch.testing.assert_close(ours, eager, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_dropout_has_eagers_mask(backend, device):
+    def attend(x):
+        return kernels.scaled_dot_product_attention(x, x, x, dropout_p=0.5, is_causal=True).square().sum()
+
+    x = torch.randn(1, 2, 9, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    results = []
+    for function in (attend, compiled, compiled):
+        torch.manual_seed(5)
+        results.append(_loss_and_gradients(function, [x]))
+    for eager, first, second in zip(*results, strict=True):
+        assert torch.equal(eager, first) and torch.equal(first, second)
+    assert not torch.equal(results[1][0], compiled(x)), "the mask is compiled in"
+
+
+def test_one_graph_serves_every_length(device):
+    """A dynamic dimension is not pinned by a shape that a plan or a check reads."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(_chain, fullgraph=True, dynamic=True, backend=count)
+    for t in (9, 12, 20):
+        inputs = _chain_inputs(device, t=t)
+        torch.testing.assert_close(compiled(*inputs), _chain(*inputs))
+    assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
+
+
+# ---------------------------------------------------------------- counts
+
+
+@each_op
+def test_flops_are_those_of_the_cost_formula(op, device):
+    """Where an op has a FLOP formula, PyTorch's counter sees what the cost formula says."""
+    for case in op.cases[:12]:
+        inputs = inputs_of(op, case, torch.float32, "meta")
+        forward, backward = op.cost(inputs, case.options)
+        with _Calls() as noted, FlopCounterMode(display=False) as counter:
+            out = op.public(**{n: t.requires_grad_(n in op.differentiable) for n, t in inputs.items()}, **case.options)
+            first = counter.get_total_flops()
+            out.backward(torch.empty_like(out))
+        registered = [function for function, _, _ in noted.calls if function._overloadpacket in flop_registry]
+        expected = (forward.flops, forward.flops + backward.flops) if registered else (0, 0)
+        assert (first, counter.get_total_flops()) == expected, case.name
+        assert len(registered) in (0, 2), "a formula for one direction only"
+
+
+def test_attention_has_a_flop_formula():
+    assert torch.ops.kernels.attention in flop_registry
+
+
+LAUNCHES = {"scaled_dot_product_attention": (1, 2), "layer_norm": (1, 2), "cross_entropy": (1, 1)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@each_op
+def test_launches_are_those_of_the_plan(op, dtype, device):
+    """So many kernels a call forward and backward, and the very ones that compilation and benchmarks are told of."""
+    inputs, options, grad = _problem(op, device, dtype)
+    leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+    with count_launches() as forward:
+        out = op.public(**leaves, **options)
+    with count_launches() as backward:
+        out.backward(grad)
+    assert (forward.total(), backward.total()) == LAUNCHES[op.name]
+    plan = op.plan({n: t.to("meta") for n, t in inputs.items()}, options, facts_of(next(iter(inputs.values()))))
+    assert forward + backward == collections.Counter(launch.name for launch in plan)
+
+
+@each_op
+def test_nothing_is_launched_backward_for_what_needs_no_gradient(op, device):
+    inputs, options, _ = _problem(op, device)
+    with count_launches() as launched:
+        op.public(**inputs, **options)
+    assert launched.total() == LAUNCHES[op.name][0]
+
+
+@each_op
+def test_a_plan_takes_meta_tensors_and_launches_nothing(op):
+    for case in op.cases:
+        with count_launches() as launched:
+            plan = op.plan(inputs_of(op, case, torch.bfloat16, "meta"), case.options, INTERPRETER)
+        assert plan and not launched
