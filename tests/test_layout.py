@@ -1,0 +1,135 @@
+"""The shape of the house: who imports whom, and what an op's entry promises."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import catalogue, reference
+from kernels.device import INTERPRETER, TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"kernels", "minigpt", "benchmarks", "profiling", "tests", "train", "generate"}
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "minigpt": {"kernels", "minigpt"},
+    "benchmarks": {"kernels", "minigpt", "benchmarks"},
+    "profiling": {"kernels", "minigpt", "profiling"},
+}
+each_op = pytest.mark.parametrize("op", catalogue.OPS, ids=lambda op: op.name)
+
+
+def _imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # a relative import stays in its package
+            found |= {node.module.split(".")[0]} if node.level == 0 else set()
+    return found
+
+
+def _files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package):
+    for path in _files(package):
+        wrong = (_imported(path) & OURS) - MAY_IMPORT[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_kernels_needs_torch_triton_and_numpy_only():
+    for path in _files("kernels"):
+        others = _imported(path) - set(sys.stdlib_module_names) - {"kernels", "torch", "triton", "numpy"}
+        assert not others, f"{path.name} imports {', '.join(sorted(others))}"
+
+
+def test_the_rule_sees_an_import_that_is_hidden(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "def f():\n    if True:\n        from minigpt.model import GPT\n        import benchmarks.timing as t\n"
+    )
+    assert _imported(path) == {"minigpt", "benchmarks"}
+
+
+@each_op
+def test_an_ops_function_is_public(op):
+    assert op.name in kernels.__all__ and getattr(kernels, op.name) is op.public
+    assert getattr(reference, op.name) is op.reference and getattr(torch.nn.functional, op.name) is op.torch
+    assert op.public.__doc__ and op.reference.__doc__
+
+
+def _parameters(function) -> list[tuple]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+# PyTorch's is written in C++ and has no signature to read; and what has been deprecated there for years is left out
+ATTENTION = [
+    ("query", inspect.Parameter.empty), ("key", inspect.Parameter.empty), ("value", inspect.Parameter.empty),
+    ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False),
+]  # fmt: skip
+DEPRECATED = {"size_average", "reduce"}
+
+
+@each_op
+def test_an_ops_signature_is_pytorchs_and_the_references(op):
+    if op.name == "scaled_dot_product_attention":
+        theirs = ATTENTION
+    else:
+        theirs = [parameter for parameter in _parameters(op.torch) if parameter[0] not in DEPRECATED]
+    ours = _parameters(op.public)
+    assert ours[: len(theirs)] == theirs
+    more = list(inspect.signature(op.public).parameters.values())[len(theirs) :]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in more), "an addition must be optional"
+    assert _parameters(op.reference)[: len(ours)] == ours
+
+
+@each_op
+def test_an_ops_entry_is_whole(op):
+    names = [case.name for case in (*op.cases, *op.sizes)]
+    assert len(names) == len(set(names)), "two cases of one name"
+    assert op.cases and op.sizes and set(op.differentiable) <= set(inspect.signature(op.public).parameters)
+    for case in (*op.cases, *op.sizes):
+        inputs = op.inputs(case, torch.float32, "meta")
+        assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == case.shapes
+        for cost in op.cost(inputs, case.options):
+            assert cost.flops > 0 and cost.bytes > 0
+
+
+def _kernels_in(module) -> set[str]:
+    """The functions of a file that ask which program they are: those that can be launched."""
+    found = set()
+    for node in ast.parse(inspect.getsource(module)).body:
+        jitted = isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+        if jitted and "program_id" in ast.unparse(node):
+            found.add(node.name)
+    return found
+
+
+@each_op
+def test_every_kernel_is_in_a_plan(op):
+    """A kernel that no case of tests and sizes launches is one that nothing checks or compiles."""
+    launched = set()
+    for case in (*op.cases, *op.sizes):
+        inputs = op.inputs(case, torch.bfloat16, "meta")
+        for device in (INTERPRETER, TARGETS["sm_90"]):
+            launched |= {launch.name for launch in op.plan(inputs, case.options, device)}
+    assert launched == _kernels_in(inspect.getmodule(op.public))
+
+
+@each_op
+def test_every_kernel_is_in_a_test_case(op):
+    """... and in the interpreter the small cases alone launch them all."""
+    launched = set()
+    for case in op.cases:
+        inputs = op.inputs(case, torch.bfloat16, "meta")
+        launched |= {launch.name for launch in op.plan(inputs, case.options, INTERPRETER)}
+    assert launched == _kernels_in(inspect.getmodule(op.public))
