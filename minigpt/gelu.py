@@ -35,6 +35,6 @@ class _SigmoidGELU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
         x, sigmoid = ctx.saved_tensors
-        inner = torch.addcmul(_LINEAR_TENSOR, x, x, value=3 * _CUBIC).mul_(x)  # x times the derivative of 2u
-        slope = torch.ops.aten.sigmoid_backward(inner, sigmoid).add_(sigmoid)
-        return slope.mul_(gradient)
+        slope = torch.addcmul(_LINEAR_TENSOR, x, x, value=3 * _CUBIC).mul_(x)  # x times the derivative of 2u
+        torch.ops.aten.sigmoid_backward.grad_input(slope, sigmoid, grad_input=slope)
+        return slope.add_(sigmoid).mul_(gradient)

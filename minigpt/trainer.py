@@ -17,6 +17,7 @@ from .errors import Stopped, StopRequest, UserError, stop_requests
 from .evaluate import Evaluation, evaluate
 from .model import GPT
 from .report import Clock, Display, Losses, Metrics, new_folder, write_text
+from .shares import Shares, shares_for, threads
 from .tokenizers import CharTokenizer
 
 # What --resume may change: where and how the run computes and reports, and how far it goes, but not what it computes.
@@ -68,16 +69,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     can put right, and Stopped when Ctrl-C or SIGTERM ended it, once the last checkpoint is written.
     """
     session = Session(config)
-    threads = torch.get_num_threads()
-    if session.ops.interpreted:
-        # The interpreter runs on one thread: the others would only wait for it, and take the processor to do so.
-        torch.set_num_threads(1)
-    try:
+    with threads(session.cores):
         with session.display.running(session.progress.step), stop_requests() as stop:
             session.run(stop)
         return session.finish()
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Session:
@@ -117,6 +112,10 @@ class Session:
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.parameters = list(self.model.parameters())
+        # Triton's interpreter runs on one thread: others would wait for it, and take the processor to do so.
+        self.cores = 1 if self.ops.interpreted else torch.get_num_threads()
+        self.shares = self._make_shares()
         self.progress = Progress()
         if found:
             found.load_optimizer(self.model, self.optimizer)
@@ -133,6 +132,10 @@ class Session:
 
     def run(self, stop: StopRequest) -> None:
         """Train up to the last step, evaluating and saving on the way."""
+        with threads(1 if self.shares else self.cores):
+            self._run(stop)
+
+    def _run(self, stop: StopRequest) -> None:
         config, progress = self.config, self.progress
         first = progress.step
         self.clock.start()
@@ -213,19 +216,31 @@ class Session:
         total: Tensor | None = None
         for index in range(step * config.grad_accumulation, (step + 1) * config.grad_accumulation):
             inputs, targets = self.batches[index]
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                _, loss = self.model(inputs, targets)
-            if config.grad_accumulation > 1:
-                loss = loss / config.grad_accumulation
-            self.scaler.scale(loss).backward()
+            if self.shares:
+                loss = self.shares.backward(inputs, targets, 1 / config.grad_accumulation)
+            else:
+                loss = self._loss(inputs, targets)
+                self.scaler.scale(loss / config.grad_accumulation).backward()
             total = loss.detach() if total is None else total + loss.detach()
         if config.grad_clip:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return total / config.grad_accumulation
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(inputs, targets)[1]
+
+    def _make_shares(self) -> Shares | None:
+        """Shares of a batch, where it is worth it and leaves nothing to chance; else None."""
+        random = self.config.dropout > 0
+        if self.device.type != "cpu" or "triton" in self.ops.names.values() or random or self.scaler.is_enabled():
+            return None
+        count = shares_for(self.config.batch_size, self.batches.window, self.cores)
+        return Shares(self._loss, self.parameters, count) if count > 1 else None
 
     def _evaluate(self, stop: StopRequest) -> None:
         """Report, evaluate and save; where a stop was asked for, report and save only, and raise Stopped."""
@@ -253,7 +268,8 @@ class Session:
             )
 
     def _evaluation(self, max_tokens: int) -> Evaluation:
-        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype)
+        with threads(self.cores):
+            return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype)
 
     def _arrived(self, *, everything: bool = False) -> list[dict[str, float]]:
         """Rows of metrics.csv for the steps whose losses have come from the device."""
