@@ -500,6 +500,9 @@ BACKWARD_KEY = {
 }
 for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
     _table["sm_100"] = dict(_table["sm_90"])
+    # There, products of 64 rows and more with an operand that comes from tl.join, as dropout's does, are TF32 on the
+    # tensor cores even under "ieee" (Triton 3.6 and 3.7 take the operand for a widened 16-bit one): fewer rows.
+    _table["sm_100"]["ieee"] = _table["sm_90"]["ieee"] | {64: _table["sm_90"]["ieee"][128]}
 FORWARD["sm_100"]["half"] = FORWARD["sm_90"]["half"] | {64: (128, 64, 8, 2)}
 BACKWARD_KEY["sm_100"]["half-grouped"] = BACKWARD_KEY["sm_90"]["half-grouped"] | {128: (64, 64, 8, 1)}
 
