@@ -520,11 +520,13 @@ def _tile(
     elif grouped and f"{kind}-grouped" in rows:
         kind = f"{kind}-grouped"
     block_q, block_k, warps, stages = rows[kind][max(64, next_power_of_2(spec.shape[-1]))]
-    if owned <= 64 and warps == 8:  # half of a tile of 128 would be padding: as many rows a warp, half the warps
+    if owned <= 64 and warps == 8:  # half of a tile of 128 would be padding
+        if table is FORWARD and block_q == 128:
+            return 64, block_k, 4, stages
+        if table is BACKWARD_QUERY and block_q == 128:
+            return 64, block_k // 2, 4, stages
         if table is BACKWARD_KEY and block_k == 128:
             return block_q, 64, 4, stages
-        if table is not BACKWARD_KEY and block_q == 128:
-            return 64, block_k, 4, stages
     return block_q, block_k, warps, stages
 
 
