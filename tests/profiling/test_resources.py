@@ -1,0 +1,210 @@
+"""Every kernel compiles for every target, within its registers and shared memory, on the tensor cores.
+
+The default run compiles one instance of each kernel for each target, the slow one the whole table. fp16 and bf16 with
+head sizes up to 128 must not spill, but for the exceptions in bounds.json; what else spills has a bound there, by the
+version of Triton that it was measured with.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import catalogue
+from kernels.device import HAS_TRITON, TARGETS
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+BOUNDS = Path(__file__).with_name("bounds.json")
+TENSOR_CORE = {
+    "sm_80": "mma.sync",
+    "sm_89": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+SERIALISED = {"C7511", "C7512", "C7515"}  # ptxas: a wait after every wgmma
+ONE_OF_EACH = ["gpt2", "768", "262144", "v50304"]  # cases that between them launch every kernel
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    # the interpreter may be chosen in this process; the command must see to that itself
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "profiling", "resources", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
+
+
+def _table(*arguments: str) -> tuple[list[dict], dict]:
+    done = _run(*arguments, "--json", "-")
+    assert done.stdout, done.stderr
+    document = json.loads(done.stdout)
+    return document["kernels"], document["versions"]
+
+
+def _name(use: dict) -> str:
+    return f"{use['kernel']} {use['dtype']} {use['arch']} {use['cases'][0]}"
+
+
+def _must_not_spill(use: dict) -> bool:
+    return use["dtype"] != "float32" and use["tile"].get("BLOCK_D", 0) <= 128
+
+
+def _problems(uses: list[dict], versions: dict) -> list[str]:
+    """What is wrong with these kernels, each in a line."""
+    document = json.loads(BOUNDS.read_text())
+    bounds, exceptions = document["spill_bytes"].get(versions["triton"]), document["exceptions"]
+    wrong = []
+    for use in uses:
+        if use["error"]:
+            wrong.append(f"{_name(use)} does not compile: {use['error']}")
+            continue
+        if use["shared_memory"] > use["shared_memory_limit"]:
+            wrong.append(f"{_name(use)}: {use['shared_memory']} bytes of shared memory of {use['shared_memory_limit']}")
+        if _must_not_spill(use):
+            bound = exceptions.get(_name(use), 0)
+        else:
+            bound = math.inf if bounds is None else bounds.get(_name(use), 0)
+        if use["spill_bytes"] > bound:
+            wrong.append(f"{_name(use)} spills {use['spill_bytes']} bytes, {bound} are allowed")
+        attends = use["op"] == "scaled_dot_product_attention" and use["dtype"] != "float32"
+        if attends and TENSOR_CORE[use["arch"]] not in use["tensor_core"]:
+            wrong.append(f"{_name(use)} does not use {TENSOR_CORE[use['arch']]}")
+        if use["tile"].get("PRECISION") == "ieee" and use["dtype"] == "float32" and not use["arch"].startswith("gfx"):
+            # NVIDIA's tensor cores have no fp32: what they would multiply is TF32
+            if use["tensor_core"]:
+                wrong.append(f"{_name(use)} was asked for fp32 products and uses {use['tensor_core']}")
+        if attends and use["arch"] == "sm_90" and SERIALISED & set(use["advisories"]):
+            wrong.append(f"{_name(use)}: tensor cores serialised, {use['advisories']}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def one_of_each() -> tuple[list[dict], dict]:
+    return _table("--arch", "all", "--dtype", "bfloat16", "--case", *ONE_OF_EACH)
+
+
+def test_one_of_each_kernel_compiles_well_for_every_target(one_of_each):
+    assert not _problems(*one_of_each)
+
+
+def test_one_of_each_is_every_kernel(one_of_each):
+    """The default run leaves no kernel of any plan out."""
+    compiled = {(use["kernel"], use["arch"]) for use in one_of_each[0]}
+    planned = set()
+    for op in catalogue.OPS:
+        for case in (*op.cases, *op.sizes):
+            inputs = op.inputs(case, torch.bfloat16, "meta")
+            for arch, target in TARGETS.items():
+                planned |= {(launch.name, arch) for launch in op.plan(inputs, case.options, target)}
+    assert compiled == planned
+
+
+def test_rows_that_allow_it_are_read_16_bytes_at_a_time(one_of_each):
+    """Alignment and divisibility reach the compiler: without them every access would be of one element."""
+    for use in one_of_each[0]:
+        if use["arch"] == "sm_90" and "reduce" not in use["kernel"]:
+            assert "128" in use["loads"], _name(use)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_whole_table(arch):
+    assert not _problems(*_table("--arch", arch))
+
+
+@pytest.mark.slow
+def test_every_test_case_compiles():
+    """Odd sizes, odd strides, every option: what the interpreter runs, a compiler takes as well."""
+    uses, _ = _table("--arch", "sm_90", "--cases", "cases")
+    assert not [f"{_name(use)}: {use['error']}" for use in uses if use["error"]]
+
+
+# ---------------------------------------------------------------- the measuring itself
+
+MEASURE = """
+import json, torch
+from kernels import catalogue
+from kernels.device import TARGETS
+from kernels.op import Launch, Spec
+from profiling.resources import _begin_worker, compile_source, source_of
+
+op = catalogue.LAYER_NORM
+case = next(case for case in op.sizes if case.name == "768")
+launch = op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"])[0]
+
+def source(**changes):
+    arguments = dict(launch.arguments) | changes
+    made = source_of(Launch(launch.kernel, launch.grid, arguments, launch.constexprs, 4, 1), "sm_90")
+    names = list(arguments)
+    constants = {names[place[0]]: value for place, value in made.constants if place[0] < len(names)}
+    attributes = {names[place[0]]: value for place, value in made.attributes}
+    return {"signature": dict(made.signature), "constants": constants, "attributes": attributes}
+
+x = launch.arguments["input_ptr"]
+out = {
+    "as planned": source(),
+    "one": source(row_stride=1),
+    "odd": source(row_stride=7),
+    "wide": source(row_stride=2**31),
+    "widest i32": source(row_stride=2**31 - 1),
+    "absent": source(bias_ptr=None),
+    "misaligned": source(input_ptr=x._replace(aligned=False)),
+}
+op = catalogue.ATTENTION
+case = next(case for case in op.sizes if case.name == "d128")
+launch = op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"])[0]
+few = Launch(launch.kernel, launch.grid, launch.arguments, launch.constexprs | {"BLOCK_K": 128}, 4, 2)
+_begin_worker()
+out["too few warps"] = compile_source(source_of(few, "sm_90"))
+out["impossible"] = compile_source(source_of(Launch(launch.kernel, launch.grid, launch.arguments,
+                                             launch.constexprs | {"BLOCK_K": 100}, 4, 2), "sm_90"))
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_arguments_are_specialized_as_a_launch_does(measured):
+    divisible = [["tt.divisibility", 16]]
+    planned = measured["as planned"]
+    assert planned["signature"]["input_ptr"] == "*bf16" and planned["signature"]["mean_ptr"] == "*fp32"
+    assert planned["signature"]["eps"] == "fp32" and planned["signature"]["row_stride"] == "i32"
+    assert planned["attributes"]["input_ptr"] == planned["attributes"]["row_stride"] == divisible
+    assert measured["one"]["signature"]["row_stride"] == "constexpr" and measured["one"]["constants"]["row_stride"] == 1
+    assert "row_stride" not in measured["odd"]["attributes"]
+    assert measured["wide"]["signature"]["row_stride"] == "i64"
+    assert measured["widest i32"]["signature"]["row_stride"] == "i32"
+    assert (
+        measured["absent"]["signature"]["bias_ptr"] == "constexpr"
+        and measured["absent"]["constants"]["bias_ptr"] is None
+    )
+    assert "input_ptr" not in measured["misaligned"]["attributes"]
+    assert measured["misaligned"]["attributes"]["output_ptr"] == divisible
+
+
+def test_spills_and_serialised_tensor_cores_are_seen(measured):
+    """A tile of 128 x 128 with four warps is known to do both."""
+    use = measured["too few warps"]
+    assert use["spill_bytes"] > 100 and use["registers"] == 255 and SERIALISED & set(use["advisories"])
+
+
+def test_what_does_not_compile_is_a_row_with_an_error(measured):
+    assert measured["impossible"]["error"]
+
+
+@pytest.mark.parametrize(("arguments", "says"), [(("--op", "softmax"), "layer_norm"), (("--arch", "sm_70"), "sm_80")])
+def test_unknown_names_are_told_with_the_right_ones(arguments, says):
+    done = _run(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: no ") and says in done.stderr
