@@ -144,19 +144,21 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """GPT-2's initialisation, its 0.02 carried over from GPT-2's width to this one for the layers' matrices.
+        """GPT-2's initialisation, its 0.02 carried over from GPT-2's width to this one.
 
         0.02 suits matrices of 768 channels; narrower ones need larger values to pass as much on (after Glorot & Bengio
-        2010). Where 2 * n_layer branches add up in the residual stream, each starts that much smaller.
+        2010). Where 2 * n_layer branches add up in the residual stream, each starts that much smaller. Positions stay
+        small beside the tokens, and so does an embedding that is the head too: it would begin sure that each token
+        comes twice.
         """
         width = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=width / math.sqrt(2 * self.config.n_layer))
-            elif name.startswith("blocks.") and parameter.dim() == 2:
-                nn.init.normal_(parameter, std=width)
-            elif parameter.dim() == 2:  # embeddings, and the head, which may be one
+            elif name == "positions" or (name == "tokens.weight" and self.config.tied_head):
                 nn.init.normal_(parameter, std=0.02)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=width)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
