@@ -100,17 +100,28 @@ def torch_errors(op, case, dtype: torch.dtype, device, draws: int = DRAWS) -> di
 
 
 def check(
-    ratios: dict, op, case: str, dtype: torch.dtype, ours: dict, theirs: dict, truth: dict, *, caps: dict | None = None
+    ratios: dict,
+    op,
+    case: str,
+    dtype: torch.dtype,
+    ours: dict,
+    theirs: dict,
+    truth: dict,
+    *,
+    caps: dict | None = None,
+    residue: dict | None = None,
 ) -> None:
     """Hold `ours` to the contract, and enter the ratios of error and allowance in `ratios`.
 
-    theirs: PyTorch's errors, as torch_errors has them.
+    theirs: PyTorch's errors, as torch_errors has them. residue: by quantity, what rounding may leave where terms
+    cancel and the truth is next to nothing, or nothing.
     """
     broken = []
     for quantity, exact in truth.items():
         assert ours[quantity].dtype == dtype, f"{quantity} is {ours[quantity].dtype}"
         assert exact.isfinite().all(), f"{case}: the truth of {quantity} is not finite; not a case for this test"
         floor = torch.finfo(dtype).eps * (exact.square().mean().sqrt().item() if exact.numel() else 0.0)
+        floor += (residue or {}).get(quantity, 0.0)
         key = (op.name, name_of(dtype), quantity)
         entry = ratios.setdefault(key, {"max": (0.0, "-"), "rms": (0.0, "-"), "error_max": 0.0, "error_rms": 0.0})
         measured = zip(("max", "rms"), _errors(ours[quantity], exact), theirs[quantity], strict=True)
