@@ -58,7 +58,8 @@ def _must_not_spill(use: dict) -> bool:
 def _problems(uses: list[dict], versions: dict) -> list[str]:
     """What is wrong with these kernels, each in a line."""
     document = json.loads(BOUNDS.read_text())
-    bounds, exceptions = document["spill_bytes"].get(versions["triton"]), document["exceptions"]
+    bounds = document["spill_bytes"].get(versions["triton"])
+    exceptions = document["exceptions"].get(versions["triton"], {})
     wrong = []
     for use in uses:
         if use["error"]:
