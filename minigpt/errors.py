@@ -113,7 +113,7 @@ def door(main: Callable[[], None]) -> None:
 
 def _told(error: OSError, path: Path | None) -> UserError:
     named = error.filename if error.filename is not None else path
-    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    reason = _REASONS.get(error.errno or 0, f"{error.strerror or error}; choose another place")
     return UserError(f"{named}: {reason}" if named is not None else reason)
 
 

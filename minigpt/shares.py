@@ -46,6 +46,8 @@ class Shares:
         self._parameters = parameters
         self._count = count
         self._pool = ThreadPoolExecutor(count, "share", initializer=torch.set_num_threads, initargs=(1,))
+        self.map = self._pool.map
+        """The built-in map, on the threads of the shares."""
 
     def backward(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
         """The mean loss () of a batch, (B, T) int64 each; its gradient times `scale` is added to the parameters' .grad.

@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     can put right, and Stopped when Ctrl-C or SIGTERM ended it, once the last checkpoint is written.
     """
     session = Session(config)
-    with threads(session.cores):
+    with threads(1 if session.shares else session.cores):
         with session.display.running(session.progress.step), stop_requests() as stop:
             session.run(stop)
         return session.finish()
@@ -96,7 +96,9 @@ class Session:
             )
         self.tokenizer = found.tokenizer if found else CharTokenizer.from_text(self.corpus.text)
         if unknown := self.tokenizer.unknown(config.prompt):
-            raise UserError(f"the prompt has characters that the text does not have: {' '.join(map(repr, unknown))}")
+            raise UserError(
+                f"--prompt has characters that the text does not have, leave them out: {' '.join(map(repr, unknown))}"
+            )
         tokens = torch.from_numpy(self.tokenizer.encode(self.corpus.text))
         cut = len(self.corpus.split()[0])
         train_tokens, self.validation = tokens[:cut].to(self.device), tokens[cut:].to(self.device)
@@ -132,10 +134,6 @@ class Session:
 
     def run(self, stop: StopRequest) -> None:
         """Train up to the last step, evaluating and saving on the way."""
-        with threads(1 if self.shares else self.cores):
-            self._run(stop)
-
-    def _run(self, stop: StopRequest) -> None:
         config, progress = self.config, self.progress
         first = progress.step
         self.clock.start()
@@ -268,8 +266,8 @@ class Session:
             )
 
     def _evaluation(self, max_tokens: int) -> Evaluation:
-        with threads(self.cores):
-            return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype)
+        each = self.shares.map if self.shares else map
+        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype, each=each)
 
     def _arrived(self, *, everything: bool = False) -> list[dict[str, float]]:
         """Rows of metrics.csv for the steps whose losses have come from the device."""

@@ -1,6 +1,7 @@
 """Evaluation: every token once, against a loop over single tokens."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_every_token_counts_once(model, length):
 def test_the_result_does_not_depend_on_how_many_windows_go_at_once(model, split, monkeypatch):
     tokens = torch.randint(11, (5 * BLOCK + 3,), generator=torch.Generator().manual_seed(1))
     expected = evaluate(model, tokens).loss
-    monkeypatch.setattr("minigpt.evaluate._TOKENS_AT_ONCE", split)
+    monkeypatch.setattr("minigpt.evaluate._TOKENS_AT_ONCE", {"cpu": split})
     assert evaluate(model, tokens).loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -64,6 +65,13 @@ def test_max_tokens_takes_windows_from_all_over_the_text(model):
     assert evaluate(model, tokens, max_tokens=4).tokens == 4
     assert evaluate(model, tokens, max_tokens=10 * BLOCK) == evaluate(model, tokens)
     assert evaluate(model, tokens, max_tokens=10**9) == evaluate(model, tokens)
+
+
+def test_several_windows_at_once_give_the_same_bits(model, monkeypatch):
+    tokens = torch.randint(11, (50 * BLOCK + 3,), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("minigpt.evaluate._TOKENS_AT_ONCE", {"cpu": BLOCK})
+    with ThreadPoolExecutor(3) as pool:
+        assert evaluate(model, tokens, each=pool.map) == evaluate(model, tokens)
 
 
 def test_dropout_is_off_meanwhile_and_the_mode_stays(model):
