@@ -207,10 +207,13 @@ def test_offset_without_causal_changes_nothing(device):
     assert torch.equal(attention(**inputs), attention(**inputs, query_offset=-5))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 15, 17, 31, 33, 63, 65, 80, 96, 127, 129, 192, 255])
-def test_every_kind_of_head_size(size, device):
-    """Sizes that are no power of two, their padding poisoned by what lies beside it in memory."""
-    around = {name: draw(1, 9, 1, size + 3, seed=7, device=device) for name in ("query", "key", "value")}
+SIZES = [1, 2, 3, 5, 8, 15, 17, 31, 33, 63, 65, 80, 96, 127, 129, 192, 255]
+
+
+@pytest.mark.parametrize(("size", "length"), [*((size, 9) for size in SIZES), (3, 140), (40, 140), (200, 140)])
+def test_every_kind_of_head_size(size, length, device):
+    """Sizes that are no power of two, with NaN beside them in memory; long enough for tiles without a mask, too."""
+    around = {name: draw(1, length, 1, size + 3, seed=7, device=device) for name in ("query", "key", "value")}
     for tensor in around.values():
         tensor[..., size:] = math.nan
     inputs = {name: tensor[..., :size].transpose(1, 2) for name, tensor in around.items()}
