@@ -1,7 +1,7 @@
 """How well a model predicts a text: nats and bits per token, and perplexity, over all of it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +40,12 @@ def evaluate(
     *,
     max_tokens: int = 0,
     dtype: torch.dtype = torch.float32,
-    each: Callable[..., Iterable[Tensor]] = map,
 ) -> Evaluation:
     """The mean loss of `model` in predicting `tokens` (N,) int64, on the model's device.
 
     Non-overlapping windows of block_size, the last one shorter where they do not fit, so that each of the N - 1 tokens
     after the first counts once. With `max_tokens`, no more than that many, in windows spread evenly over the text.
-    Matrix products in `dtype`. `each` is map, or a map that works on several windows at once. Dropout is off meanwhile.
-    Raises UserError when there is nothing to predict.
+    Matrix products in `dtype`. Dropout is off meanwhile. Raises UserError when there is nothing to predict.
     """
     windows = list(_windows(tokens, model.config.block_size, max_tokens))
     count = sum(targets.numel() for _, targets in windows)
@@ -63,7 +61,7 @@ def evaluate(
     model.eval()
     try:
         # Summed on the device in double precision: one synchronisation at the end.
-        total = sum(each(loss_sum, windows), torch.zeros((), dtype=torch.float64, device=tokens.device))
+        total = sum(map(loss_sum, windows), torch.zeros((), dtype=torch.float64, device=tokens.device))
     finally:
         model.train(was_training)
     return Evaluation(total.item() / count, count)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .backends import Backends
 from .config import ModelConfig
 from .gelu import gelu
+from .linear import Linear
 
 IGNORE = -100
 """A target with this value does not count in the loss."""
@@ -38,8 +39,8 @@ class Attention(nn.Module):
         self.ops = ops
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -55,8 +56,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(gelu(self.up(x)))
@@ -96,7 +97,7 @@ class GPT(nn.Module):
             self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.norm = LayerNorm(config, ops)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
             self.head.weight = self.tokens.weight
         self._initialize()

@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,13 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 from . import backends, checkpoint, corpora, plots, sampling
+from .allocator import keep_freed_memory
 from .batches import Batches
 from .config import DTYPES, TrainConfig, pick_device, pick_dtype
 from .errors import Stopped, StopRequest, UserError, stop_requests
 from .evaluate import Evaluation, evaluate
 from .model import GPT
 from .report import Clock, Display, Losses, Metrics, new_folder, write_text
-from .shares import Shares, shares_for, threads
 from .tokenizers import CharTokenizer
 
 # What --resume may change: where and how the run computes and reports, and how far it goes, but not what it computes.
@@ -69,7 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     can put right, and Stopped when Ctrl-C or SIGTERM ended it, once the last checkpoint is written.
     """
     session = Session(config)
-    with threads(1 if session.shares else session.cores):
+    with _threads(1 if session.ops.interpreted else torch.get_num_threads()):
         with session.display.running(session.progress.step), stop_requests() as stop:
             session.run(stop)
         return session.finish()
@@ -85,6 +87,8 @@ class Session:
             _check_resumable(config, found)
         self.config = config
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = pick_dtype(config.dtype, self.device)
         self.ops = backends.resolve(config.kernels, self.device)
         self.display = Display(Console(), config.max_steps)
@@ -115,9 +119,6 @@ class Session:
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parameters = list(self.model.parameters())
-        # Triton's interpreter runs on one thread: others would wait for it, and take the processor to do so.
-        self.cores = 1 if self.ops.interpreted else torch.get_num_threads()
-        self.shares = self._make_shares()
         self.progress = Progress()
         if found:
             found.load_optimizer(self.model, self.optimizer)
@@ -214,11 +215,8 @@ class Session:
         total: Tensor | None = None
         for index in range(step * config.grad_accumulation, (step + 1) * config.grad_accumulation):
             inputs, targets = self.batches[index]
-            if self.shares:
-                loss = self.shares.backward(inputs, targets, 1 / config.grad_accumulation)
-            else:
-                loss = self._loss(inputs, targets)
-                self.scaler.scale(loss / config.grad_accumulation).backward()
+            loss = self._loss(inputs, targets)
+            self.scaler.scale(loss / config.grad_accumulation).backward()
             total = loss.detach() if total is None else total + loss.detach()
         if config.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -231,14 +229,6 @@ class Session:
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.model(inputs, targets)[1]
-
-    def _make_shares(self) -> Shares | None:
-        """Shares of a batch, where it is worth it and leaves nothing to chance; else None."""
-        random = self.config.dropout > 0
-        if self.device.type != "cpu" or "triton" in self.ops.names.values() or random or self.scaler.is_enabled():
-            return None
-        count = shares_for(self.config.batch_size, self.batches.window, self.cores)
-        return Shares(self._loss, self.parameters, count) if count > 1 else None
 
     def _evaluate(self, stop: StopRequest) -> None:
         """Report, evaluate and save; where a stop was asked for, report and save only, and raise Stopped."""
@@ -266,8 +256,7 @@ class Session:
             )
 
     def _evaluation(self, max_tokens: int) -> Evaluation:
-        each = self.shares.map if self.shares else map
-        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype, each=each)
+        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype)
 
     def _arrived(self, *, everything: bool = False) -> list[dict[str, float]]:
         """Rows of metrics.csv for the steps whose losses have come from the device."""
@@ -324,6 +313,19 @@ class Session:
 
     def _warn(self, text: str) -> None:
         self.display.line(text, style="bold red" if "WARNING" in text or text == self.ops.warning else None)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads. One beside Triton's interpreter: others would wait for it, and take the
+    processor to do so.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_resumable(config: TrainConfig, found: checkpoint.Checkpoint) -> None:

@@ -1,7 +1,6 @@
 """Evaluation: every token once, against a loop over single tokens."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -65,13 +64,6 @@ def test_max_tokens_takes_windows_from_all_over_the_text(model):
     assert evaluate(model, tokens, max_tokens=4).tokens == 4
     assert evaluate(model, tokens, max_tokens=10 * BLOCK) == evaluate(model, tokens)
     assert evaluate(model, tokens, max_tokens=10**9) == evaluate(model, tokens)
-
-
-def test_several_windows_at_once_give_the_same_bits(model, monkeypatch):
-    tokens = torch.randint(11, (50 * BLOCK + 3,), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("minigpt.evaluate._TOKENS_AT_ONCE", {"cpu": BLOCK})
-    with ThreadPoolExecutor(3) as pool:
-        assert evaluate(model, tokens, each=pool.map) == evaluate(model, tokens)
 
 
 def test_dropout_is_off_meanwhile_and_the_mode_stays(model):
