@@ -174,7 +174,8 @@ def test_attention_has_a_flop_formula():
     assert torch.ops.kernels.attention in flop_registry
 
 
-LAUNCHES = {"scaled_dot_product_attention": (1, 2), "layer_norm": (1, 2), "cross_entropy": (1, 1)}
+# the problem here is a short one: attention has two launches backward for longer sequences, see test_attention.py
+LAUNCHES = {"scaled_dot_product_attention": (1, 1), "layer_norm": (1, 2), "cross_entropy": (1, 1)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -144,8 +144,7 @@ def test_triton_kernels_train_the_same_and_run_once_per_op(small):
         assert loss.item() == pytest.approx(reference._step(step).item(), abs=1e-3)
         # Per step: a norm before each branch and one at the end; an attention a layer; one loss.
         assert launches["_layer_norm_forward"] == launches["_layer_norm_backward"] == 2 * 2 + 1
-        assert launches["_attention_forward"] == launches["_attention_backward_query"] == 2
-        assert launches["_attention_backward_key"] == 2
+        assert launches["_attention_short_forward"] == launches["_attention_short_backward"] == 2
         assert launches["_cross_entropy_forward"] == launches["_cross_entropy_backward"] == 1
 
 
