@@ -581,7 +581,7 @@ def _attention_short_backward(
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
 # "half" is fp16 and bf16; fp32 is "ieee", or "tf32" where PyTorch is set to allow it. Random numbers and the loop over
-# a group's heads take registers: "-dropout" and "-grouped" where the tile without them would spill.
+# a group's heads take registers: "-dropout", "-grouped", "-dropout-grouped" where the tile without them would spill.
 FORWARD = {
     "sm_80": {
         "half": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
@@ -646,6 +646,7 @@ BACKWARD_KEY = {
     "sm_90": {
         "half": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
         "half-grouped": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
+        "half-dropout-grouped": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 64, 8, 2)},
         "tf32": {64: (64, 64, 8, 2), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
         "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -702,10 +703,8 @@ def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool 
         return 128, 128, 4, 1
     rows = table[device.tiles]
     kind = _kind(spec, options)
-    if options["dropout_p"] > 0.0 and f"{kind}-dropout" in rows:
-        kind = f"{kind}-dropout"
-    elif grouped and f"{kind}-grouped" in rows:
-        kind = f"{kind}-grouped"
+    traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
+    kind = next(row for row in (kind + "".join(traits), *(kind + trait for trait in traits), kind) if row in rows)
     block_q, block_k, warps, stages = rows[kind][max(64, next_power_of_2(spec.shape[-1]))]
     return block_q, block_k, warps, stages
 
@@ -737,6 +736,16 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
     }
 
 
+def _with_diagonal(specs: Specs, options: dict) -> dict:
+    """Dropout without a diagonal as dropout with one beyond all keys, which is the same.
+
+    In the kernels that loop, random numbers and no diagonal would have ptxas serialise the tensor cores (C7515).
+    """
+    if options["is_causal"] or options["dropout_p"] == 0.0:
+        return options
+    return dict(options) | {"is_causal": True, "query_offset": cdiv(specs["key"].shape[2], 128) * 128}
+
+
 def _constexprs(specs: Specs, options: dict) -> dict:
     d = specs["query"].shape[-1]
     return {
@@ -763,6 +772,8 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
     if short := _short_tile(SHORT_FORWARD, specs, options, device):
         return [_short_launch(_attention_short_forward, specs, options, arguments, short)]
+    options = _with_diagonal(specs, options)
+    arguments["query_offset"] = options["query_offset"]
     block_q, block_k, warps, stages = _tile(FORWARD, specs["query"], options, device)
     grid = (cdiv(q_len, block_q) * batch * n_head,)
     constexprs = _constexprs(specs, options) | {"BLOCK_Q": block_q, "BLOCK_K": block_k}
@@ -781,6 +792,8 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         arguments = pointers(specs, *names) | _strides(**inputs, o=specs["out"], g=specs["grad"], **outputs) | numbers
         return [_short_launch(_attention_short_backward, specs, options, arguments, short)]
 
+    options = _with_diagonal(specs, options)
+    numbers["query_offset"] = options["query_offset"]
     block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, specs["query"], options, device)
     names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])

@@ -94,9 +94,10 @@ def dropout_mask(inputs, options, seed):
     [
         ({"b": 2, "h": 2, "q": 33, "k": 33, "d": 32}, {"dropout_p": 0.2, "is_causal": True}),
         ({"h": 4, "q": 19, "k": 70, "d": 64, "kv_heads": 2}, {"dropout_p": 0.5, "enable_gqa": True}),
+        ({"h": 1, "q": 131, "k": 200, "d": 16}, {"dropout_p": 0.3}),
         ({"h": 1, "q": 140, "k": 139, "d": 64}, {"dropout_p": 0.1, "is_causal": True, "query_offset": -1}),
     ],
-    ids=["causal", "grouped", "offset"],
+    ids=["causal", "grouped", "long", "offset"],
 )
 def test_dropout_is_one_mask_forward_and_backward(shape, options, dtype, device):
     """Output and every gradient are those of the reference under the mask that the seed gives, in float64."""
@@ -287,7 +288,7 @@ def test_one_tensor_for_query_key_and_value(device):
     torch.testing.assert_close(leaves[0].grad.double(), leaves[1].grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": 5}, {"is_causal": True, "dropout_p": 0.4}])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": 5}, {"dropout_p": 0.4}])
 @pytest.mark.parametrize("key_heads", [6, 2, 1])
 @pytest.mark.parametrize(("q", "k"), [(1, 1), (16, 9), (13, 18), (33, 64)])
 def test_heads_packed_into_a_program_are_the_heads_alone(options, key_heads, q, k, device, monkeypatch):
