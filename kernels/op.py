@@ -205,11 +205,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Case(NamedTuple):
-    """One problem for an op: shapes by argument name, and the options to call it with."""
+    """One problem for an op: shapes by argument name, options to call it with, dtypes that are not the others'."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    dtypes: dict[str, torch.dtype] = {}  # noqa: RUF012
 
 
 class Cost(NamedTuple):
@@ -226,13 +227,15 @@ class Op:
     name: str
     public: Callable
     reference: Callable  # the same in plain arithmetic
-    torch: Callable  # PyTorch's own function of that name
+    torch: Callable  # PyTorch's own function of that name, or what it takes of PyTorch's to do the same
     plan: Callable[[dict, dict, Device], list[Launch]]  # inputs (meta will do), options -> forward and backward
     cost: Callable[[dict, dict], tuple[Cost, Cost]]  # inputs, options -> forward, backward
     cases: tuple[Case, ...]  # small and awkward: parity
     sizes: tuple[Case, ...]  # real: compilation, resources, benchmarks
     differentiable: tuple[str, ...]
     draw: Callable[[str, tuple[int, ...], Case, torch.Generator], torch.Tensor | None] = field(default=lambda *_: None)
+    outputs: tuple[str, ...] = ("output",)  # of several, a tuple is returned
+    replaces: str = ""  # for the README, where `torch` is not one function of torch.nn.functional
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict:
         """The case's tensors on `device` ("meta" will do): drawn from N(0, 1), or as `draw` has it."""
@@ -243,7 +246,8 @@ class Op:
             drawn = (1,) * len(shape) if meta else shape  # on the meta device for its dtype only
             tensor = self.draw(name, drawn, case, generator)
             if tensor is None:
-                tensor = torch.randn(drawn, generator=generator, dtype=torch.float64).to(dtype)
+                tensor = torch.randn(drawn, generator=generator, dtype=torch.float64)
+                tensor = tensor.to(case.dtypes.get(name, dtype))
             tensors[name] = torch.empty(shape, dtype=tensor.dtype, device=device) if meta else tensor.to(device)
         return tensors
 
