@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.device import Device
 from kernels.layer_norm import check, plan_backward, plan_forward, workspaces
-from kernels.op import Case, Cost, Launch, Op, autocast_dtype, plan_only, register, rows_of, run
+from kernels.op import Case, Cost, Launch, Op, autocast_dtype, plan_only, register, register_gradients, rows_of, run
 
 # ---------------------------------------------------------------- registration
 
@@ -107,7 +107,6 @@ def _save(ctx, inputs, output):
     input, residual, weight, bias, n_dims, *_ = inputs
     _, total, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)  # a result that nobody used has no gradient, rather than one full of zeros
     ctx.options = (n_dims, input.dtype, residual.dtype)
     ctx.save_for_backward(total, weight, bias, mean, rstd)
 
@@ -137,7 +136,7 @@ forward = register(
         input, n_dims, sum_dtype, out_dtype
     ),
 )
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register(
     "add_layer_norm_backward",
     _backward,

@@ -39,6 +39,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -275,7 +276,7 @@ forward = register(
         logits, reduction, out_dtype
     ),
 )
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
 
 # ---------------------------------------------------------------- public

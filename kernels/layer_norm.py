@@ -47,6 +47,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -424,7 +425,7 @@ def _gradients(ctx, grad, _grad_mean, _grad_rstd):
 
 
 forward = register("layer_norm", _forward, lambda input, weight, bias, eps, out_dtype: _empty_forward(input, out_dtype))
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register(
     "layer_norm_backward",
     _backward,

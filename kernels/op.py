@@ -186,6 +186,24 @@ def register(name: str, function: Callable, fake: Callable) -> Any:
     return op
 
 
+def register_gradients(op: Any, gradients: Callable, save: Callable) -> None:
+    """Give a custom op its autograd formula, in which an output without a gradient has None.
+
+    Autograd by itself makes zeros for these, saved statistics among them, at a launch each.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+
+    def formula(ctx, *grads):
+        if all(grad is None for grad in grads):  # what follows may have none to give
+            return (None,) * len(ctx.needs_input_grad)
+        return gradients(ctx, *grads)
+
+    op.register_autograd(formula, setup_context=setup_context)
+
+
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` if its last dimension is contiguous, as every kernel here walks it, else a contiguous copy."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -205,6 +205,52 @@ def test_nothing_is_launched_backward_for_what_needs_no_gradient(op, device):
     assert launched.total() == LAUNCHES[op.name][0]
 
 
+class _Functions(TorchDispatchMode):
+    """Notes the names of all functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@each_op
+def test_backward_makes_no_zeros(op, device):
+    """Statistics have no gradient; autograd by itself fills one with zeros for each, a launch that nobody reads."""
+    inputs, options, grad = _problem(op, device)
+    leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+    outputs = as_tuple(op.public(**leaves, **options))
+    with _Functions() as called:
+        torch.autograd.backward(outputs, as_tuple(grad))
+    assert any(name.startswith("kernels::") for name in called.names)
+    assert not [name for name in called.names if "zero" in name or "fill" in name or "full" in name]
+
+
+class _Severed(torch.autograd.Function):
+    """Its input has no gradient, though it is asked for one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@each_op
+def test_no_gradient_from_what_follows_is_no_gradient(op, device):
+    inputs, options, _ = _problem(op, device)
+    leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+    outputs = as_tuple(op.public(**leaves, **options))
+    with count_launches() as launched:
+        sum(_Severed.apply(output).sum() for output in outputs).backward()
+    assert not launched and all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
+
+
 @each_op
 def test_a_plan_takes_meta_tensors_and_launches_nothing(op):
     for case in op.cases:
