@@ -482,9 +482,7 @@ def layer_norm(
     shape = check("layer_norm", input.shape, normalized_shape, input=input, weight=weight, bias=bias)
     out_dtype = autocast_dtype(input.device) or input.dtype
     n = math.prod(shape)
-    if n == 0:
-        return input.to(out_dtype, copy=True)
-    flat = input.reshape(-1, n)
+    flat = input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n)
     weight = None if weight is None else weight.reshape(n).contiguous()
     bias = None if bias is None else bias.reshape(n).contiguous()
     return forward(flat, weight, bias, eps, out_dtype)[0].view(input.shape)

@@ -256,7 +256,7 @@ class Op:
     replaces: str = ""  # for the README, where `torch` is not one function of torch.nn.functional
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict:
-        """The case's tensors on `device` ("meta" will do): drawn from N(0, 1), or as `draw` has it."""
+        """The case's tensors on `device` ("meta" will do): from N(0, 1), or as `draw` has it; floats in `dtype`."""
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for name, shape in case.shapes.items():
@@ -265,6 +265,7 @@ class Op:
             tensor = self.draw(name, drawn, case, generator)
             if tensor is None:
                 tensor = torch.randn(drawn, generator=generator, dtype=torch.float64)
+            if tensor.is_floating_point():
                 tensor = tensor.to(case.dtypes.get(name, dtype))
             tensors[name] = torch.empty(shape, dtype=tensor.dtype, device=device) if meta else tensor.to(device)
         return tensors

@@ -60,6 +60,17 @@ def test_reference_is_pytorchs_function_in_float64(op, case):
             torch.testing.assert_close(ours[quantity], exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_the_drawn_inputs_are_what_pytorch_takes(op):
+    """Class weights in the logits' dtype among them: benchmarks and compilation see the problem that PyTorch has."""
+    for case in op.cases:
+        inputs = op.inputs(case, torch.bfloat16, "cpu")
+        if sum(tensor.numel() for tensor in inputs.values()) < 50_000:
+            torch_functions(op)[0](**inputs, **case.options)
+        meta = op.inputs(case, torch.bfloat16, "meta")
+        assert {name: tensor.dtype for name, tensor in meta.items()} == {name: t.dtype for name, t in inputs.items()}
+
+
 def _hold(op, case, dtype, device, ratios, caps=None):
     """The case's first draw by the contract."""
     inputs = inputs_of(op, case, dtype, device)
