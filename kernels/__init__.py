@@ -1,8 +1,9 @@
 """Triton kernels under torch.nn.functional's names: change `F.` to `kernels.`."""
 
 from kernels import device, reference  # device first: it chooses the interpreter before Triton is imported
+from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import scaled_dot_product_attention
 from kernels.cross_entropy import cross_entropy
 from kernels.layer_norm import layer_norm
 
-__all__ = ["cross_entropy", "device", "layer_norm", "reference", "scaled_dot_product_attention"]
+__all__ = ["add_layer_norm", "cross_entropy", "device", "layer_norm", "reference", "scaled_dot_product_attention"]

@@ -50,6 +50,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -897,7 +898,7 @@ def _gradients(ctx, grad, _grad_lse):
 
 
 forward = register("attention", _forward, lambda query, *_: _empty_forward(query))
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register(
     "attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value)
 )

@@ -39,6 +39,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -119,7 +120,8 @@ def _cross_entropy_backward(
     valid = (target >= 0) & (target < V)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
     if divisor_ptr is not None:
-        grad = grad / tl.load(divisor_ptr)
+        divisor = tl.load(divisor_ptr)
+        grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
     lse = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
     x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     p = tl.exp(x - lse[:, None])
@@ -227,7 +229,11 @@ def _forward(
     if reduction == "none":
         return losses[0].to(out_dtype, copy=True), lse, losses.new_empty(0)
     total, divisor = losses.sum(1).unbind()
-    loss = total / divisor if reduction == "mean" else total
+    loss = total
+    if reduction == "mean":
+        loss = total / divisor
+        if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
+            loss = torch.where(divisor == 0.0, torch.nan, loss)
     return loss.to(out_dtype, copy=True), lse, divisor.clone()
 
 
@@ -275,7 +281,7 @@ forward = register(
         logits, reduction, out_dtype
     ),
 )
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
 
 # ---------------------------------------------------------------- public
@@ -328,7 +334,7 @@ def cross_entropy(
 
     Logits (C,), (N, C) or (N, C, d1, ...) in fp32, fp16 or bf16 and int64 targets (), (N,) or (N, d1, ...) -> the
     mean or sum, or with reduction="none" the losses in target's shape, in input's dtype; fp32 under autocast.
-    "mean" divides by the sum of the targets' weights, and is NaN where every target is ignored. Sums are fp32.
+    "mean" divides by the sum of the targets' weights, and is NaN where that is zero. Sums are fp32.
 
     A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that

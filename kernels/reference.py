@@ -81,6 +81,19 @@ def layer_norm(
     return y.to(input.dtype)
 
 
+def add_layer_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layer_norm(input + residual), input + residual), the sum in the dtype that PyTorch's has."""
+    total = input + residual
+    return layer_norm(total, normalized_shape, weight, bias, eps), total
+
+
 def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,

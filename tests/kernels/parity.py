@@ -51,25 +51,40 @@ def inputs_of(op, case, dtype: torch.dtype, device, seed: int = 0) -> dict:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
-def differentiate(function, op, inputs: dict, options: dict, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+def as_tuple(result) -> tuple[torch.Tensor, ...]:
+    """The tensors of a result, or of an incoming gradient: one, or a tuple of several."""
+    return (result,) if torch.is_tensor(result) else tuple(result)
+
+
+def on_each(function, result):
+    """`function` of a result's tensor, or of every tensor of the tuple that it is."""
+    return function(result) if torch.is_tensor(result) else tuple(function(tensor) for tensor in result)
+
+
+def differentiate(function, op, inputs: dict, options: dict, grad) -> dict[str, torch.Tensor]:
     """{"output": ..., "d<input>": ...} of `function`; inputs keep their strides, `grad` is the incoming gradient."""
     leaves = {name: tensor.detach().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
-    output = function(**leaves, **options)
+    outputs = as_tuple(function(**leaves, **options))
     wanted = [name for name in inputs if name in op.differentiable]
-    gradients = torch.autograd.grad(output, [leaves[name] for name in wanted], grad)
-    return {"output": output.detach()} | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], as_tuple(grad))
+    results = {name: output.detach() for name, output in zip(op.outputs, outputs, strict=True)}
+    return results | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
 def in_float64(tensors: dict) -> dict:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def incoming(op, inputs: dict, options: dict, seed: int = 1) -> torch.Tensor:
-    """A gradient of the output's shape and dtype, drawn from N(0, 1)."""
+def incoming(op, inputs: dict, options: dict, seed: int = 1):
+    """A gradient of the output's shape and dtype, drawn from N(0, 1); of several outputs a tuple of gradients."""
     first = next(iter(inputs.values()))
-    like = op.reference(**inputs, **options)
-    draw = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return draw.to(device=first.device, dtype=like.dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(like: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(device=first.device, dtype=like.dtype)
+
+    return on_each(draw, op.reference(**inputs, **options))
 
 
 def _errors(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
@@ -85,7 +100,7 @@ def torch_errors(op, case, dtype: torch.dtype, device, draws: int = DRAWS) -> di
     for seed in range(draws):
         inputs = inputs_of(op, case, dtype, device, seed)
         grad = incoming(op, inputs, case.options, seed + 1)
-        truth = differentiate(op.reference, op, in_float64(inputs), case.options, grad.double())
+        truth = differentiate(op.reference, op, in_float64(inputs), case.options, on_each(torch.Tensor.double, grad))
         for place, function in enumerate(torch_functions(op)):
             theirs = differentiate(function, op, inputs, case.options, grad)
             for quantity, exact in truth.items():

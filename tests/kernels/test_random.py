@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from parity import LAYOUTS, check, differentiate, guarded_allocations, in_float64, incoming, torch_functions
+from parity import LAYOUTS, check, differentiate, guarded_allocations, in_float64, incoming, on_each, torch_functions
 
 from kernels import catalogue
 from kernels.device import INTERPRETED, TARGETS
@@ -40,6 +40,11 @@ def _layer_norm(draw: random.Random) -> Case:
     return Case("random", {"input": (*lead, n)} | dict.fromkeys(names, (n,)), options)
 
 
+def _add_layer_norm(draw: random.Random) -> Case:
+    case = _layer_norm(draw)
+    return case._replace(shapes=case.shapes | {"residual": case.shapes["input"]})
+
+
 def _cross_entropy(draw: random.Random) -> Case:
     classes = draw.choice([draw.randint(1, 40), draw.randint(41, 5000), draw.randint(5001, 70_000)])
     more = tuple(draw.randint(1, 4) for _ in range(draw.choice([0, 0, 1, 2])))
@@ -54,6 +59,7 @@ def _cross_entropy(draw: random.Random) -> Case:
 DRAWS = {
     "scaled_dot_product_attention": _attention,
     "layer_norm": _layer_norm,
+    "add_layer_norm": _add_layer_norm,
     "cross_entropy": _cross_entropy,
 }
 
@@ -87,7 +93,7 @@ def test_random_problem(op, seed, device):
     inputs = {}
     for name, tensor in op.inputs(case, dtype, device, seed).items():
         inputs[name] = draw.choice(LAYOUTS)(tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    grad = draw.choice(LAYOUTS)(incoming(op, inputs, case.options))
+    grad = on_each(lambda tensor: draw.choice(LAYOUTS)(tensor), incoming(op, inputs, case.options))
     # every other problem with a GPU's tiles, where they can be pretended
     target = TARGETS[draw.choice(list(TARGETS))] if INTERPRETED and seed % 2 else None
     with guarded_allocations():
@@ -96,7 +102,7 @@ def test_random_problem(op, seed, device):
         else:
             with plan_for(target):
                 ours = differentiate(op.public, op, inputs, case.options, grad)
-    truth = differentiate(op.reference, op, in_float64(inputs), case.options, grad.double())
+    truth = differentiate(op.reference, op, in_float64(inputs), case.options, on_each(torch.Tensor.double, grad))
     if not all(value.isfinite().all() for value in truth.values()):
         for quantity, exact in truth.items():  # mean over nothing
             assert torch.equal(ours[quantity].isnan(), exact.isnan()), quantity
