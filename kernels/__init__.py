@@ -4,5 +4,6 @@ from kernels import device, reference  # device first: it chooses the interprete
 from kernels.attention import scaled_dot_product_attention
 from kernels.cross_entropy import cross_entropy
 from kernels.layer_norm import layer_norm
+from kernels.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["cross_entropy", "device", "layer_norm", "reference", "scaled_dot_product_attention"]
+__all__ = ["cross_entropy", "device", "layer_norm", "linear_cross_entropy", "reference", "scaled_dot_product_attention"]

@@ -174,7 +174,12 @@ def test_attention_has_a_flop_formula():
     assert torch.ops.kernels.attention in flop_registry
 
 
-LAUNCHES = {"scaled_dot_product_attention": (1, 2), "layer_norm": (1, 2), "cross_entropy": (1, 1)}
+LAUNCHES = {
+    "scaled_dot_product_attention": (1, 2),
+    "layer_norm": (1, 2),
+    "cross_entropy": (1, 1),
+    "linear_cross_entropy": (1, 1),  # of one chunk, reduction="none"
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
