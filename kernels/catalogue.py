@@ -7,12 +7,14 @@ from kernels.attention import OP as ATTENTION
 from kernels.cross_entropy import OP as CROSS_ENTROPY
 from kernels.device import TARGETS
 from kernels.layer_norm import OP as LAYER_NORM
+from kernels.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 
 OPS = (
     ATTENTION,
     LAYER_NORM,
     ADD_LAYER_NORM,
     CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
 )
 
 

@@ -127,3 +127,26 @@ def cross_entropy(
     if reduction == "mean":
         total = total / target_weight.masked_fill(~kept, 0.0).sum()
     return total.to(input.dtype)
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """cross_entropy of the logits input @ linear_weight^T + linear_bias, which are written out.
+
+    (..., H), (V, H), (...) -> a number, or with reduction="none" losses (...). ignore_index=None is -100.
+    """
+    logits = input @ linear_weight.t()
+    logits = logits if linear_bias is None else logits + linear_bias
+    logits, labels = logits.reshape(-1, linear_weight.shape[0]), target.reshape(-1)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    loss = cross_entropy(logits, labels, weight, ignore_index, reduction, label_smoothing)
+    return loss.reshape(target.shape) if reduction == "none" else loss

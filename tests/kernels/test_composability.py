@@ -178,9 +178,13 @@ def test_attention_has_a_flop_formula():
     assert torch.ops.kernels.attention in flop_registry
 
 
-# the problem here is a short one: attention has two launches backward for longer sequences, see test_attention.py
-LAUNCHES = {"scaled_dot_product_attention": (1, 1), "layer_norm": (1, 2), "cross_entropy": (1, 1)}
-LAUNCHES["add_layer_norm"] = LAUNCHES["layer_norm"]  # the sum costs none, forward or backward
+LAUNCHES = {
+    "scaled_dot_product_attention": (1, 1),  # of a short sequence; a longer one has two backward, see test_attention.py
+    "layer_norm": (1, 2),
+    "add_layer_norm": (1, 2),  # the sum costs none, forward or backward
+    "cross_entropy": (1, 1),
+    "linear_cross_entropy": (1, 1),  # of one chunk, reduction="none"
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

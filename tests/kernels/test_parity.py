@@ -120,6 +120,12 @@ TILES = {  # several tiles of every loop, one of them partly filled
         Case("65", {"input": (70, 65), "target": (70,)}, {"ignore_index": -100}),
         Case("9001", {"input": (3, 9001), "target": (3,), "weight": (9001,)}, {"label_smoothing": 0.1}),
     ],
+    "linear_cross_entropy": [
+        Case("65", {"input": (70, 24), "linear_weight": (65, 24), "target": (70,)}, {"ignore_index": -100}),
+        Case("9001", {"input": (3, 8), "linear_weight": (9001, 8), "target": (3,), "linear_bias": (9001,),
+                      "weight": (9001,)}, {"label_smoothing": 0.1}),
+        Case("5000-none", {"input": (3, 8), "linear_weight": (5000, 8), "target": (3,)}, {"reduction": "none"}),
+    ],
 }  # fmt: skip
 
 
@@ -161,6 +167,11 @@ LAID_OUT = {  # every input, several rows, nothing of size 1
     ),
     "cross_entropy": Case(
         "pixels", {"input": (5, 24, 3), "target": (5, 3), "weight": (24,)},
+        {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 2},
+    ),
+    "linear_cross_entropy": Case(
+        "tokens",
+        {"input": (15, 24), "linear_weight": (40, 24), "target": (15,), "linear_bias": (40,), "weight": (40,)},
         {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 2},
     ),
 }  # fmt: skip

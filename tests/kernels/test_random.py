@@ -56,11 +56,26 @@ def _cross_entropy(draw: random.Random) -> Case:
     return Case("random", {"input": (rows, classes, *more), "target": (rows, *more)} | weight, options)
 
 
+def _linear_cross_entropy(draw: random.Random) -> Case:
+    classes = draw.choice([draw.randint(1, 40), draw.randint(41, 5000), draw.randint(5001, 70_000)])
+    hidden = draw.randint(1, 70)
+    rows = draw.choice([draw.randint(1, 30), draw.randint(31, 400)]) if classes < 5000 else draw.randint(1, 3)
+    options = {"reduction": draw.choice(["mean", "sum", "none"]), "label_smoothing": draw.choice([0.0, 0.0, 0.1, 1.0])}
+    if draw.random() < 0.5:
+        options["ignore_index"] = draw.choice([-100, 0, classes - 1])
+    shapes = {"input": (rows, hidden), "linear_weight": (classes, hidden), "target": (rows,)}
+    for name in ("linear_bias", "weight"):
+        if draw.random() < 0.4:
+            shapes[name] = (classes,)
+    return Case("random", shapes, options)
+
+
 DRAWS = {
     "scaled_dot_product_attention": _attention,
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 
