@@ -226,13 +226,14 @@ class Op:
     name: str
     public: Callable
     reference: Callable  # the same in plain arithmetic
-    torch: Callable  # PyTorch's own function of that name
+    torch: Callable  # PyTorch's own function of that name, or the nearest to it under our arguments
     plan: Callable[[dict, dict, Device], list[Launch]]  # inputs (meta will do), options -> forward and backward
-    cost: Callable[[dict, dict], tuple[Cost, Cost]]  # inputs, options -> forward, backward
+    cost: Callable[[dict, dict], tuple[Cost, Cost | None]]  # inputs, options -> forward, backward if there is one
     cases: tuple[Case, ...]  # small and awkward: parity
     sizes: tuple[Case, ...]  # real: compilation, resources, benchmarks
-    differentiable: tuple[str, ...]
+    differentiable: tuple[str, ...]  # none: the op has no backward
     draw: Callable[[str, tuple[int, ...], Case, torch.Generator], torch.Tensor | None] = field(default=lambda *_: None)
+    stands_for: str = ""  # what the README says of `torch` where it is no function of torch.nn.functional
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict:
         """The case's tensors on `device` ("meta" will do): drawn from N(0, 1), or as `draw` has it."""
