@@ -184,7 +184,7 @@ def test_number_of_splits():
                 for device in TARGETS.values():
                     n = splits(programs, t_max, size, device.processors)
                     assert 1 <= n <= module.MOST and (n == 1 or t_max * size // n >= module.LEAST)
-                    assert n == 1 or programs < 4 * device.processors
+                    assert n == 1 or programs < 14 * device.processors  # the last of many waves matters little
     for programs in (1, 8, 12, 32):
         waves = programs * splits(programs, 1 << 20, 128, 132) / (2 * 132)
         assert 0.8 < waves / -(-waves // 1)
