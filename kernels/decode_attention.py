@@ -73,6 +73,25 @@ def _share(lengths_ptr, batch, length_stride, t_max, n_splits, BLOCK_K: tl.const
 
 
 @triton.jit
+def _attend_single(
+    acc, peak, total, q, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride, end, scale,
+    PRECISE: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running output, maximum and sum of each of its rows."""
+    k = _load(key_ptr, start, k_offsets, k_stride, end, D, BLOCK_K, BLOCK_D, MASKED)
+    v = _load(value_ptr, start, v_offsets, v_stride, end, D, BLOCK_K, BLOCK_D, MASKED)
+    s = tl.sum(k.to(tl.float32) * q, axis=1)
+    if MASKED:
+        s = tl.where(start + tl.arange(0, BLOCK_K) < end, s, float("-inf"))
+    highest = tl.maximum(peak, s * scale)
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf in a row that has had no key yet
+    p = _exp(s, scale, base, PRECISE)
+    alpha = _exp(peak, 1.0, base, PRECISE)
+    acc = acc * alpha[:, None] + p[:, None] * v.to(tl.float32)
+    return acc, highest, total * alpha + p
+
+
+@triton.jit
 def _decode_single(
     query_ptr, key_cache_ptr, value_cache_ptr, lengths_ptr, out_ptr, partial_ptr, peak_ptr, total_ptr,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
@@ -104,18 +123,17 @@ def _decode_single(
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_K], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
-        k = _load(key_ptr, start, k_offsets, k_stride, end, D, BLOCK_K, BLOCK_D, True)
-        v = _load(value_ptr, start, v_offsets, v_stride, end, D, BLOCK_K, BLOCK_D, True)
-        s = tl.sum(k.to(tl.float32) * q, axis=1)
-        s = tl.where(start + tl.arange(0, BLOCK_K) < end, s, float("-inf"))
-        highest = tl.maximum(peak, s * exponent_scale)
-        base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf in a row that has had no key yet
-        p = _exp(s, exponent_scale, base, PRECISE)
-        alpha = _exp(peak, 1.0, base, PRECISE)
-        total = total * alpha + p
-        acc = acc * alpha[:, None] + p[:, None] * v.to(tl.float32)
-        peak = highest
+    full = first + tl.maximum(end - first, 0) // BLOCK_K * BLOCK_K
+    for start in tl.range(first, full, BLOCK_K, num_stages=STAGES):
+        acc, peak, total = _attend_single(
+            acc, peak, total, q, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride, end,
+            exponent_scale, PRECISE, D, BLOCK_K, BLOCK_D, False,
+        )  # fmt: skip
+    if full < end:
+        acc, peak, total = _attend_single(
+            acc, peak, total, q, full, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride, end,
+            exponent_scale, PRECISE, D, BLOCK_K, BLOCK_D, True,
+        )  # fmt: skip
 
     highest = tl.max(peak, axis=0)
     weight = _exp(peak, 1.0, tl.where(highest == float("-inf"), 0.0, highest), PRECISE)

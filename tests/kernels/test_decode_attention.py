@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_what_lies_beyond_the_lengths_does_not_matter(heads, key_heads, dtype, s
 
 
 UNMAPPED = """
-import ctypes, importlib, mmap, sys
+import ctypes, importlib, mmap
 import torch
 import kernels
 
@@ -88,7 +89,7 @@ def cache(seed):
     flat.copy_(torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed)))
     whole = flat.view(1, 1, 5 * rows, d)
     filled = whole[:, :, : 3 * rows].clone()
-    assert libc.mprotect(flat.data_ptr() + 3 * page, 2 * page, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
+    assert libc.mprotect(flat.data_ptr() + 3 * page, 2 * page, 0) == 0
     return memory, whole, filled
 
 
@@ -96,29 +97,27 @@ key_memory, key, filled_key = cache(1)
 value_memory, value, filled_value = cache(2)
 lengths = torch.tensor([3 * rows], dtype=torch.int32)
 for heads in (1, 3):
-    for splits in (1, 2, 5):
+    for splits in (1, 5):
         importlib.import_module("kernels.decode_attention")._splits = lambda *_, splits=splits: splits
         query = torch.randn(1, heads, 1, d)
         ours = kernels.decode_attention(query, key, value, lengths, enable_gqa=True)
         expected = kernels.reference.scaled_dot_product_attention(query, filled_key, filled_value, enable_gqa=True)
         torch.testing.assert_close(ours, expected)
-print("right")
-if sys.argv[1] == "beyond":
-    lengths += 1
-    kernels.decode_attention(query, key, value, lengths, enable_gqa=True)
-    print("not reached")
+print("right", flush=True)
+lengths += 1
+kernels.decode_attention(query, key, value, lengths, enable_gqa=True)
+print("not reached")
 """
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("where", ["within", "beyond"])
-def test_slots_beyond_the_lengths_are_not_even_read(where):
-    """Their pages are taken away; one slot further, and the same process dies: the pages are gone indeed."""
+def test_slots_beyond_the_lengths_are_not_even_read():
+    """Their pages are taken away; one slot further, and the process dies: the pages are gone indeed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", UNMAPPED, where]
+    command = [sys.executable, "-c", UNMAPPED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "right\n", done.stderr
-    assert (done.returncode == 0) == (where == "within"), done.stderr
+    assert done.returncode in (-signal.SIGSEGV, -signal.SIGBUS), done.stderr
 
 
 # ---------------------------------------------------------------- splits
@@ -273,8 +272,8 @@ def test_lengths_out_of_range_are_told(wrong, device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @KINDS
 def test_it_is_attention_of_the_filled_slots(heads, key_heads, dtype, device):
-    for length in (1, 60, 129, 300):
-        inputs = problem(device, (length, length), heads=heads, key_heads=key_heads, dtype=dtype)
+    for length in (1, 129, 300):
+        inputs = problem(device, (length,), heads=heads, key_heads=key_heads, dtype=dtype)
         filled = [inputs[name][:, :, :length] for name in ("key_cache", "value_cache")]
         options = {"is_causal": True, "query_offset": length - 1, "enable_gqa": True}
         expected = kernels.scaled_dot_product_attention(inputs["query"], *filled, **options)
