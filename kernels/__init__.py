@@ -4,12 +4,14 @@ from kernels import device, reference  # device first: it chooses the interprete
 from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import scaled_dot_product_attention
 from kernels.cross_entropy import cross_entropy
+from kernels.decode_attention import decode_attention
 from kernels.layer_norm import layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
     "cross_entropy",
+    "decode_attention",
     "device",
     "layer_norm",
     "linear_cross_entropy",

@@ -247,10 +247,10 @@ class Op:
     reference: Callable  # the same in plain arithmetic
     torch: Callable  # PyTorch's own function of that name, or what it takes of PyTorch's to do the same
     plan: Callable[[dict, dict, Device], list[Launch]]  # inputs (meta will do), options -> forward and backward
-    cost: Callable[[dict, dict], tuple[Cost, Cost]]  # inputs, options -> forward, backward
+    cost: Callable[[dict, dict], tuple[Cost, Cost | None]]  # inputs, options -> forward, backward if there is one
     cases: tuple[Case, ...]  # small and awkward: parity
     sizes: tuple[Case, ...]  # real: compilation, resources, benchmarks
-    differentiable: tuple[str, ...]
+    differentiable: tuple[str, ...]  # none: the op has no backward
     draw: Callable[[str, tuple[int, ...], Case, torch.Generator], torch.Tensor | None] = field(default=lambda *_: None)
     outputs: tuple[str, ...] = ("output",)  # of several, a tuple is returned
     replaces: str = ""  # for the README, where `torch` is not one function of torch.nn.functional

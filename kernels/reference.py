@@ -63,6 +63,27 @@ def scaled_dot_product_attention(
     return output, (highest + total.log()).squeeze(-1).detach().float()
 
 
+def decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention of one token (B, H, 1, D) to the first lengths[b] slots of caches (B, Hk, Tmax, D): (B, H, 1, D).
+
+    lengths (B,) from 0, which gives zeros, to Tmax. What lies in the other slots does not matter, NaN neither.
+    """
+    slots = torch.arange(key_cache.shape[2], device=lengths.device)
+    filled = (slots < lengths[:, None])[:, None, :, None]
+    key, value = (cache.masked_fill(~filled, 0.0) for cache in (key_cache, value_cache))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=filled.transpose(2, 3), scale=scale, enable_gqa=enable_gqa
+    )
+
+
 def layer_norm(
     input: torch.Tensor,
     normalized_shape: int | Sequence[int],

@@ -103,7 +103,9 @@ def test_an_ops_entry_is_whole(op):
     for case in (*op.cases, *op.sizes):
         inputs = op.inputs(case, torch.float32, "meta")
         assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == case.shapes
-        for cost in op.cost(inputs, case.options):
+        forward, backward = op.cost(inputs, case.options)
+        assert (backward is not None) == bool(op.differentiable)
+        for cost in (forward, backward) if op.differentiable else (forward,):
             assert cost.flops > 0 and cost.bytes > 0
 
 

@@ -62,11 +62,14 @@ def on_each(function, result):
 
 
 def differentiate(function, op, inputs: dict, options: dict, grad) -> dict[str, torch.Tensor]:
-    """{"output": ..., "d<input>": ...} of `function`; inputs keep their strides, `grad` is the incoming gradient."""
+    """{"output": ..., "d<input>": ...} of `function`; inputs keep their strides, `grad` is the incoming gradient.
+
+    Of an op without a backward the output alone.
+    """
     leaves = {name: tensor.detach().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
     outputs = as_tuple(function(**leaves, **options))
     wanted = [name for name in inputs if name in op.differentiable]
-    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], as_tuple(grad))
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], as_tuple(grad)) if wanted else ()
     results = {name: output.detach() for name, output in zip(op.outputs, outputs, strict=True)}
     return results | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
 
@@ -214,12 +217,16 @@ def constant(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten()[:1].view([1] * tensor.dim()).expand(tensor.shape)
 
 
+def _poison(dtype: torch.dtype) -> float | int:
+    """What no kernel may read: it would show in every result."""
+    return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 def sliced(tensor: torch.Tensor) -> torch.Tensor:
     """The same values inside a larger tensor whose other elements are poison: rows apart, every row longer."""
     if tensor.dim() == 0:
         return tensor
-    poison = math.nan if tensor.is_floating_point() else 1 << 40
-    around = tensor.new_full([size + 5 for size in tensor.shape], poison)
+    around = tensor.new_full([size + 5 for size in tensor.shape], _poison(tensor.dtype))
     inside = around[tuple(slice(2, 2 + size) for size in tensor.shape)]
     inside.copy_(tensor)
     return inside
@@ -229,8 +236,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, poison between any two neighbours of the last dimension."""
     if tensor.dim() == 0:
         return tensor
-    poison = math.nan if tensor.is_floating_point() else 1 << 40
-    around = tensor.new_full([*tensor.shape[:-1], 2 * tensor.shape[-1]], poison)
+    around = tensor.new_full([*tensor.shape[:-1], 2 * tensor.shape[-1]], _poison(tensor.dtype))
     around[..., ::2] = tensor
     return around[..., ::2]
 

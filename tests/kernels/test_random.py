@@ -32,6 +32,19 @@ def _attention(draw: random.Random) -> Case:
     return Case("random", {"query": (batch, groups * kv_heads, q_len, size), "key": kv, "value": kv}, options)
 
 
+def _decode_attention(draw: random.Random) -> Case:
+    t_max, size = draw.choice([1, draw.randint(2, 300), draw.randint(301, 900)]), draw.choice([16, 64, 128])
+    size = draw.choice([1, size, draw.randint(2, 80), draw.randint(81, 256)])
+    groups, kv_heads = draw.choice([(1, 1), (1, 2), (2, 1), (3, 2), (8, 1), (17, 1)])
+    options = {"enable_gqa": True} if groups > 1 else {}
+    if draw.random() < 0.3:
+        options["scale"] = draw.choice([-0.2, 0.05, 0.5, 1.0])
+    batch = draw.randint(1, 3)
+    cache = (batch, kv_heads, t_max, size)
+    shapes = {"query": (batch, groups * kv_heads, 1, size), "key_cache": cache, "value_cache": cache}
+    return Case("random", shapes | {"lengths": (batch,)}, options)
+
+
 def _layer_norm(draw: random.Random) -> Case:
     n = draw.choice([draw.randint(2, 40), draw.randint(41, 2000), draw.randint(2001, 20_000)])
     lead = tuple(draw.randint(1, 12 if n < 2000 else 2) for _ in range(draw.randint(0, 2)))
@@ -72,6 +85,7 @@ def _linear_cross_entropy(draw: random.Random) -> Case:
 
 DRAWS = {
     "scaled_dot_product_attention": _attention,
+    "decode_attention": _decode_attention,
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
     "cross_entropy": _cross_entropy,
@@ -89,6 +103,8 @@ def _problems() -> list:
 
 def _residue(op, inputs: dict, options: dict) -> dict[str, float]:
     """What rounding leaves of attention where terms cancel: a query that sees one key copies a value, and has no dq."""
+    if op.name == "decode_attention":
+        return {"output": 4 * torch.finfo(torch.float32).eps}
     if op.name != "scaled_dot_product_attention":
         return {}
     *_, q_len, size = inputs["query"].shape
