@@ -111,8 +111,14 @@ def _errors(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     return (error.max().item(), error.square().mean().sqrt().item()) if error.numel() else (0.0, 0.0)
 
 
+_known_errors: dict[str, dict[str, tuple[float, float]]] = {}
+
+
 def torch_errors(op, case, dtype: torch.dtype, device, draws: int = DRAWS) -> dict[str, tuple[float, float]]:
     """By quantity: PyTorch's maximum error, and the RMS of its errors, of the worst of its implementations."""
+    problem = repr((op.name, case, dtype, device, draws))
+    if problem in _known_errors:
+        return _known_errors[problem]
     errors: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for seed in range(draws):
         inputs = inputs_of(op, case, dtype, device, seed)
@@ -122,13 +128,14 @@ def torch_errors(op, case, dtype: torch.dtype, device, draws: int = DRAWS) -> di
             theirs = differentiate(function, op, inputs, case.options, grad)
             for quantity, exact in truth.items():
                 errors.setdefault(quantity, {}).setdefault(place, []).append(_errors(theirs[quantity], exact))
-    return {
+    _known_errors[problem] = {
         quantity: (
             max(high for draws in by_place.values() for high, _ in draws),
             max(math.sqrt(sum(rms * rms for _, rms in draws) / len(draws)) for draws in by_place.values()),
         )
         for quantity, by_place in errors.items()
     }
+    return _known_errors[problem]
 
 
 def check(
