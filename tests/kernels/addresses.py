@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy
 import torch
+from parity import as_tuple
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,7 +175,7 @@ def launches_of(op, inputs: dict[str, torch.Tensor], options: dict, grad, device
     with _Calls() as noted:
         result = op.public(**leaves, **options)
         if op.differentiable:
-            torch.autograd.backward(result, grad(result))
+            torch.autograd.backward(as_tuple(result), as_tuple(grad(result)))
     assert noted.calls, "no custom op was called"
     with plan_only(device) as launches:
         for function, args in noted.calls:

@@ -57,10 +57,19 @@ def inputs_of(op, case, dtype: torch.dtype, device, seed: int = 0) -> dict:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
-def outputs_of(result) -> dict[str, torch.Tensor]:
-    """{"output": ...}, and for an op of several outputs "output_1" and so on."""
-    several = result if isinstance(result, tuple) else (result,)
-    return {f"output_{place}" if place else "output": output for place, output in enumerate(several)}
+def as_tuple(result) -> tuple[torch.Tensor, ...]:
+    """The tensors of a result, or of an incoming gradient: one, or a tuple of several."""
+    return (result,) if torch.is_tensor(result) else tuple(result)
+
+
+def on_each(function, result):
+    """`function` of a result's tensor, or of every tensor of the tuple that it is."""
+    return function(result) if torch.is_tensor(result) else tuple(map(function, result))
+
+
+def outputs_of(op, result) -> dict[str, torch.Tensor]:
+    """The outputs by name: an op of several says what they are called."""
+    return dict(zip(getattr(op, "outputs", ("output",)), as_tuple(result), strict=True))
 
 
 def differentiate(function, op, inputs: dict, options: dict, grad) -> dict[str, torch.Tensor]:
@@ -71,9 +80,11 @@ def differentiate(function, op, inputs: dict, options: dict, grad) -> dict[str, 
     """
     leaves = {name: tensor.detach().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
     result = function(**leaves, **options)
-    outputs = outputs_of(result)
+    outputs = outputs_of(op, result)
     wanted = [name for name in inputs if name in op.differentiable]
-    gradients = torch.autograd.grad(result, [leaves[name] for name in wanted], grad) if wanted else ()
+    gradients = (
+        torch.autograd.grad(as_tuple(result), [leaves[name] for name in wanted], as_tuple(grad)) if wanted else ()
+    )
     results = {quantity: output.detach() for quantity, output in outputs.items()}
     return results | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
 
@@ -87,11 +98,6 @@ def in_float64(tensors):
     return tensors.double() if tensors.is_floating_point() else tensors
 
 
-def each(function, grad):
-    """`function` of the incoming gradient, or of each where there are several."""
-    return tuple(function(one) for one in grad) if isinstance(grad, tuple) else function(grad)
-
-
 def incoming(op, inputs: dict, options: dict, seed: int = 1):
     """Gradients of the outputs' shapes and dtypes, drawn from N(0, 1); one tensor where there is one output."""
     first = next(iter(inputs.values()))
@@ -101,7 +107,7 @@ def incoming(op, inputs: dict, options: dict, seed: int = 1):
         drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
         return drawn.to(device=first.device, dtype=like.dtype)
 
-    return each(draw, op.reference(**inputs, **options))
+    return on_each(draw, op.reference(**inputs, **options))
 
 
 def _errors(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
@@ -191,7 +197,7 @@ def guarded(op, inputs: dict, options: dict, grad, fill: int = 0xFF) -> dict[str
     """
     with guarded_allocations(fill) as guards:
         inputs = {name: guards.place(tensor) for name, tensor in inputs.items()}
-        grad = each(guards.place, grad)
+        grad = on_each(guards.place, grad)
         placed = len(guards.buffers)
         with unchanged(inputs, grad):
             results = differentiate(op.public, op, inputs, options, grad)
@@ -235,15 +241,15 @@ def hold_retained_graph(op, case, dtype: torch.dtype, device) -> None:
     leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
     wanted = [leaves[name] for name in inputs if name in op.differentiable]
     output = op.public(**leaves, **case.options)
-    before = {name: bits(one).clone() for name, one in outputs_of(output).items()}
+    before = {name: bits(one).clone() for name, one in outputs_of(op, output).items()}
     with unchanged(inputs, grad):
-        first = torch.autograd.grad(output, wanted, grad, retain_graph=True)
+        first = torch.autograd.grad(as_tuple(output), wanted, as_tuple(grad), retain_graph=True)
         kept = [bits(gradient).clone() for gradient in first]
-        again = torch.autograd.grad(output, wanted, grad)
+        again = torch.autograd.grad(as_tuple(output), wanted, as_tuple(grad))
     for one, two, three in zip(first, kept, again, strict=True):
         assert torch.equal(bits(one), two), "the second backward pass changed the first one's gradients"
         assert same_bits(one, three), "the second backward pass came out otherwise"
-    for name, one in outputs_of(output).items():
+    for name, one in outputs_of(op, output).items():
         assert torch.equal(bits(one), before[name]), "backward changed the output"
 
 
@@ -257,7 +263,7 @@ def hold_some_gradients(op, case, dtype: torch.dtype, device) -> None:
         wanted = {name for place, name in enumerate(names) if chosen >> place & 1}
         leaves = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in inputs.items()}
         output = op.public(**leaves, **case.options)
-        torch.autograd.backward(output, grad)
+        torch.autograd.backward(as_tuple(output), as_tuple(grad))
         for name, leaf in leaves.items():
             assert (leaf.grad is not None) == (name in wanted), f"{name} with only {wanted} wanted"
             if name in wanted:
@@ -274,9 +280,9 @@ def hold_layout(op, case, dtype: torch.dtype, device, layout, of: str) -> None:
     if of == "inputs":
         inputs = {name: layout(tensor) for name, tensor in inputs.items()}
     else:
-        grad = each(layout, grad)
+        grad = on_each(layout, grad)
     plain = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in inputs.items()}
-    expected = guarded(op, plain, case.options, each(lambda g: g.clone(memory_format=torch.contiguous_format), grad))
+    expected = guarded(op, plain, case.options, on_each(lambda g: g.clone(memory_format=torch.contiguous_format), grad))
     ours = guarded(op, inputs, case.options, grad)
     if INTERPRETED:
         _same_results(ours, expected, f"{layout.__name__} {of}")
@@ -300,12 +306,12 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def unchanged(inputs: dict, grad) -> Iterator[None]:
     """Inputs and incoming gradients have the same bits afterwards."""
-    tensors = dict(inputs) | outputs_of(grad)
-    before = {name: bits(tensor).clone() for name, tensor in tensors.items()}
+    tensors = [(f"input {name}", tensor) for name, tensor in inputs.items()]
+    tensors += [("incoming gradient", tensor) for tensor in as_tuple(grad)]
+    before = [bits(tensor).clone() for _, tensor in tensors]
     yield
-    for name, tensor in tensors.items():
-        what = f"input {name}" if name in inputs else "incoming gradient"
-        assert torch.equal(bits(tensor), before[name]), f"the {what} was modified"
+    for (what, tensor), held in zip(tensors, before, strict=True):
+        assert torch.equal(bits(tensor), held), f"the {what} was modified"
 
 
 _full = torch.full

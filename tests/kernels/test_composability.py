@@ -4,7 +4,7 @@ import collections
 
 import pytest
 import torch
-from parity import DTYPES, LAYOUTS, differentiate, each, incoming, inputs_of, name_of
+from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
 from test_parity import laid_out
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,11 +59,11 @@ def test_every_registered_op_passes_opcheck(op, device):
 def test_fake_tensors_have_the_real_strides(op, layout, device):
     inputs, options, _ = _problem(op, device, torch.bfloat16)
     inputs = {name: layout(tensor) for name, tensor in inputs.items()}
-    grad = each(layout, incoming(op, inputs, options))
+    grad = on_each(layout, incoming(op, inputs, options))
     real = differentiate(op.public, op, inputs, options, grad)
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
-        fake = differentiate(op.public, op, fakes, options, each(mode.from_tensor, grad))
+        fake = differentiate(op.public, op, fakes, options, on_each(mode.from_tensor, grad))
     for quantity, value in real.items():
         told = fake[quantity]
         assert (told.shape, told.stride(), told.dtype) == (value.shape, value.stride(), value.dtype), quantity
@@ -73,7 +73,7 @@ def test_fake_tensors_have_the_real_strides(op, layout, device):
 def test_meta_tensors(op):
     inputs, options, grad = _problem(op, "cpu")
     result = differentiate(
-        op.public, op, {n: t.to("meta") for n, t in inputs.items()}, options, each(lambda g: g.to("meta"), grad)
+        op.public, op, {n: t.to("meta") for n, t in inputs.items()}, options, on_each(lambda g: g.to("meta"), grad)
     )
     assert all(value.is_meta for value in result.values())
 
@@ -166,7 +166,7 @@ def test_flops_are_those_of_the_cost_formula(op, device):
             out = op.public(**{n: t.requires_grad_(n in op.differentiable) for n, t in inputs.items()}, **case.options)
             first = counter.get_total_flops()
             if op.differentiable:
-                torch.autograd.backward(out, each(torch.empty_like, out))
+                torch.autograd.backward(as_tuple(out), as_tuple(on_each(torch.empty_like, out)))
         registered = [function for function, _, _ in noted.calls if function._overloadpacket in flop_registry]
         expected = (forward.flops, forward.flops + backward.flops) if registered else (0, 0)
         assert (first, counter.get_total_flops()) == expected, case.name
@@ -190,7 +190,7 @@ def test_launches_are_those_of_the_plan(op, dtype, device):
         out = op.public(**leaves, **options)
     with count_launches() as backward:
         if op.differentiable:
-            torch.autograd.backward(out, grad)
+            torch.autograd.backward(as_tuple(out), as_tuple(grad))
     assert (forward.total(), backward.total()) == LAUNCHES[op.name]
     plan = op.plan({n: t.to("meta") for n, t in inputs.items()}, options, facts_of(next(iter(inputs.values()))))
     assert forward + backward == collections.Counter(launch.name for launch in plan)

@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from parity import DTYPES, each, hold, hold_layout, hold_repeats, hold_retained_graph, hold_some_gradients, sliced
+from parity import DTYPES, hold, hold_layout, hold_repeats, hold_retained_graph, hold_some_gradients, on_each, sliced
 from test_parity import laid_out
 
 from kernels import catalogue
@@ -50,7 +50,7 @@ def spoiled(op, *, inputs=_same, output=_same, gradients=_same):
                     }
                     ctx.graph = op.public(**inputs(leaves), **others)
                 ctx.leaves = [leaves[name] for name in ctx.wanted]
-                return each(lambda result: output(result.detach().clone()), ctx.graph)
+                return on_each(lambda result: output(result.detach().clone()), ctx.graph)
 
             @staticmethod
             def backward(ctx, *grads):

@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 from addresses import launches_of, wrong_access
-from parity import bits, differentiate, each, incoming, inputs_of
+from parity import bits, differentiate, incoming, inputs_of, on_each
 from test_parity import each_op, laid_out
 
 from kernels import catalogue
@@ -87,7 +87,7 @@ def _variants(op):
     """(name, inputs, options, incoming gradients) on the meta device."""
     for case in _many(op):
         inputs = op.inputs(case, torch.bfloat16, "meta")
-        yield case.name, inputs, case.options, lambda result: each(torch.empty_like, result)
+        yield case.name, inputs, case.options, lambda result: on_each(torch.empty_like, result)
     case = STRIDED.get(op.name, laid_out(op))
     for far in range(1, max(len(shape) for shape in case.shapes.values())):
         inputs = {
@@ -98,7 +98,7 @@ def _variants(op):
         }
 
         def grad(result, far=far):
-            return each(lambda one: _meta(one.shape, _strides(one.shape, far), one.dtype), result)
+            return on_each(lambda one: _meta(one.shape, _strides(one.shape, far), one.dtype), result)
 
         yield f"dimension {-far - 1} strided", inputs, case.options, grad
 
