@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
-from test_parity import LAID_OUT
+from test_parity import laid_out
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -33,7 +33,7 @@ class _Calls(TorchDispatchMode):
 
 
 def _problem(op, device, dtype=torch.float32):
-    case = LAID_OUT[op.name]
+    case = laid_out(op)
     inputs = inputs_of(op, case, dtype, device)
     return inputs, case.options, incoming(op, inputs, case.options)
 
