@@ -6,6 +6,7 @@ op allocates and frees inside itself. For the ops of this project the inside is 
 
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -68,7 +69,7 @@ class Tracker(TorchDispatchMode):
         self.highest = 0
         self._tick = 0
         self._known: dict[int, tuple[weakref.ref, Block]] = {}
-        self._phases: dict[str, list[int]] = {}
+        self._phases: list[tuple[str, int, int]] = []  # name, first and last tick
         self._sums: list[tuple[Block, Block]] = []
 
     # ---------------------------------------------------------------- recording
@@ -77,12 +78,12 @@ class Tracker(TorchDispatchMode):
     def during(self, phase: str) -> Iterator[None]:
         """Attribute what happens inside to `phase`; its end is a point of the timeline."""
         before, self.phase = self.phase, phase
-        span = self._phases.setdefault(phase, [self._tick + 1, self._tick + 1])
+        first = self._tick + 1
         try:
             yield
         finally:
             self._tick += 1
-            span[1] = self._tick
+            self._phases.append((phase, first, self._tick))
             self.phase = before
 
     def hold(self, tensor: torch.Tensor, category: str) -> None:
@@ -134,10 +135,11 @@ class Tracker(TorchDispatchMode):
 
     def finish(self) -> None:
         """Give every block its category. Call it once, when the step is over."""
-        end_of_forward = self._phases.get("forward", [0, 0])[1]
+        ends = [last for phase, _, last in self._phases if phase == "forward"]
         for block in self.blocks:
             if not block.category:
-                kept = block.phase == "forward" and (block.died is None or block.died > end_of_forward)
+                end = next((end for end in ends if end >= block.born), math.inf)
+                kept = block.phase == "forward" and (block.died is None or block.died > end)
                 block.category = "activations" if kept else "temporaries"
         for old, new in self._sums:
             if old.died == new.born + 1 and old.bytes == new.bytes:
@@ -152,7 +154,7 @@ class Tracker(TorchDispatchMode):
                 changes[min(tick, size - 1)].setdefault(block.category, 0)
                 changes[min(tick, size - 1)][block.category] += sign * block.bytes
         names = {block.born: block.op for block in self.blocks}
-        phases = {tick: phase for phase, (first, last) in self._phases.items() for tick in range(first, last + 1)}
+        phases = {tick: phase for phase, first, last in self._phases for tick in range(first, last + 1)}
         now, points = dict.fromkeys(CATEGORIES, 0), []
         for tick, change in enumerate(changes[:-1]):
             for category, amount in change.items():
@@ -163,7 +165,7 @@ class Tracker(TorchDispatchMode):
 
     def alive_at_peak(self) -> list[Block]:
         """The blocks alive when memory was highest in any phase, the largest first."""
-        ticks = [tick for first, last in self._phases.values() for tick in range(first, last + 1)]
+        ticks = [tick for _, first, last in self._phases for tick in range(first, last + 1)]
         total, changes = 0, [0] * (self._tick + 3)
         for block in self.blocks:
             changes[block.born] += block.bytes
