@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from minigpt.errors import door
-from profiling import memory, resources
+from profiling import memory, resources, trace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
 def main() -> None:
     parser = _Parser(prog="python -m profiling", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (resources, memory):
+    for command in (resources, memory, trace):
         command.add_to(commands)
     arguments = parser.parse_args()
     sys.exit(arguments.run(arguments))
