@@ -35,7 +35,7 @@ def add_to(commands) -> None:
     )
     parser.add_argument("--estimate", action="store_true", help="estimate on a machine with a GPU too")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the estimate is for")
-    parser.add_argument("--arch", default="sm_90", help="GPU that our kernels are planned for (default: sm_90)")
+    parser.add_argument("--arch", help="GPU that our kernels are planned for (default: the one there is, else sm_90)")
     parser.add_argument("--fit", nargs="+", type=float, default=[], metavar="GB", help="largest batch in so many 1e9 B")
     parser.add_argument("--json", type=Path, help="write everything here, `-` for stdout instead of the tables")
     parser.add_argument("--png", type=Path, help="draw the timelines here")
@@ -69,11 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
     """The TrainConfig of every backend asked for, by its name."""
-    from kernels.device import TARGETS
+    import torch
+
+    from kernels.device import TARGETS, facts
     from minigpt.backends import parse_request
     from minigpt.config import preset
     from minigpt.errors import UserError
 
+    if arguments.arch is None:
+        gpu = torch.cuda.is_available()
+        arguments.arch = facts(torch.device("cuda", torch.cuda.current_device())).tiles if gpu else "sm_90"
     if arguments.arch not in TARGETS:
         raise UserError(f"unknown architecture {arguments.arch!r}: choose one of {', '.join(TARGETS)}")
     if arguments.grad_accumulation < 1:

@@ -70,6 +70,8 @@ def tables(document: Document) -> list[tuple[str, list[str], list[list[str]]]]:
         headings = ["kernels", "estimated", "allocated", "error", "reserved", "fragmentation", "GPU"]
         made.append(("Measured beside the estimate", headings, [_measured(row) for row in measured]))
         for row in measured:
+            if "error" in row["measured"]:
+                continue
             stacks = [[gib(stack["bytes"]), " < ".join(stack["frames"])] for stack in row["measured"]["stacks"]]
             made.append((f"Largest allocations alive at the peak, {row['kernels']}", ["bytes", "where"], stacks))
     for row in rows:
@@ -90,6 +92,8 @@ def short(op: str) -> str:
 
 def _measured(row: dict[str, Any]) -> list[str]:
     measured = row["measured"]
+    if "error" in measured:
+        return [row["kernels"], gib(row["peak"]), measured["error"], "", "", "", ""]
     error = row["peak"] / measured["allocated"] - 1
     fragmentation = 1 - measured["allocated"] / measured["reserved"] if measured["reserved"] else 0.0
     return [
@@ -148,6 +152,11 @@ def to_html(document: Document) -> str:
     parts += ["<h2>All backends</h2>", totals_svg(lines, top)]
     for kernels, line in lines:
         parts += [f"<h2>{html.escape(kernels)}</h2>", stacked_svg(line, top)]
+    for row in document["kernels"]:
+        if "timeline" in row.get("measured", {}):
+            line = aligned(row["measured"])
+            heading = html.escape(f"{row['kernels']}, as a GPU did it")
+            parts += [f"<h2>{heading}</h2>", stacked_svg(line, max(top, *line.totals))]
     legend = (f'<span style="background:{colour}"></span>{html.escape(kind)}' for kind, colour in COLOURS.items())
     parts.append(f'<p class="legend">{" ".join(legend)}</p>')
     for heading, headings, rows in tables(document):
