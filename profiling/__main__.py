@@ -1,17 +1,27 @@
 """`python -m profiling COMMAND`: see `--help`."""
 
 import argparse
+import sys
 
-from profiling import resources
+from minigpt.errors import door
+from profiling import memory, resources, trace
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m profiling", description=__doc__)
+    parser = _Parser(prog="python -m profiling", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    resources.add_to(commands)
+    for command in (resources, memory, trace):
+        command.add_to(commands)
     arguments = parser.parse_args()
-    raise SystemExit(arguments.run(arguments))
+    sys.exit(arguments.run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    door(main)

@@ -1,57 +1,38 @@
 """What every launch of every plan asks of a GPU: registers, spills, shared memory, instructions. No GPU needed.
 
-Each op's plan is made for each target from meta tensors, specialized with the code that Triton's own
-launcher specializes with (an int 1 becomes a constant, what divides by 16 says so, ...), and compiled.
-Launches that come to the same kernel are compiled once. Registers, spills and ptxas's advisories are
-read from ptxas's log, load and store widths from the machine code.
+Each op's plan is made for each target from meta tensors and compiled (see profiling/compile.py). Launches that come to
+the same kernel are compiled once. Occupancy follows from registers, shared memory and warps; the roofline from each
+op's own count of operations and bytes and from published peaks: an estimate, not a measurement.
 
     python -m profiling resources --op layer_norm --arch sm_90 --dtype bfloat16 --json resources.json
 """
 
 import argparse
-import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import importlib
-import io
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from profiling.compile import Source, begin_worker, compile_source, source_of
+from profiling.limits import occupancy, roofline
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A kernel as Triton's launcher would compile it. Holds names, not functions: it travels to other processes."""
-
-    arch: str
-    module: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[tuple[int, ...], Any], ...]
-    attributes: tuple[tuple[tuple[int, ...], tuple], ...]
-    num_warps: int
-    num_stages: int
 
 
 @dataclasses.dataclass
 class Use:
     """One compiled launch and the cases whose plans hold it. Bytes are a thread's for spills, a program's for shared.
 
-    `loads` and `stores` count global memory instructions by their width in bits.
+    `loads` and `stores` count global memory instructions by their width in bits, `instructions` all of them by kind
+    (see profiling/instructions.py), `occupancy` is what a processor holds at a time (see profiling/limits.py).
+    `tensor_memory`: columns of sm_100's, a program's.
     """
 
     op: str
@@ -66,157 +47,15 @@ class Use:
     spill_bytes: int = 0
     shared_memory: int = 0
     shared_memory_limit: int = 0
+    tensor_memory: int = 0
     tensor_core: dict[str, int] = dataclasses.field(default_factory=dict)
     loads: dict[str, int] = dataclasses.field(default_factory=dict)
     stores: dict[str, int] = dataclasses.field(default_factory=dict)
+    instructions: dict[str, int] = dataclasses.field(default_factory=dict)
+    occupancy: dict[str, Any] = dataclasses.field(default_factory=dict)
     advisories: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
-
-
-# ---------------------------------------------------------------- from a Launch to a Source
-
-
-class _Pointer:
-    """Stands for a tensor in Triton's specialization."""
-
-    def __init__(self, spec):
-        self.dtype = spec.dtype
-        self._address = 0 if spec.aligned else spec.dtype.itemsize
-        places = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
-        self._bytes = places * spec.dtype.itemsize
-
-    def data_ptr(self) -> int:
-        return self._address
-
-    def ptr_range(self) -> int:
-        return self._bytes
-
-
-def _target(arch: str):
-    from triton.backends.compiler import GPUTarget
-
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-
-
-def _hashable(value):
-    return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def source_of(launch, arch: str) -> Source:
-    """`launch` specialized for `arch` by Triton's own code."""
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    from kernels.op import Spec
-
-    backend = make_backend(_target(arch))
-    kernel = launch.kernel
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
-    arguments = [_Pointer(value) if isinstance(value, Spec) else value for value in launch.arguments.values()]
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = binder(*arguments, **launch.constexprs, **options)
-    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
-    return Source(
-        arch=arch,
-        module=kernel.fn.__module__,
-        kernel=kernel.fn.__name__,
-        signature=tuple(signature.items()),
-        constants=tuple(constants.items()),
-        attributes=tuple((place, _hashable(attribute)) for place, attribute in attributes.items() if attribute),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-
-
-# ---------------------------------------------------------------- compiling (in worker processes)
-
-
-def _begin_worker() -> None:
-    import triton
-
-    # a cached kernel has no ptxas log, and the log is what is wanted
-    triton.knobs.compilation.always_compile = True
-    triton.knobs.nvidia.dump_ptxas_log = True
-
-
-def _widths(disassembly: str, instruction: str) -> dict[str, int]:
-    """How many global accesses in SASS there are of each width in bits, those of the TMA unit left out."""
-    widths = collections.Counter()
-    for name in re.findall(rf"\b{instruction}((?:\.\w+)*)(?=\s)", disassembly):
-        parts = name.split(".")
-        wide = [part for part in parts if part in ("64", "128", "256")]
-        narrow = [part[1:] for part in parts if part in ("U8", "S8", "U16", "S16")]
-        widths[(wide + narrow + ["32"])[0]] += 1
-    return dict(widths)
-
-
-def _amd_widths(assembly: str, verb: str) -> dict[str, int]:
-    bits = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "short": "16", "ushort": "16"}
-    bits |= {"sshort": "16", "byte": "8", "ubyte": "8", "sbyte": "8"}
-    names = re.findall(rf"\b(?:global|buffer|flat)_{verb}_([a-z0-9]+)", assembly)
-    return dict(collections.Counter(bits.get(name, name) for name in names))
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found.group(1)) if found else 0
-
-
-def compile_source(source: Source) -> dict[str, Any]:
-    """Compile, and return the measured fields of a Use."""
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
-
-    kernel = getattr(importlib.import_module(source.module), source.kernel)
-    attributes = {place: [list(pair) for pair in pairs] for place, pairs in source.attributes}
-    ast = ASTSource(kernel, dict(source.signature), dict(source.constants), attributes)
-    options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
-    log = io.StringIO()
-    began = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
-            os.environ["TRITON_CACHE_DIR"] = folder
-            compiled = triton_compile(ast, target=_target(source.arch), options=options)
-    except Exception as error:  # whatever a compiler raises is this row's result
-        return {"error": f"{type(error).__name__}: {error}".strip().split("\n")[0]}
-    seconds = time.perf_counter() - began
-    text = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
-    common = {
-        "shared_memory": compiled.metadata.shared,
-        "tensor_core": {name: text.count(name) for name in TENSOR_CORE if name in text},
-        "seconds": round(seconds, 2),
-    }
-    if "amdgcn" in compiled.asm:
-        return common | {
-            "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
-            "spill_bytes": 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text),
-            "loads": _amd_widths(text, "load"),
-            "stores": _amd_widths(text, "store"),
-        }
-    log = log.getvalue()
-    if "bytes spill stores" not in log:
-        raise RuntimeError(f"no ptxas log came with {source.kernel} for {source.arch}")
-    disassembly = _disassemble(compiled.asm["cubin"])
-    return common | {
-        "registers": _number(r"Used (\d+) registers", log),
-        "spill_bytes": _number(r"(\d+) bytes spill stores", log),
-        "loads": _widths(disassembly, r"(?:LDG|LDGSTS)"),
-        "stores": _widths(disassembly, "STG"),
-        "advisories": sorted(set(re.findall(r"\((C\d+)\)", log))),
-    }
-
-
-def _disassemble(cubin: bytes) -> str:
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # ---------------------------------------------------------------- the table
@@ -268,46 +107,34 @@ def measure(found: dict[Source, Use], workers: int | None = None) -> list[Use]:
         return []
     # spawned, not forked: torch has threads by now
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
         for use, measured in zip(found.values(), pool.map(compile_source, found), strict=True):
             for name, value in measured.items():
                 setattr(use, name, value)
+            if not use.error:
+                use.occupancy = occupancy(use.arch, use.registers, use.shared_memory, use.num_warps, use.tensor_memory)
     return list(found.values())
+
+
+def rooflines(ops: Iterable[Any], table: Sequence[Use], cases: str = "sizes") -> list[dict[str, Any]]:
+    """The least time of every op's forward and backward pass in `table`, by published peaks. An estimate."""
+    known = {(op.name, case.name): (op, case) for op in ops for case in getattr(op, cases)}
+    asked = dict.fromkeys((use.op, use.dtype, use.arch, name) for use in table for name in use.cases)
+    on_tensor_cores = {(use.op, use.dtype, use.arch) for use in table if use.tensor_core}
+    found = []
+    for name, dtype, arch, case_name in asked:
+        op, case = known[name, case_name]
+        costs = op.cost(op.inputs(case, DTYPES[dtype], "meta"), case.options)
+        for direction, cost in zip(("forward", "backward"), costs, strict=True):
+            bound = roofline(arch, dtype, cost.flops, cost.bytes, (name, dtype, arch) in on_tensor_cores)
+            found.append({"op": name, "case": case_name, "pass": direction, "dtype": dtype, "arch": arch} | bound)
+    return found
 
 
 def versions() -> dict[str, str]:
     import triton
 
     return {"torch": torch.__version__, "triton": triton.__version__}
-
-
-def _print_table(table: list[Use]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def widths(counts: dict[str, int]) -> str:
-        return " ".join(f"{width}b:{count}" for width, count in sorted(counts.items(), key=lambda item: -int(item[0])))
-
-    view = Table(title="Kernels compiled ahead of time", caption=", ".join(" ".join(v) for v in versions().items()))
-    for name in ("kernel", "dtype", "arch", "tile", "warps", "stages"):
-        view.add_column(name, overflow="fold")
-    for name in ("regs", "spill B", "shared B"):
-        view.add_column(name, justify="right")
-    for name in ("tensor cores", "loads", "stores", "notes", "cases"):
-        view.add_column(name, overflow="fold")
-    for use in table:
-        tile = " ".join(f"{name}={value}" for name, value in use.tile.items())
-        too_big = use.shared_memory > use.shared_memory_limit
-        notes = [*use.advisories, *(["TOO MUCH SHARED"] if too_big else []), *([use.error] if use.error else [])]
-        style = "red" if use.error or too_big else "yellow" if use.spill_bytes or use.advisories else None
-        mma = " ".join(f"{name}:{count}" for name, count in use.tensor_core.items())
-        view.add_row(
-            use.kernel, use.dtype, use.arch, tile, str(use.num_warps), str(use.num_stages), str(use.registers),
-            str(use.spill_bytes), str(use.shared_memory), mma, widths(use.loads), widths(use.stores), " ".join(notes),
-            " ".join(use.cases), style=style,
-        )  # fmt: skip
-    wide = None if sys.stdout.isatty() else 240
-    Console(width=wide).print(view)
 
 
 # ---------------------------------------------------------------- command
@@ -347,11 +174,18 @@ def run(arguments: argparse.Namespace) -> int:
     found = uses(chosen, archs, arguments.dtype, cases=arguments.cases, only=arguments.case)
     table = measure(found, arguments.workers)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
+    document["rooflines"] = rooflines(chosen, table, arguments.cases)
     if arguments.json == Path("-"):
         json.dump(document, sys.stdout, indent=1)
         print()
     else:
-        _print_table(table)
+        from profiling.resource_table import print_rooflines, print_table
+
+        print_table(table, versions())
+        print_rooflines(document["rooflines"])
         if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+            from minigpt.errors import writing
+
+            with writing(arguments.json):
+                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(any(use.error or use.shared_memory > use.shared_memory_limit for use in table))

@@ -116,6 +116,23 @@ def test_rows_that_allow_it_are_read_16_bytes_at_a_time(one_of_each):
             assert "128" in use["loads"], _name(use)
 
 
+def test_instructions_are_counted_by_kind(one_of_each):
+    """What must be in a kernel of its kind is, what cannot be is not, and widths add up to the kinds."""
+    for use in one_of_each[0]:
+        mix, where = use["instructions"], _name(use)
+        assert mix["total"] > sum(mix[kind] for kind in ("tensor_core", "fp32", "ldg", "stg", "lds", "sts")), where
+        assert mix["fp32"] >= mix["ffma"] and mix["mufu"] >= mix["ex2"], where
+        assert (mix["tensor_core"] > 0) == bool(use["tensor_core"]), where
+        assert mix["stg"] == sum(use["stores"].values()) and mix["ldg"] >= sum(use["loads"].values()) > 0, where
+        assert (mix["ex2"] > 0) == ("attention" in use["kernel"] or "cross_entropy" in use["kernel"]), where
+        assert mix["local"] == 0 or use["spill_bytes"] or use["arch"] == "gfx942", where
+
+
+def test_a_kernel_that_compiles_can_run(one_of_each):
+    for use in one_of_each[0]:
+        assert use["occupancy"]["blocks"] >= 1 and 0 < use["occupancy"]["share"] <= 1, _name(use)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
 def test_the_whole_table(arch):
@@ -136,7 +153,7 @@ import json, torch
 from kernels import catalogue
 from kernels.device import TARGETS
 from kernels.op import Launch, Spec
-from profiling.resources import _begin_worker, compile_source, source_of
+from profiling.compile import begin_worker, compile_source, source_of
 
 op = catalogue.LAYER_NORM
 case = next(case for case in op.sizes if case.name == "768")
@@ -164,7 +181,7 @@ op = catalogue.ATTENTION
 case = next(case for case in op.sizes if case.name == "d128")
 launch = op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"])[0]
 few = Launch(launch.kernel, launch.grid, launch.arguments, launch.constexprs | {"BLOCK_K": 128}, 4, 2)
-_begin_worker()
+begin_worker()
 out["too few warps"] = compile_source(source_of(few, "sm_90"))
 out["impossible"] = compile_source(source_of(Launch(launch.kernel, launch.grid, launch.arguments,
                                              launch.constexprs | {"BLOCK_K": 100}, 4, 2), "sm_90"))

@@ -1,0 +1,139 @@
+"""Traces: the arithmetic on spans by hand, and the command on a CPU against what the model is known to do."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from torch.autograd import DeviceType
+
+from kernels.device import HAS_TRITON
+from minigpt.errors import door
+from profiling import __main__, trace
+from profiling.trace import Span
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """The command as a whole program, in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["profiling", "trace", *arguments])
+        with pytest.raises(SystemExit) as left:
+            door(__main__.main)
+        return left.value.code or 0, *capfd.readouterr()
+
+    return run
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_idle_time_is_what_nothing_covers():
+    """Overlaps count once, a span inside another not at all: 0-10, 5-12, 6-7, a gap of 8, 20-30, a gap of 2, 32-33."""
+    spans = [Span("a", 5, 7), Span("b", 0, 10), Span("c", 6, 1), Span("d", 32, 1), Span("e", 20, 10)]
+    assert trace.idleness(spans) == (12 + 10 + 1, 10, [8, 2])
+    assert trace.idleness([]) == (0, 0, [])
+    assert trace.idleness([Span("a", 3, 4)]) == (4, 0, [])
+
+
+def test_shares_and_the_top_are_a_step_and_add_up():
+    spans = [Span("aten::mm", 0, 6000), Span("aten::mm", 9, 2000), Span("kernels::attention_backward", 20, 12_000)]
+    groups = {row["group"]: row for row in trace.shares(spans, steps=2)}
+    assert groups["attention"] == {"group": "attention", "us": 6.0, "share": 0.6, "calls": 0.5}
+    assert groups["matrix products"]["us"] == 4.0 and groups["matrix products"]["calls"] == 1.0
+    top = trace.top_ops(spans, steps=1)
+    assert [row["name"] for row in top] == ["kernels::attention_backward", "aten::mm"] and top[1]["calls"] == 2
+    assert sum(row["share"] for row in top) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("_attention_backward_key", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("void pytorch_flash::flash_bwd_kernel<...>", "attention"),
+        ("_layer_norm_backward_reduce", "layer norm"),
+        ("_cross_entropy_forward", "loss"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN", "matrix products"),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl", "GELU"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("aten::add", "other"),
+    ],
+)
+def test_groups(name, group):
+    assert trace.group_of(name) == group
+
+
+def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
+    def event(name, device_type, start, end, annotation=False):
+        time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(name=name, device_type=device_type, time_range=time, is_user_annotation=annotation)
+
+    events = [
+        event("later", DeviceType.CUDA, 8.0, 9.5),
+        event("aten::mm", DeviceType.CPU, 0.0, 7.0),
+        event("forward", DeviceType.CUDA, 0.0, 9.5, annotation=True),
+        event("first", DeviceType.CUDA, 1.0, 3.0),
+    ]
+    assert trace.gpu_spans(events) == [Span("first", 1000, 2000), Span("later", 8000, 1500)]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_a_trace_of_torch_steps(run, tmp_path):
+    """Calls by hand: two layers with four products each, and the head's, forward and twice backward."""
+    out = tmp_path / "deep" / "er"
+    status, said, complaint = run("--kernels", "torch", "--device", "cpu", "--dtype", "fp32", "--out", str(out))
+    assert status == 0, complaint
+    document = json.loads((out / "trace-summary.json").read_text())
+    calls = {row["name"]: row["calls"] for row in document["ops"]}
+    assert document["preset"] == "tiny" and document["steps"] == 3 and document["our_launches_a_step"] == 0
+    assert calls["aten::native_layer_norm"] == calls["aten::native_layer_norm_backward"] == 5
+    assert calls.get("mkldnn::_linear_pointwise", calls.get("aten::addmm", 0)) in (27, 9)
+    assert calls["aten::_fused_adamw_"] == 2  # two groups of parameters
+    assert sum(row["share"] for row in document["groups"]) == pytest.approx(1.0)
+    inside = sum(row["us"] for row in document["ops"])
+    assert 0 < sum(document["phases_us"].values()) <= document["step_us"] and inside <= 1.05 * document["step_us"]
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert {"forward", "backward", "clipping", "AdamW", "step 2"} <= {event.get("name") for event in events}
+    assert "native_layer_norm" in said and "gpu_idle_us" not in document
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.interpreter
+def test_launches_are_counted(run, tmp_path):
+    """Two layers: attention 1 forward and 2 backward each, layer norm five times 1 and 2, the loss 1 and 1."""
+    asked = "--kernels", "attention=triton,layer_norm=triton,loss=triton"
+    status, said, complaint = run(*asked, "--device", "cpu", "--batch-size", "1", "--out", str(tmp_path))
+    assert status == 0, complaint
+    document = json.loads((tmp_path / "trace-summary.json").read_text())
+    assert document["interpreted"] and document["steps"] == 1 and "INTERPRETER" in said
+    launches = {name: count for name, count in document["our_launches"].items() if "attention" in name}
+    assert launches == {"_attention_forward": 2, "_attention_backward_query": 2, "_attention_backward_key": 2}
+    assert document["our_launches_a_step"] == sum(document["our_launches"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--preset", "gpt3"), "gpt2-medium"),
+        (("--kernels", "cuda"), "eager, torch, triton"),
+        (("--device", "tpu"), "unknown device"),
+        (("--steps", "0"), "at least 1"),
+        (("--steps", "few"), "--steps"),
+        (("--out", "/dev/null/folder"), "/dev/null/folder"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments, says, run):
+    status, _, complaint = run("--kernels", "torch", *arguments)
+    assert status and complaint.count("\n") == 1 and complaint.startswith("error: ") and says in complaint
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.interpreter
+def test_the_interpreter_refuses_what_would_take_hours(run):
+    status, _, complaint = run("--kernels", "triton", "--device", "cpu", "--preset", "gpt2")
+    assert status == 1 and "--preset tiny" in complaint and complaint.count("\n") == 1
