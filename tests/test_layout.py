@@ -100,8 +100,14 @@ def test_an_ops_entry_is_whole(op):
     for case in (*op.cases, *op.sizes):
         inputs = op.inputs(case, torch.float32, "meta")
         assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == case.shapes
-        for cost in op.cost(inputs, case.options):
-            assert cost.flops > 0 and cost.bytes > 0
+        forward, backward = op.cost(inputs, case.options)
+        assert forward.flops > 0 and backward.flops >= 0  # forward may have done backward's work
+        assert forward.bytes > 0 and backward.bytes > 0
+
+
+def _every_kernel() -> set[str]:
+    """One op may launch another's kernels."""
+    return set().union(*(_kernels_in(inspect.getmodule(op.public)) for op in catalogue.OPS))
 
 
 def _kernels_in(module) -> set[str]:
@@ -122,7 +128,7 @@ def test_every_kernel_is_in_a_plan(op):
         inputs = op.inputs(case, torch.bfloat16, "meta")
         for device in (INTERPRETER, TARGETS["sm_90"]):
             launched |= {launch.name for launch in op.plan(inputs, case.options, device)}
-    assert launched == _kernels_in(inspect.getmodule(op.public))
+    assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()
 
 
 @each_op
@@ -132,4 +138,4 @@ def test_every_kernel_is_in_a_test_case(op):
     for case in op.cases:
         inputs = op.inputs(case, torch.bfloat16, "meta")
         launched |= {launch.name for launch in op.plan(inputs, case.options, INTERPRETER)}
-    assert launched == _kernels_in(inspect.getmodule(op.public))
+    assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()
