@@ -118,23 +118,21 @@ def _linear_cross_entropy_backward(grad_ptr, count_ptr, saved_ptr, scaled_ptr, n
 # ---------------------------------------------------------------- plan
 
 BOUND: int | None = None  # bytes of a chunk's logits; None leaves it to the shape
-SMALL = 32 << 20  # logits of no more bytes than this are one chunk
+SMALL = 32 << 20  # a chunk's logits may always have as many bytes as this
 FEWEST, MOST = 512, 4096  # rows of a chunk: products of fewer are slow, of more no faster
 
 
 def chunk_rows(n_rows: int, hidden: int, n_classes: int, itemsize: int, bound: int | None = None) -> int:
     """How many of n_rows rows go through at once: a multiple of 128, or all of them.
 
-    `bound` bytes of logits, and 128 rows at the least. Without a bound: small problems whole; else a tenth of the
-    logits, or as much as a quarter of the fp32 sum of dW, beside which that does not show; but 512 to 4096 rows.
+    `bound` bytes of logits, and 128 rows at the least. Without a bound: a tenth of the logits, or as much as a quarter
+    of the fp32 sum of dW, beside which that does not show; but 512 to 4096 rows, and more if 32 MiB hold them.
     Adding a chunk of c rows to dW reads and writes the sum, so it does c / 4 operations for each byte: few rows would
     leave a GPU waiting for memory. The chunks come out as even as multiples of 128 allow.
     """
     row = n_classes * itemsize
     if bound is None:
-        if n_rows * row <= SMALL:
-            return n_rows
-        rows = min(MOST, max(FEWEST, n_rows // 10, hidden // itemsize))
+        rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 10, hidden // itemsize)))
     else:
         rows = bound // max(row, 1)
     rows = max(128, rows // 128 * 128)
@@ -270,12 +268,13 @@ def _forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N, H), (V, H), int64 (N,), (V,), (V,) -> loss of `out_dtype`, and what backward needs.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, H), (V, H), int64 (N,), (V,), (V,) -> loss of `out_dtype`, what backward needs, and the workspace.
 
-    That is lse fp32 (N,) for "none"; for "mean" the number of rows that count, at least 1, fp32 (); and the gradients
-    that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32), before that division.
-    The products are in `dtype`, to which autocast may have set them.
+    Backward needs lse fp32 (N,) for "none"; for "mean" the number of rows that count, at least 1, fp32 (); and the
+    gradients that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32), before that division.
+    The products are in `dtype`, to which autocast may have set them. The workspace is of no use to anyone: it is
+    returned because memory trackers see what ops return and nothing else.
     """
     (n_rows, hidden), n_classes = input.shape, linear_weight.shape[0]
     if CHECK_TARGETS and not target.is_meta:
@@ -303,7 +302,7 @@ def _forward(
     else:
         total = losses.sum()
         loss = (total / divisor if reduction == "mean" else total).to(out_dtype)
-    return loss, lse, input.new_empty(0) if count is None else count.clamp(min=1.0), *gradients.tensors
+    return loss, lse, input.new_empty(0) if count is None else count.clamp(min=1.0), *gradients.tensors, workspace
 
 
 def _fake_forward(
@@ -316,12 +315,17 @@ def _fake_forward(
         count = input.new_empty((), dtype=torch.float32)
     else:
         count = input.new_empty(0)
-    return loss, lse, count, *_empty_gradients(input, linear_weight, dtype, needs)
+    workspace = _workspace(input, *input.shape, linear_weight.shape[0], dtype)
+    return loss, lse, count, *_empty_gradients(input, linear_weight, dtype, needs), workspace
+
+
+def _rounded(gradients, input, linear_weight, linear_bias):
+    like = (input, linear_weight, linear_weight if linear_bias is None else linear_bias)
+    return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, like, strict=True))
 
 
 def _scale(
     grad: torch.Tensor,
-    witness: torch.Tensor,
     count: torch.Tensor,
     dinput: torch.Tensor,
     dweight: torch.Tensor,
@@ -331,12 +335,8 @@ def _scale(
     bias_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For "mean" and "sum": the gradients of input, weight and bias in these dtypes, from those that forward made.
-
-    witness: one of the op's inputs, unread; through it autograd knows that these gradients depend on the inputs, so
-    that a second derivative raises instead of being left out.
-    """
-    results = _fake_scale(grad, witness, count, dinput, dweight, dbias, input_dtype, weight_dtype, bias_dtype, needs)
+    """For "mean" and "sum": the gradients of input, weight and bias in these dtypes, from those that forward made."""
+    results = _fake_scale(grad, count, dinput, dweight, dbias, input_dtype, weight_dtype, bias_dtype, needs)
     count = count if count.numel() else None
     for need, saved, scaled in zip(needs, (dinput, dweight, dbias), results, strict=True):
         if need:
@@ -344,7 +344,7 @@ def _scale(
     return results
 
 
-def _fake_scale(grad, witness, count, dinput, dweight, dbias, input_dtype, weight_dtype, bias_dtype, needs):
+def _fake_scale(grad, count, dinput, dweight, dbias, input_dtype, weight_dtype, bias_dtype, needs):
     saved = ((dinput, input_dtype), (dweight, weight_dtype), (dbias, bias_dtype))
     return tuple(
         tensor.new_empty(tensor.shape if need else 0, dtype=dtype)
@@ -364,8 +364,8 @@ def _backward(
     label_smoothing: float,
     dtype: torch.dtype,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For "none": the gradients of input, weight and bias that `needs` asks for, from each row's incoming gradient."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For "none": the gradients of input, weight and bias that `needs` asks for, and the workspace as in forward."""
     (n_rows, hidden), n_classes = input.shape, linear_weight.shape[0]
     x, w = _matrix(input, dtype), _matrix(linear_weight, dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
@@ -380,39 +380,38 @@ def _backward(
         run(plan_logits_backward, own | shared, **options)
         gradients.add(logits, rows, x, w)
 
-    dinput, dweight, dbias = gradients.tensors
-    bias_dtype = dtype if linear_bias is None else linear_bias.dtype
-    return dinput.to(input.dtype), dweight.to(linear_weight.dtype), dbias.to(bias_dtype)
+    return *_rounded(gradients.tensors, input, linear_weight, linear_bias), workspace
 
 
 def _fake_backward(
     grad, input, linear_weight, target, linear_bias, weight, lse, ignore_index, label_smoothing, dtype, needs
 ):
-    dinput, dweight, dbias = _empty_gradients(input, linear_weight, dtype, needs)
-    bias_dtype = dtype if linear_bias is None else linear_bias.dtype
-    return dinput.to(input.dtype), dweight.to(linear_weight.dtype), dbias.to(bias_dtype)
+    gradients = _rounded(_empty_gradients(input, linear_weight, dtype, needs), input, linear_weight, linear_bias)
+    return *gradients, _workspace(input, *input.shape, linear_weight.shape[0], dtype)
 
 
 def _save(ctx, inputs, output):
     input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, dtype, _, _ = inputs
-    _, lse, count, *gradients = output
-    ctx.mark_non_differentiable(lse, count, *gradients)
+    _, lse, count, *gradients, _ = output
+    # autograd holds on to what is marked for as long as the loss lives, so neither the workspace nor the gradients are.
+    # That they count as differentiable has a use: a second derivative finds its way from them to `scale`, and raises.
+    ctx.mark_non_differentiable(lse, count)
+    ctx.set_materialize_grads(False)  # nor are zeros made for them in backward
     ctx.reduction = reduction
     if reduction == "none":
         ctx.options = (ignore_index, label_smoothing, dtype)
         ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, lse)
         return
-    # one that has a gradient, a parameter if possible: it stays alive anyway
-    parameters = ((1, linear_weight), (3, linear_bias))
-    witness = next((tensor for place, tensor in parameters if ctx.needs_input_grad[place]), input)
     ctx.dtypes = (input.dtype, linear_weight.dtype, dtype if linear_bias is None else linear_bias.dtype)
-    ctx.save_for_backward(witness, count, *gradients)
+    ctx.save_for_backward(count, *gradients)
 
 
 def _gradients(ctx, grad, *_):
     needs = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
+    if grad is None:
+        return (None,) * 11
     if ctx.reduction == "none":
-        gradients = backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+        *gradients, _ = backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     else:
         gradients = scale(grad, *ctx.saved_tensors, *ctx.dtypes, needs)
     dinput, dweight, dbias = (tensor if need else None for tensor, need in zip(gradients, needs, strict=True))
@@ -506,8 +505,9 @@ def linear_cross_entropy(
     linear_bias: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int | None = -100,
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: object = None,
 ) -> torch.Tensor:
     """`torch.nn.functional.cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`, logits never whole.
 
@@ -515,15 +515,17 @@ def linear_cross_entropy(
     class weights (V,) of any of these dtypes -> the mean or sum, or with reduction="none" the losses in target's
     shape, in input's dtype. Under autocast the products have its dtype, the loss is fp32, and gradients have the dtypes
     of what they belong to. "mean" divides by the sum of the targets' weights, and is NaN where every target is ignored.
-    ignore_index=None is -100, as in `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13).
+    The signature is that of `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13): ignore_index=None is -100.
 
     Softmax, losses and the gradients of weight and bias are summed in fp32. With "mean" and "sum" gradients are made in
     the forward pass, of those tensors that require one then; "none" makes the logits again in backward.
 
     A target outside [0, V) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes, dtypes and options that
-    do not fit, NotImplementedError for probability targets, K-dimensional weights and other dtypes.
+    do not fit, NotImplementedError for probability targets, K-dimensional weights, options and other dtypes.
     """
+    if options is not None:
+        raise NotImplementedError("linear_cross_entropy: options are not implemented; chunk_rows chooses the chunks")
     _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
     ignore_index = -100 if ignore_index is None else ignore_index
     dtype = autocast_dtype(input.device)
@@ -546,8 +548,15 @@ def linear_cross_entropy(
 def _torch_function():
     """PyTorch's own function; before PyTorch 2.13 the two that it stands for."""
 
-    def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
-        return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
+    def linear_cross_entropy(
+        input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+        label_smoothing=0.0, options=None,
+    ):  # fmt: skip
+        ignore_index = -100 if ignore_index is None else ignore_index
+        logits = F.linear(input, linear_weight, linear_bias)
+        return F.cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
 
     return getattr(F, "linear_cross_entropy", linear_cross_entropy)
 
@@ -574,14 +583,14 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     needs = [True, True, bias is not None]
     none = reduction == "none"
     with plan_only(device) as launches:
-        loss, lse, count, *gradients = _forward(
+        loss, lse, count, *gradients, _ = _forward(
             input, linear_weight, target, bias, weight, ignore_index, reduction, smoothing, dtype, dtype,
             [False] * 3 if none else needs,
         )  # fmt: skip
         if none:
             _backward(loss, input, linear_weight, target, bias, weight, lse, ignore_index, smoothing, dtype, needs)
         else:
-            _scale(loss, input, count, *gradients, dtype, dtype, dtype, needs)
+            _scale(loss, count, *gradients, dtype, dtype, dtype, needs)
     return launches
 
 

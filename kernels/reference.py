@@ -158,12 +158,14 @@ def linear_cross_entropy(
     linear_bias: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int | None = -100,
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: object = None,
 ) -> torch.Tensor:
     """cross_entropy of the logits input @ linear_weight^T + linear_bias, which are written out.
 
-    (..., H), (V, H), (...) -> a number, or with reduction="none" losses (...). ignore_index=None is -100.
+    (..., H), (V, H), (...) -> a number, or with reduction="none" losses (...). ignore_index=None is -100;
+    options, PyTorch's way to choose chunks, has nothing to choose here.
     """
     logits = input @ linear_weight.t()
     logits = logits if linear_bias is None else logits + linear_bias

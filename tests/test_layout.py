@@ -105,24 +105,24 @@ def test_an_ops_entry_is_whole(op):
         assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == case.shapes
         forward, backward = op.cost(inputs, case.options)
         assert (backward is not None) == bool(op.differentiable)
-        for cost in (forward, backward) if op.differentiable else (forward,):
-            assert cost.flops > 0 and cost.bytes > 0
+        assert forward.flops > 0 and forward.bytes > 0
+        if backward is not None:
+            assert backward.flops >= 0 and backward.bytes > 0  # forward may have done backward's operations
 
 
-SHARED = {"add_layer_norm": "layer_norm"}  # an op whose kernels are those of another's file
-
-
-def _kernels_of(op) -> set[str]:
-    """The functions of an op's file that ask which program they are: those that can be launched."""
-    module = (
-        importlib.import_module(f"kernels.{SHARED[op.name]}") if op.name in SHARED else inspect.getmodule(op.public)
-    )
+def _kernels_in(module) -> set[str]:
+    """The functions of a file that ask which program they are: those that can be launched."""
     found = set()
     for node in ast.parse(inspect.getsource(module)).body:
         jitted = isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
         if jitted and "program_id" in ast.unparse(node):
             found.add(node.name)
     return found
+
+
+def _every_kernel() -> set[str]:
+    """One op may launch another's kernels."""
+    return set().union(*(_kernels_in(inspect.getmodule(op.public)) for op in catalogue.OPS))
 
 
 @each_op
@@ -133,7 +133,7 @@ def test_every_kernel_is_in_a_plan(op):
         inputs = op.inputs(case, torch.bfloat16, "meta")
         for device in (INTERPRETER, TARGETS["sm_90"]):
             launched |= {launch.name for launch in op.plan(inputs, case.options, device)}
-    assert launched == _kernels_of(op)
+    assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()
 
 
 @each_op
@@ -143,4 +143,4 @@ def test_every_kernel_is_in_a_test_case(op):
     for case in op.cases:
         inputs = op.inputs(case, torch.bfloat16, "meta")
         launched |= {launch.name for launch in op.plan(inputs, case.options, INTERPRETER)}
-    assert launched == _kernels_of(op)
+    assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()
