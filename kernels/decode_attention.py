@@ -25,6 +25,7 @@ Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference" (2023), h
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
 """
 
+import functools
 import math
 
 import torch
@@ -241,8 +242,12 @@ def _decode_merge(
 
 PER_PROCESSOR = 2  # programs that a processor needs to keep its share of the memory busy
 LEAST = 8192  # elements of each cache, below which a split is not worth its place in the merge
+KEYS_A_ROW = (
+    8  # and keys for each query head, so that partial results stay below a quarter of the 16-bit keys and values
+)
 MOST = 256  # splits
-FULL_ENOUGH = 0.85  # of the best, see _splits
+TILE = 64  # keys that a program walks at a time, more or less
+NEAR = 0.9  # as fast as the best number of splits, see _splits
 
 # (BLOCK_K, warps, stages) of _decode_group by architecture, kind of product and padded head size; see attention.py.
 GROUP = {
@@ -260,16 +265,19 @@ GROUP = {
 GROUP["sm_89"] = GROUP["sm_90"] = GROUP["sm_100"] = GROUP["sm_80"]
 
 
-def _splits(programs: int, t_max: int, size: int, processors: int) -> int:
-    """Into how many programs to split each of `programs`: the fewest that keep the device nearly as full as any number.
+@functools.lru_cache(maxsize=4096)
+def _splits(programs: int, t_max: int, size: int, group: int, processors: int) -> int:
+    """Into how many to split each of `programs`: the fewest that take hardly longer than the best number would.
 
-    Programs come in waves of PER_PROCESSOR * processors, and the last wave may leave most of the device idle.
+    Time is the waves of programs, PER_PROCESSOR * processors at once, times the tiles that each walks of a full cache.
     """
-    most = max(1, min(MOST, t_max * size // LEAST))
-    places = PER_PROCESSOR * processors
-    waves = [max(1, programs) * splits / places for splits in range(1, most + 1)]
-    full = [wave / math.ceil(wave) for wave in waves]
-    return 1 + next(place for place, part in enumerate(full) if part >= FULL_ENOUGH * max(full))
+    least = max(LEAST // size, KEYS_A_ROW * group)
+    most = max(1, min(MOST, t_max // least))
+    times = [
+        cdiv(programs * splits, PER_PROCESSOR * processors) * cdiv(t_max, TILE * splits)
+        for splits in range(1, most + 1)
+    ]
+    return 1 + next(place for place, time in enumerate(times) if NEAR * time <= min(times))
 
 
 def _rows(group: int) -> int:
@@ -359,7 +367,7 @@ def _forward(
         _check_lengths(lengths, t_max)
     group = _group(query, key_cache)
     programs = batch * n_key_head * cdiv(group, _rows(group))
-    splits = _splits(programs, t_max, size, facts_of(query).processors)
+    splits = _splits(programs, t_max, size, group, facts_of(query).processors)
     out = _empty_forward(query)
     tensors = {"query": rows_of(query), "key_cache": rows_of(key_cache), "value_cache": rows_of(value_cache)}
     tensors |= {"lengths": lengths, "out": out}

@@ -175,18 +175,19 @@ def test_large_scores_are_merged_without_loss(device, monkeypatch):
 def test_number_of_splits():
     """From shapes and processors alone: none for a full device, none too small to be worth it, enough otherwise."""
     splits = module._splits
-    assert splits(64 * 12, 16384, 64, 132) == 1
-    assert splits(12, 64, 64, 132) == 1 and splits(1, 0, 64, 132) == 1
-    for programs in (1, 2, 5, 8, 12, 32, 100, 131, 132, 200, 263, 264, 265, 300, 1000):
-        for t_max in (1, 100, 1024, 4096, 16384, 1 << 20):
-            for size in (1, 64, 128, 256):
+    assert splits(64 * 12, 16384, 64, 1, 132) == 1
+    assert splits(12, 64, 64, 1, 132) == 1 and splits(1, 0, 64, 1, 132) == 1 and splits(0, 1024, 64, 1, 132) == 1
+    # 8 splits of 128 keys; 32 of 512, which 264 places hold; 64 of 256, 8 for each of the 32 heads
+    assert splits(12, 1024, 64, 1, 132) == 8 and splits(8, 16384, 128, 4, 132) == 32
+    assert splits(1, 16384, 128, 32, 132) == 64
+    for programs in (1, 5, 12, 100, 131, 132, 200, 263, 264, 265, 300, 1000):
+        for t_max in (1, 100, 1024, 16384, 1 << 20):
+            for size, group in ((1, 1), (64, 1), (64, 71), (128, 4), (256, 1), (256, 16)):
                 for device in TARGETS.values():
-                    n = splits(programs, t_max, size, device.processors)
-                    assert 1 <= n <= module.MOST and (n == 1 or t_max * size // n >= module.LEAST)
-                    assert n == 1 or programs < 14 * device.processors  # the last of many waves matters little
-    for programs in (1, 8, 12, 32):
-        waves = programs * splits(programs, 1 << 20, 128, 132) / (2 * 132)
-        assert 0.8 < waves / -(-waves // 1)
+                    n = splits(programs, t_max, size, group, device.processors)
+                    assert 1 <= n <= module.MOST
+                    assert n == 1 or (t_max * size // n >= module.LEAST and t_max // n >= 8 * group)
+                    assert n == 1 or programs < 18 * device.processors  # the last of nine waves matters little
 
 
 # ---------------------------------------------------------------- lengths
