@@ -281,10 +281,11 @@ def test_broadcast_in_front(query, key, value, device):
 def test_one_tensor_for_query_key_and_value(device):
     """Self-attention on one leaf: its gradient is the sum of three."""
     x = draw(2, 2, 12, 8, device=device)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    leaves = [x.clone().requires_grad_(), x.double().requires_grad_()]
     for leaf, function in zip(leaves, (attention, F.scaled_dot_product_attention), strict=True):
         function(leaf, leaf, leaf, is_causal=True).square().sum().backward()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    exact = leaves[1].grad
+    assert (leaves[0].grad - exact).abs().max() < 4e-6 * exact.abs().max()
 
 
 def test_fused_projection_is_walked_in_place(device):
