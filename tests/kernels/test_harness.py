@@ -5,10 +5,12 @@ same wrapping passes every check.
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from parity import DTYPES, hold, hold_layout, hold_repeats, hold_retained_graph, hold_some_gradients, on_each, sliced
+from test_hard_values import hold_hard_values
 from test_parity import laid_out
 
 from kernels import catalogue
@@ -331,3 +333,30 @@ def test_strides_that_are_ignored(op, device):
         }
 
     _caught("layout", spoiled(op, inputs=careless), device, "came out otherwise")
+
+
+# ---------------------------------------------------------------- hard values
+
+
+def test_nan_that_is_lost_or_spreads(device):
+    """A softmax that takes NaN for nothing, a row that spoils its neighbours, an infinity turned into the largest number."""
+    op, case = OPS["layer_norm"], Case("rows", {"input": (5, 24)}, {"normalized_shape": (24,)})
+    hold_hard_values(spoiled(op), case, torch.float32, device, "nan")
+    wrongs = {
+        "nan": [_lost, lambda t: torch.where(t.isnan().any(), math.nan, t)],
+        "inf": [_lost, lambda t: torch.where(t.isnan().any(0), math.nan, t)],
+    }
+    for hard, spoils in wrongs.items():
+        for spoil in spoils:
+            with pytest.raises(AssertionError, match="input: output: .* NaN or infinite otherwise"):
+                hold_hard_values(spoiled(op, output=spoil), case, torch.float32, device, hard)
+            with pytest.raises(AssertionError, match="dinput: .* NaN or infinite otherwise"):
+                wrong = spoiled(op, gradients=lambda found, spoil=spoil: {n: spoil(g) for n, g in found.items()})
+                hold_hard_values(wrong, case, torch.float32, device, hard)
+    infinite = spoiled(op, output=lambda t: t.nan_to_num(math.nan, 3e38, -3e38))
+    with pytest.raises(AssertionError, match="bias: output"):
+        hold_hard_values(infinite, case._replace(shapes=case.shapes | {"bias": (24,)}), torch.float32, device, "inf")
+
+
+def _lost(tensor):
+    return tensor.nan_to_num(0.0)
