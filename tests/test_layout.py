@@ -1,7 +1,6 @@
 """The shape of the house: who imports whom, and what an op's entry promises."""
 
 import ast
-import importlib
 import inspect
 import sys
 from pathlib import Path
