@@ -1104,6 +1104,7 @@ OP = Op(
         _case("odd_wide_head", 1, 1, 40, 200),
     ),
     sizes=(
+        _case("gpt2", 16, 12, 1024, 64, is_causal=True),
         _case("d16", 2, 4, 64, 16, is_causal=True),
         _case("d32", 12, 4, 64, 32, is_causal=True),
         _case("d64-short", 64, 6, 48, 64, is_causal=True),
@@ -1114,7 +1115,6 @@ OP = Op(
         _case("d64-chunk-all", 4, 8, 48, 64, k_len=1000, dropout_p=0.1, key_heads=2, enable_gqa=True),
         _case("shakespeare", 64, 6, 256, 64, is_causal=True),
         _case("shakespeare-dropout", 64, 6, 256, 64, is_causal=True, dropout_p=0.2),
-        _case("gpt2", 16, 12, 1024, 64, is_causal=True),
         _case("d64-full", 4, 16, 4096, 64),
         _case("d64-ragged", 4, 16, 1000, 64),
         _case("d64-ragged-dropout", 4, 16, 1000, 64, dropout_p=0.1),
