@@ -242,9 +242,7 @@ def _decode_merge(
 
 PER_PROCESSOR = 2  # programs that a processor needs to keep its share of the memory busy
 LEAST = 8192  # elements of each cache, below which a split is not worth its place in the merge
-KEYS_A_ROW = (
-    8  # and keys for each query head, so that partial results stay below a quarter of the 16-bit keys and values
-)
+KEYS_A_ROW = 8  # and keys for each query head: partial results are a quarter of 16-bit keys and values at most
 MOST = 256  # splits
 TILE = 64  # keys that a program walks at a time, more or less
 NEAR = 0.9  # as fast as the best number of splits, see _splits
@@ -280,9 +278,10 @@ def _splits(programs: int, t_max: int, size: int, group: int, processors: int) -
     return 1 + next(place for place, time in enumerate(times) if NEAR * time <= min(times))
 
 
-def _rows(group: int) -> int:
-    """Query heads of a program: a tile of tensor cores has 16 rows or more."""
-    return max(16, min(64, next_power_of_2(group)))
+def _rows(group: int, size: int, dtype: torch.dtype) -> int:
+    """Query heads of a program: 16 or more for tensor cores, not more than leave its outputs in registers."""
+    most = 64 if dtype != torch.float32 and size <= 128 else 32
+    return max(16, min(most, next_power_of_2(group)))
 
 
 def _group(query, key_cache) -> int:
@@ -324,7 +323,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             block_k, warps, stages = 128, 4, 1
         else:
             block_k, warps, stages = GROUP[device.tiles][kind][max(64, block_d)]
-        rows = _rows(group)
+        rows = _rows(group, size, specs["query"].dtype)
         kernel, programs = _decode_group, batch * n_key_head * cdiv(group, rows)
         arguments |= {"group": group}
         constexprs |= {"BLOCK_H": rows, "BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages}
@@ -366,7 +365,7 @@ def _forward(
     if CHECK_LENGTHS and not lengths.is_meta:
         _check_lengths(lengths, t_max)
     group = _group(query, key_cache)
-    programs = batch * n_key_head * cdiv(group, _rows(group))
+    programs = batch * n_key_head * cdiv(group, _rows(group, size, query.dtype))
     splits = _splits(programs, t_max, size, group, facts_of(query).processors)
     out = _empty_forward(query)
     tensors = {"query": rows_of(query), "key_cache": rows_of(key_cache), "value_cache": rows_of(value_cache)}
@@ -587,6 +586,8 @@ OP = Op(
         _case("gqa-4k-batch", 32, 4096, 128, (4096,) * 64, key_heads=8),
         _case("gqa-d64", 12, 4096, 64, (4096,) * 8, key_heads=4),
         _case("mqa", 32, 16384, 128, (16384,), key_heads=1),
+        _case("mqa-d64", 71, 4096, 64, (4096,), key_heads=1),
+        _case("mqa-64", 64, 4096, 128, (4096,), key_heads=1),
         _case("d96", 32, 4096, 96, (4096,)),
         _case("d256", 8, 4096, 256, (4096,)),
         _case("gqa-d256", 8, 4096, 256, (4096,) * 4, key_heads=4),

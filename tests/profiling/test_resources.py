@@ -74,7 +74,7 @@ def _problems(uses: list[dict], versions: dict) -> list[str]:
         if use["spill_bytes"] > bound:
             wrong.append(f"{_name(use)} spills {use['spill_bytes']} bytes, {bound} are allowed")
         if use["kernel"] == "_decode_group" and use["dtype"] != "float32" and not use["tensor_core"]:
-            # 16 rows are too few for wgmma and tcgen05: mma.sync, or v_mfma
+            # which it uses hangs on the rows: 16 are too few for wgmma and tcgen05
             wrong.append(f"{_name(use)} does not use tensor cores")
         attends = use["op"] == "scaled_dot_product_attention" and use["dtype"] != "float32"
         if attends and TENSOR_CORE[use["arch"]] not in use["tensor_core"]:
