@@ -85,9 +85,8 @@ def _linear_cross_entropy_forward(
         logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
     )
     tl.store(losses_ptr + rows, loss, mask=in_rows)
-    lse = peak + log_total
     if lse_ptr is not None:
-        tl.store(lse_ptr + rows, lse, mask=in_rows)
+        tl.store(lse_ptr + rows, peak + log_total, mask=in_rows)
     if GRADIENTS:
         factor = tl.full([ROWS], 1.0, tl.float32)
         if factor_ptr is not None:
@@ -97,8 +96,8 @@ def _linear_cross_entropy_forward(
             columns = start + tl.arange(0, BLOCK_V)
             mask = in_rows[:, None] & (columns < row_stride)[None, :]
             x = tl.load(logits_ptr + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dx = logit_gradients(
-                x, lse, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
+            dx = logit_gradients(  # lse in two parts: their sum would be rounded at the size of the largest logit
+                x - peak[:, None], log_total, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
                 ignore_index, smoothing, V, SMOOTH,
             )  # fmt: skip
             tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
