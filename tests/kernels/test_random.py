@@ -82,7 +82,7 @@ def _problems() -> list:
 
 
 def _residue(op, inputs: dict, options: dict) -> dict[str, float]:
-    """What rounding leaves where terms cancel. In attention: a query that sees one key copies a value, and has no dq."""
+    """What rounding leaves where terms cancel. Attention: a query that sees one key copies a value, and has no dq."""
     if op.name == "linear_cross_entropy":
         # a row's G adds up to nothing: with one row of weights for all classes (a layout here) so does its dinput
         return {"dinput": 32 * torch.finfo(torch.float32).eps * inputs["linear_weight"].abs().max().item()}
