@@ -85,9 +85,8 @@ def _linear_cross_entropy_forward(
         logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
     )
     tl.store(losses_ptr + rows, loss, mask=in_rows)
-    lse = peak + log_total
     if lse_ptr is not None:
-        tl.store(lse_ptr + rows, lse, mask=in_rows)
+        tl.store(lse_ptr + rows, peak + log_total, mask=in_rows)
     if GRADIENTS:
         factor = tl.full([ROWS], 1.0, tl.float32)
         if factor_ptr is not None:
@@ -97,8 +96,8 @@ def _linear_cross_entropy_forward(
             columns = start + tl.arange(0, BLOCK_V)
             mask = in_rows[:, None] & (columns < row_stride)[None, :]
             x = tl.load(logits_ptr + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dx = logit_gradients(
-                x, lse, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
+            dx = logit_gradients(  # lse in two parts: their sum would be rounded at the size of the largest logit
+                x - peak[:, None], log_total, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
                 ignore_index, smoothing, V, SMOOTH,
             )  # fmt: skip
             tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
@@ -391,7 +390,7 @@ def _fake_backward(
 
 
 def _save(ctx, inputs, output):
-    input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, dtype, _, _ = inputs
+    input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, dtype, _, made = inputs
     _, lse, count, *gradients, _ = output
     # autograd holds on to what is marked for as long as the loss lives, so neither the workspace nor the gradients are.
     # That they count as differentiable has a use: a second derivative finds its way from them to `scale`, and raises.
@@ -402,6 +401,7 @@ def _save(ctx, inputs, output):
         ctx.options = (ignore_index, label_smoothing, dtype)
         ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, lse)
         return
+    ctx.made = made
     ctx.dtypes = (input.dtype, linear_weight.dtype, dtype if linear_bias is None else linear_bias.dtype)
     ctx.save_for_backward(count, *gradients)
 
@@ -413,13 +413,23 @@ def _gradients(ctx, grad, *_):
     if ctx.reduction == "none":
         *gradients, _ = backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     else:
+        for name, need, made in zip(("input", "linear_weight", "linear_bias"), needs, ctx.made, strict=True):
+            if need and not made:
+                raise RuntimeError(f"linear_cross_entropy: {name} required no gradient in the forward pass")
         gradients = scale(grad, *ctx.saved_tensors, *ctx.dtypes, needs)
     dinput, dweight, dbias = (tensor if need else None for tensor, need in zip(gradients, needs, strict=True))
     return dinput, dweight, None, dbias, *[None] * 7
 
 
+def _refuse_vmap(info, in_dims, *_):
+    raise NotImplementedError(
+        "linear_cross_entropy: torch.vmap is not implemented; input may have any number of leading dimensions"
+    )
+
+
 forward = register("linear_cross_entropy", _forward, _fake_forward)
 forward.register_autograd(_gradients, setup_context=_save)
+forward.register_vmap(_refuse_vmap)
 scale = register("linear_cross_entropy_scale", _scale, _fake_scale)
 backward = register("linear_cross_entropy_backward", _backward, _fake_backward)
 

@@ -146,9 +146,12 @@ def problems(draw, op) -> Problem:
 
 
 def _residue(op, inputs: dict, options: dict) -> dict[str, float]:
-    """What rounding leaves of attention where terms cancel: a query that sees one key copies a value, and has no dq."""
+    """What rounding leaves where terms cancel. Attention: a query that sees one key copies a value, and has no dq."""
     if op.name == "decode_attention":
         return {"output": 4 * torch.finfo(torch.float32).eps}
+    if op.name == "linear_cross_entropy":
+        # a row's G adds up to nothing: with one row of weights for all classes (a layout here) so does its dinput
+        return {"dinput": 32 * torch.finfo(torch.float32).eps * inputs["linear_weight"].abs().max().item()}
     if op.name != "scaled_dot_product_attention":
         return {}
     *_, q_len, size = inputs["query"].shape
