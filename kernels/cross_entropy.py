@@ -76,7 +76,7 @@ def _cross_entropy_forward(
                 w = tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)
             else:
                 w = in_row.to(tl.float32)
-            shift = tl.where(weight_so_far > 0.0, (peak - base) * weight_so_far, 0.0)
+            shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
             below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
             weight_so_far += tl.sum(w)
         peak = highest
@@ -165,6 +165,8 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = _tile(n_rows, n_classes, device)
+    if specs["weight"] is not None and options["label_smoothing"] > 0.0:
+        warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
     arguments |= {"n_rows": n_rows} | _numbers(specs, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
