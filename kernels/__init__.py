@@ -5,5 +5,16 @@ from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import scaled_dot_product_attention
 from kernels.cross_entropy import cross_entropy
 from kernels.layer_norm import layer_norm
+from kernels.modules import AddLayerNorm, CrossEntropyLoss, LayerNorm
 
-__all__ = ["add_layer_norm", "cross_entropy", "device", "layer_norm", "reference", "scaled_dot_product_attention"]
+__all__ = [
+    "AddLayerNorm",
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "add_layer_norm",
+    "cross_entropy",
+    "device",
+    "layer_norm",
+    "reference",
+    "scaled_dot_product_attention",
+]
