@@ -25,7 +25,19 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.device import Device
 from kernels.layer_norm import check, plan_backward, plan_forward, workspaces
-from kernels.op import Case, Cost, Launch, Op, autocast_dtype, plan_only, register, register_gradients, rows_of, run
+from kernels.op import (
+    Case,
+    Cost,
+    Launch,
+    Op,
+    autocast_dtype,
+    plan_only,
+    refuse_transforms,
+    register,
+    register_gradients,
+    rows_of,
+    run,
+)
 
 # ---------------------------------------------------------------- registration
 
@@ -175,6 +187,7 @@ def add_layer_norm(
 
     Raises RuntimeError if shapes do not fit, NotImplementedError for other dtypes.
     """
+    refuse_transforms("add_layer_norm", input, residual, weight, bias)
     try:
         full_shape = torch.broadcast_shapes(input.shape, residual.shape)
     except RuntimeError:

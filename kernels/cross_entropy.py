@@ -38,6 +38,7 @@ from kernels.op import (
     next_power_of_2,
     plan_only,
     pointers,
+    refuse_transforms,
     register,
     register_gradients,
     rows_of,
@@ -342,6 +343,7 @@ def cross_entropy(
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
     do not fit, NotImplementedError for probability targets and other dtypes.
     """
+    refuse_transforms("cross_entropy", input, weight)
     _check(input, target, weight, reduction, label_smoothing)
     classes = 0 if input.dim() == 1 else 1
     n_classes = input.shape[classes]
