@@ -7,8 +7,12 @@ from kernels.cross_entropy import cross_entropy
 from kernels.decode_attention import decode_attention
 from kernels.layer_norm import layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.modules import AddLayerNorm, CrossEntropyLoss, LayerNorm
 
 __all__ = [
+    "AddLayerNorm",
+    "CrossEntropyLoss",
+    "LayerNorm",
     "add_layer_norm",
     "cross_entropy",
     "decode_attention",

@@ -9,9 +9,8 @@ gradient that layer_norm.py has for its input,
 
 is added in fp32 and rounded once; it is one tensor for both where they have one dtype. Saved for
 backward: s, and mean and rstd in fp32, one of each a row. Forward reads input and residual and writes s
-and y; backward reads s, dy and ds' and writes one gradient, or two of different dtypes. Added
-on its own, the sum costs a read and a write more forward; and ds' + dx two reads and a write
-more backward. Memory bandwidth is the bound.
+and y; backward reads s, dy and ds' and writes one gradient, or two of different dtypes. A sum in a kernel of
+its own costs one pass over the tensor more forward and two more backward. Memory bandwidth is the bound.
 
 The kernels and their plans are those of layer_norm.py.
 """
@@ -25,7 +24,19 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.device import Device
 from kernels.layer_norm import check, plan_backward, plan_forward, workspaces
-from kernels.op import Case, Cost, Launch, Op, autocast_dtype, plan_only, register, register_gradients, rows_of, run
+from kernels.op import (
+    Case,
+    Cost,
+    Launch,
+    Op,
+    autocast_dtype,
+    plan_only,
+    refuse_transforms,
+    register,
+    register_gradients,
+    rows_of,
+    run,
+)
 
 # ---------------------------------------------------------------- registration
 
@@ -175,6 +186,7 @@ def add_layer_norm(
 
     Raises RuntimeError if shapes do not fit, NotImplementedError for other dtypes.
     """
+    refuse_transforms("add_layer_norm", input, residual, weight, bias)
     try:
         full_shape = torch.broadcast_shapes(input.shape, residual.shape)
     except RuntimeError:

@@ -49,6 +49,7 @@ from kernels.op import (
     next_power_of_2,
     plan_only,
     pointers,
+    refuse_transforms,
     register,
     register_gradients,
     rows_of,
@@ -1004,6 +1005,7 @@ def scaled_dot_product_attention(
     Raises RuntimeError or ValueError for inputs that do not fit, NotImplementedError for attn_mask, a value
     head of another size, D above 256 and other dtypes.
     """
+    refuse_transforms("scaled_dot_product_attention", query, key, value)
     dtype = autocast_dtype(query.device)
     if dtype is not None and query.dtype.is_floating_point and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -38,6 +38,7 @@ from kernels.op import (
     next_power_of_2,
     plan_only,
     pointers,
+    refuse_transforms,
     register,
     register_gradients,
     rows_of,
@@ -78,7 +79,7 @@ def row_sums(
                 w = tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)
             else:
                 w = in_row.to(tl.float32)
-            shift = tl.where(weight_so_far > 0.0, (peak - base) * weight_so_far, 0.0)
+            shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
             below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
             weight_so_far += tl.sum(w)
         peak = highest
@@ -203,6 +204,8 @@ def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device)
+    if specs["weight"] is not None and options["label_smoothing"] > 0.0:
+        warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
@@ -380,6 +383,7 @@ def cross_entropy(
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
     do not fit, NotImplementedError for probability targets and other dtypes.
     """
+    refuse_transforms("cross_entropy", input, weight)
     _check(input, target, weight, reduction, label_smoothing)
     classes = 0 if input.dim() == 1 else 1
     n_classes = input.shape[classes]

@@ -46,6 +46,7 @@ from kernels.op import (
     next_power_of_2,
     plan_only,
     pointers,
+    refuse_transforms,
     register,
     register_gradients,
     rows_of,
@@ -479,6 +480,7 @@ def layer_norm(
 
     Raises RuntimeError if a shape does not fit normalized_shape, NotImplementedError for other dtypes.
     """
+    refuse_transforms("layer_norm", input, weight, bias)
     shape = check("layer_norm", input.shape, normalized_shape, input=input, weight=weight, bias=bias)
     out_dtype = autocast_dtype(input.device) or input.dtype
     n = math.prod(shape)

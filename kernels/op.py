@@ -204,6 +204,28 @@ def register_gradients(op: Any, gradients: Callable, save: Callable) -> None:
     op.register_autograd(formula, setup_context=setup_context)
 
 
+def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError inside torch.func.grad and its like, and for tensors with a forward-mode tangent.
+
+    PyTorch's custom ops have no formula for these: grad fails with a message about something else, and a
+    tangent would be dropped without a word. vmap it knows to take apart, one sample a launch.
+    """
+    if torch.compiler.is_compiling():  # transforms are traced away there, or refused by the compiler
+        return
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None:
+        derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+        if any(interpreter.key() in derivatives for interpreter in functorch.get_interpreter_stack()):
+            raise NotImplementedError(
+                f"{name}: torch.func's derivatives (grad, vjp, jvp, jacrev, ...) are not implemented; "
+                "use tensor.backward() or torch.autograd.grad"
+            )
+    if torch.autograd.forward_ad._current_level >= 0:
+        unpack = torch.autograd.forward_ad.unpack_dual
+        if any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors):
+            raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; reverse mode is")
+
+
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` if its last dimension is contiguous, as every kernel here walks it, else a contiguous copy."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

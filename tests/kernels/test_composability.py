@@ -154,6 +154,73 @@ def test_one_graph_serves_every_length(device):
     assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
 
 
+# ---------------------------------------------------------------- torch.func
+
+
+@each_op
+def test_vmap_is_a_loop_over_samples(op, device):
+    """PyTorch takes the batch apart, a launch for each sample: slow, and the same numbers, gradients included."""
+    case = LAID_OUT[op.name]
+    draws = [inputs_of(op, case, torch.float32, device, seed) for seed in (0, 1)]
+    batch = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    leaves = {name: tensor.requires_grad_(name in op.differentiable) for name, tensor in batch.items()}
+    names = list(leaves)
+
+    def call(*tensors):
+        return op.public(**dict(zip(names, tensors, strict=True)), **case.options)
+
+    grads = [incoming(op, draw, case.options, seed) for seed, draw in enumerate(draws)]
+    outputs = as_tuple(torch.vmap(call)(*leaves.values()))
+    together = [torch.stack(pair) for pair in zip(*map(as_tuple, grads), strict=True)]
+    wanted = [name for name in names if name in op.differentiable]
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], together)
+    for place, (draw, grad) in enumerate(zip(draws, grads, strict=True)):
+        alone = differentiate(op.public, op, draw, case.options, grad)
+        for name, output in zip(op.outputs, outputs, strict=True):
+            torch.testing.assert_close(output[place], alone[name], rtol=0.0, atol=0.0)
+        for name, gradient in zip(wanted, gradients, strict=True):
+            torch.testing.assert_close(gradient[place], alone[f"d{name}"], rtol=0.0, atol=0.0)
+
+
+def _first_argument(op, device):
+    """(a function of the first differentiable input alone, that input)."""
+    inputs, options, _ = _problem(op, device)
+    name = op.differentiable[0]
+
+    def call(tensor):
+        return as_tuple(op.public(**(inputs | {name: tensor}), **options))[0].sum()
+
+    return call, inputs[name]
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "vjp", "grad under vmap", "vmap under grad", "jvp"])
+@each_op
+def test_derivatives_of_torch_func_are_refused(op, transform, device):
+    """A tangent would be lost silently, and grad fails inside PyTorch with a message that says nothing of the op."""
+    call, x = _first_argument(op, device)
+    batch = torch.stack([x, x])
+    transformed = {
+        "grad": lambda: torch.func.grad(call)(x),
+        "jacrev": lambda: torch.func.jacrev(call)(x),
+        "jacfwd": lambda: torch.func.jacfwd(call)(x),
+        "vjp": lambda: torch.func.vjp(call, x),
+        "grad under vmap": lambda: torch.vmap(torch.func.grad(call))(batch),
+        "vmap under grad": lambda: torch.func.grad(lambda b: torch.vmap(call)(b).sum())(batch),
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
+    }
+    with pytest.raises(NotImplementedError, match=f"{op.name}: .*not implemented"):
+        transformed[transform]()
+
+
+@each_op
+def test_forward_mode_is_refused(op, device):
+    call, x = _first_argument(op, device)
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=f"{op.name}: forward-mode"):
+            call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        call(x)  # without a tangent it is a call like any other
+
+
 # ---------------------------------------------------------------- counts
 
 

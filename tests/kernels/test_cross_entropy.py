@@ -95,6 +95,16 @@ def test_weights_of_zero(reduction, smoothing, device):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("n_classes", [9, 70_000])
+def test_negative_weights(n_classes, reduction, device):
+    """PyTorch takes them. The later tiles of a row are the higher, so that the sums so far must be shifted."""
+    x = draw(3, n_classes, device=device) + torch.linspace(0.0, 9.0, n_classes, device=device)
+    target, weight = classes(3, n_classes=n_classes, device=device), draw(n_classes, seed=3, device=device) - 2.0
+    options = {"weight": weight, "reduction": reduction, "label_smoothing": 0.2}
+    agree(x, target, rtol=1e-4, atol=1e-5, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (4, 9, 3), (2, 9, 3, 2), (2, 9, 2, 1, 3)], ids=lambda s: f"{len(s)}-D")
 def test_any_rank(shape, reduction, device):
     target_shape = (shape[0], *shape[2:]) if len(shape) > 1 else ()

@@ -71,6 +71,15 @@ def test_any_rank(shape, dims, device):
     agree(inputs | {"bias": draw(*normalized, seed=2, device=device)}, {"normalized_shape": normalized})
 
 
+@pytest.mark.parametrize("parameters", [(), ("weight",), ("bias",), ("weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("normalized", [(24,), (4, 6), (2, 3, 4), (9000,), (3, 5667)], ids=str)
+def test_with_and_without_each_parameter(normalized, parameters, device):
+    """Rows held whole, and rows walked in chunks forward, backward or both."""
+    inputs = {"input": draw(2, 2, *normalized, device=device)}
+    inputs |= {name: draw(*normalized, seed=seed, device=device) for seed, name in enumerate(parameters, 1)}
+    agree(inputs, {"normalized_shape": normalized})
+
+
 def test_normalized_shape_in_every_form(device):
     x = draw(3, 6, device=device)
     expected = F.layer_norm(x, (6,))
