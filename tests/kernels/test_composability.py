@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
 from test_parity import laid_out
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -151,6 +152,77 @@ def test_one_graph_serves_every_length(device):
         inputs = _chain_inputs(device, t=t)
         torch.testing.assert_close(compiled(*inputs), _chain(*inputs))
     assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
+
+
+def test_lengths_left_to_the_compiler_compile_twice_at_most(device):
+    """Nothing said of dynamic shapes: the second length makes the graph dynamic, for all that follow."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_chain, fullgraph=True, backend=counter)
+    for t in (9, 12, 20, 33, 47):
+        inputs = _chain_inputs(device, t=t)
+        for eager, ours in zip(_loss_and_gradients(_chain, inputs), _loss_and_gradients(compiled, inputs), strict=True):
+            assert torch.equal(eager, ours), t
+    assert counter.frame_count == 2, f"{counter.frame_count} graphs for five lengths"
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@each_op
+def test_a_captured_step_replays_on_new_inputs(op, dtype, device):
+    """Forward and backward in one CUDA graph: replayed on other values it gives their results, bit for bit."""
+    inputs, options, grad = _problem(op, device, dtype)
+    other, _, _ = _problem(op, device, dtype)
+    other = {name: t.flip(0) if t.is_floating_point() else t for name, t in other.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiled and allocated before the capture
+        for _ in range(3):
+            differentiate(op.public, op, inputs, options, grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiate(op.public, op, inputs, options, grad)
+    for name, tensor in other.items():
+        inputs[name].copy_(tensor)
+    graph.replay()
+    torch.cuda.synchronize()
+    for quantity, value in differentiate(op.public, op, other, options, grad).items():
+        assert torch.equal(captured[quantity], value), quantity
+
+
+@pytest.mark.gpu
+def test_a_captured_dropout_draws_a_mask_each_replay(device):
+    """The seed is drawn inside the graph: every replay has its own mask, and the generator's seed gives it again."""
+    x = torch.randn(1, 2, 33, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        out = kernels.scaled_dot_product_attention(x, x, x, dropout_p=0.5, is_causal=True)
+        return out, torch.autograd.grad(out, x, torch.ones_like(out))[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+        return [result.detach().clone() for result in captured]
+
+    torch.manual_seed(5)
+    first, second = replay(), replay()
+    torch.manual_seed(5)
+    again = replay()
+    for one, two, three in zip(first, second, again, strict=True):
+        assert not torch.equal(one, two) and torch.equal(one, three)
 
 
 # ---------------------------------------------------------------- counts
