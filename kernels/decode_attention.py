@@ -49,6 +49,7 @@ from kernels.op import (
     next_power_of_2,
     plan_only,
     pointers,
+    refuse_transforms,
     register,
     rows_of,
     run,
@@ -390,13 +391,8 @@ def _no_gradients(ctx, grad):
     )
 
 
-def _no_vmap(*_):
-    raise NotImplementedError("decode_attention: no vmap; the batch dimension B is there for that")
-
-
 forward = register("decode_attention", _forward, lambda query, *_: _empty_forward(query))
 forward.register_autograd(_no_gradients, setup_context=_save)
-forward.register_vmap(_no_vmap)
 
 
 def _flops(query_shape, key_shape) -> int:
@@ -486,6 +482,7 @@ def decode_attention(
 
     The method is flash-decoding (Dao et al., 2023).
     """
+    refuse_transforms("decode_attention", query, key_cache, value_cache)
     dtype = autocast_dtype(query.device)
     if dtype is not None and query.dtype in DTYPES and key_cache.dtype in DTYPES:
         query = query.to(key_cache.dtype)

@@ -56,6 +56,7 @@ from kernels.op import (
     next_power_of_2,
     plan_only,
     pointers,
+    refuse_transforms,
     register,
     run,
     tl,
@@ -421,15 +422,8 @@ def _gradients(ctx, grad, *_):
     return dinput, dweight, None, dbias, *[None] * 7
 
 
-def _refuse_vmap(info, in_dims, *_):
-    raise NotImplementedError(
-        "linear_cross_entropy: torch.vmap is not implemented; input may have any number of leading dimensions"
-    )
-
-
 forward = register("linear_cross_entropy", _forward, _fake_forward)
 forward.register_autograd(_gradients, setup_context=_save)
-forward.register_vmap(_refuse_vmap)
 scale = register("linear_cross_entropy_scale", _scale, _fake_scale)
 backward = register("linear_cross_entropy_backward", _backward, _fake_backward)
 
@@ -534,6 +528,7 @@ def linear_cross_entropy(
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes, dtypes and options that
     do not fit, NotImplementedError for probability targets, K-dimensional weights, options and other dtypes.
     """
+    refuse_transforms("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     if options is not None:
         raise NotImplementedError("linear_cross_entropy: options are not implemented; chunk_rows chooses the chunks")
     _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)

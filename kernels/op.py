@@ -205,21 +205,18 @@ def register_gradients(op: Any, gradients: Callable, save: Callable) -> None:
 
 
 def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
-    """Raise NotImplementedError inside torch.func.grad and its like, and for tensors with a forward-mode tangent.
+    """Raise NotImplementedError inside torch.func's transforms, and for tensors with a forward-mode tangent.
 
-    PyTorch's custom ops have no formula for these: grad fails with a message about something else, and a
-    tangent would be dropped without a word. vmap it knows to take apart, one sample a launch.
+    PyTorch's custom ops have no formula for these: grad fails with a message about something else, a tangent
+    would be dropped without a word, and vmap launches every sample by itself.
     """
     if torch.compiler.is_compiling():  # transforms are traced away there, or refused by the compiler
         return
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None:
-        derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
-        if any(interpreter.key() in derivatives for interpreter in functorch.get_interpreter_stack()):
-            raise NotImplementedError(
-                f"{name}: torch.func's derivatives (grad, vjp, jvp, jacrev, ...) are not implemented; "
-                "use tensor.backward() or torch.autograd.grad"
-            )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{name}: the transforms of torch.func (vmap, grad, vjp, jvp, jacrev, ...) are not implemented; dimensions "
+            "in front are a batch already, and tensor.backward() and torch.autograd.grad differentiate"
+        )
     if torch.autograd.forward_ad._current_level >= 0:
         unpack = torch.autograd.forward_ad.unpack_dual
         if any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
 from test_parity import laid_out
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -157,35 +158,10 @@ def test_one_graph_serves_every_length(device):
 # ---------------------------------------------------------------- torch.func
 
 
-@each_op
-def test_vmap_is_a_loop_over_samples(op, device):
-    """PyTorch takes the batch apart, a launch for each sample: slow, and the same numbers, gradients included."""
-    case = LAID_OUT[op.name]
-    draws = [inputs_of(op, case, torch.float32, device, seed) for seed in (0, 1)]
-    batch = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-    leaves = {name: tensor.requires_grad_(name in op.differentiable) for name, tensor in batch.items()}
-    names = list(leaves)
-
-    def call(*tensors):
-        return op.public(**dict(zip(names, tensors, strict=True)), **case.options)
-
-    grads = [incoming(op, draw, case.options, seed) for seed, draw in enumerate(draws)]
-    outputs = as_tuple(torch.vmap(call)(*leaves.values()))
-    together = [torch.stack(pair) for pair in zip(*map(as_tuple, grads), strict=True)]
-    wanted = [name for name in names if name in op.differentiable]
-    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], together)
-    for place, (draw, grad) in enumerate(zip(draws, grads, strict=True)):
-        alone = differentiate(op.public, op, draw, case.options, grad)
-        for name, output in zip(op.outputs, outputs, strict=True):
-            torch.testing.assert_close(output[place], alone[name], rtol=0.0, atol=0.0)
-        for name, gradient in zip(wanted, gradients, strict=True):
-            torch.testing.assert_close(gradient[place], alone[f"d{name}"], rtol=0.0, atol=0.0)
-
-
 def _first_argument(op, device):
-    """(a function of the first differentiable input alone, that input)."""
+    """(a function of the first input alone, that input)."""
     inputs, options, _ = _problem(op, device)
-    name = op.differentiable[0]
+    name = next(iter(inputs))
 
     def call(tensor):
         return as_tuple(op.public(**(inputs | {name: tensor}), **options))[0].sum()
@@ -193,13 +169,16 @@ def _first_argument(op, device):
     return call, inputs[name]
 
 
-@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "vjp", "grad under vmap", "vmap under grad", "jvp"])
+@pytest.mark.parametrize(
+    "transform", ["vmap", "grad", "jacrev", "jacfwd", "vjp", "grad under vmap", "vmap under grad", "jvp"]
+)
 @each_op
-def test_derivatives_of_torch_func_are_refused(op, transform, device):
+def test_transforms_of_torch_func_are_refused(op, transform, device):
     """A tangent would be lost silently, and grad fails inside PyTorch with a message that says nothing of the op."""
     call, x = _first_argument(op, device)
     batch = torch.stack([x, x])
     transformed = {
+        "vmap": lambda: torch.vmap(call)(batch),
         "grad": lambda: torch.func.grad(call)(x),
         "jacrev": lambda: torch.func.jacrev(call)(x),
         "jacfwd": lambda: torch.func.jacfwd(call)(x),
@@ -219,6 +198,77 @@ def test_forward_mode_is_refused(op, device):
         with pytest.raises(NotImplementedError, match=f"{op.name}: forward-mode"):
             call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         call(x)  # without a tangent it is a call like any other
+
+
+def test_lengths_left_to_the_compiler_compile_twice_at_most(device):
+    """Nothing said of dynamic shapes: the second length makes the graph dynamic, for all that follow."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_chain, fullgraph=True, backend=counter)
+    for t in (9, 12, 20, 33, 47):
+        inputs = _chain_inputs(device, t=t)
+        for eager, ours in zip(_loss_and_gradients(_chain, inputs), _loss_and_gradients(compiled, inputs), strict=True):
+            assert torch.equal(eager, ours), t
+    assert counter.frame_count == 2, f"{counter.frame_count} graphs for five lengths"
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@each_op
+def test_a_captured_step_replays_on_new_inputs(op, dtype, device):
+    """Forward and backward in one CUDA graph: replayed on other values it gives their results, bit for bit."""
+    inputs, options, grad = _problem(op, device, dtype)
+    other, _, _ = _problem(op, device, dtype)
+    other = {name: t.flip(0) if t.is_floating_point() else t for name, t in other.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiled and allocated before the capture
+        for _ in range(3):
+            differentiate(op.public, op, inputs, options, grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiate(op.public, op, inputs, options, grad)
+    for name, tensor in other.items():
+        inputs[name].copy_(tensor)
+    graph.replay()
+    torch.cuda.synchronize()
+    for quantity, value in differentiate(op.public, op, other, options, grad).items():
+        assert torch.equal(captured[quantity], value), quantity
+
+
+@pytest.mark.gpu
+def test_a_captured_dropout_draws_a_mask_each_replay(device):
+    """The seed is drawn inside the graph: every replay has its own mask, and the generator's seed gives it again."""
+    x = torch.randn(1, 2, 33, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        out = kernels.scaled_dot_product_attention(x, x, x, dropout_p=0.5, is_causal=True)
+        return out, torch.autograd.grad(out, x, torch.ones_like(out))[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+        return [result.detach().clone() for result in captured]
+
+    torch.manual_seed(5)
+    first, second = replay(), replay()
+    torch.manual_seed(5)
+    again = replay()
+    for one, two, three in zip(first, second, again, strict=True):
+        assert not torch.equal(one, two) and torch.equal(one, three)
 
 
 # ---------------------------------------------------------------- counts

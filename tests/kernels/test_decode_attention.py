@@ -397,13 +397,6 @@ def test_no_gradient_but_an_error_that_says_what_to_use(device):
         out.sum().backward()
 
 
-def test_vmap_is_told_what_to_use(device):
-    inputs = problem(device, (5, 6))
-    more = {name: torch.stack([tensor, tensor]) for name, tensor in inputs.items()}
-    with pytest.raises(NotImplementedError, match="batch dimension B"):
-        torch.vmap(decode_attention)(*more.values())
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_whole_it_is_eager(backend, device):
     """One graph for every length, the cache's update in it."""

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from parity import DTYPES, hold, hold_layout, hold_repeats, hold_retained_graph, hold_some_gradients, on_each, sliced
+from test_dropout import hold_one_mask
 from test_hard_values import hold_hard_values
 from test_parity import laid_out
 
@@ -335,11 +336,51 @@ def test_strides_that_are_ignored(op, device):
     _caught("layout", spoiled(op, inputs=careless), device, "came out otherwise")
 
 
+@pytest.mark.parametrize("spoiled_pass", [None, "backward", "forward"])
+def test_another_dropout_mask_in_one_pass(spoiled_pass, device):
+    op = OPS["scaled_dot_product_attention"]
+
+    def public(**given):
+        tensors = {name: value for name, value in given.items() if torch.is_tensor(value)}
+        options = {name: value for name, value in given.items() if name not in tensors}
+
+        class Redrawn(torch.autograd.Function):
+            """Forward and backward each compute the output anew, with a seed that was drawn anew."""
+
+            @staticmethod
+            def forward(ctx, *values):
+                ctx.save_for_backward(*values)
+                ctx.state = torch.get_rng_state()
+                return op.public(**dict(zip(tensors, values, strict=True)), **options)
+
+            @staticmethod
+            def backward(ctx, grad):
+                if spoiled_pass is None:
+                    torch.set_rng_state(ctx.state)
+                with torch.enable_grad():
+                    leaves = [value.detach().requires_grad_() for value in ctx.saved_tensors]
+                    return torch.autograd.grad(
+                        op.public(**dict(zip(tensors, leaves, strict=True)), **options), leaves, grad
+                    )
+
+        if spoiled_pass == "forward":
+            torch.rand(1)
+        return Redrawn.apply(*tensors.values())
+
+    shape, options = {"b": 1, "h": 1, "q": 9, "k": 12, "d": 16}, {"dropout_p": 0.4}
+    wrong = dataclasses.replace(op, public=public)
+    if spoiled_pass is None:
+        hold_one_mask(wrong, shape, options, torch.float32, device)
+        return
+    with pytest.raises(AssertionError, match=r"dquery|output"):
+        hold_one_mask(wrong, shape, options, torch.float32, device)
+
+
 # ---------------------------------------------------------------- hard values
 
 
 def test_nan_that_is_lost_or_spreads(device):
-    """A softmax that takes NaN for nothing, a row that spoils its neighbours, an infinity turned into the largest number."""
+    """NaN taken for nothing, a row that spoils its neighbours, an infinity turned into a number."""
     op, case = OPS["layer_norm"], Case("rows", {"input": (5, 24)}, {"normalized_shape": (24,)})
     hold_hard_values(spoiled(op), case, torch.float32, device, "nan")
     wrongs = {
@@ -348,9 +389,9 @@ def test_nan_that_is_lost_or_spreads(device):
     }
     for hard, spoils in wrongs.items():
         for spoil in spoils:
-            with pytest.raises(AssertionError, match="input: output: .* NaN or infinite otherwise"):
+            with pytest.raises(AssertionError, match=r"input: output: .* NaN or infinite otherwise"):
                 hold_hard_values(spoiled(op, output=spoil), case, torch.float32, device, hard)
-            with pytest.raises(AssertionError, match="dinput: .* NaN or infinite otherwise"):
+            with pytest.raises(AssertionError, match=r"dinput: .* NaN or infinite otherwise"):
                 wrong = spoiled(op, gradients=lambda found, spoil=spoil: {n: spoil(g) for n, g in found.items()})
                 hold_hard_values(wrong, case, torch.float32, device, hard)
     infinite = spoiled(op, output=lambda t: t.nan_to_num(math.nan, 3e38, -3e38))

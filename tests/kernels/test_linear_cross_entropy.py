@@ -556,26 +556,6 @@ def test_opcheck(reduction, chunked, device):
     )
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_vmap_is_refused(reduction, device):
-    x, w, target, _ = problem(6, device=device)
-    x, target = x.view(2, 3, 12), target.view(2, 3)
-
-    def loss(a, t):
-        return linear_cross_entropy(a, w, t, reduction=reduction).sum()
-
-    for function in (loss, torch.func.grad(loss)):
-        with pytest.raises((NotImplementedError, RuntimeError), match="vmap"):
-            torch.vmap(function)(x, target)
-
-
-def test_functional_gradients_are_refused(device):
-    """PyTorch's custom ops have none."""
-    x, w, target, _ = problem(6, device=device)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda leaf: linear_cross_entropy(leaf, w, target))(x)
-
-
 def test_a_gradient_that_forward_did_not_make_is_told(device):
     x, w, target, _ = problem(6, device=device)
     leaves = x.requires_grad_(), w.requires_grad_()

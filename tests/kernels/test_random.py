@@ -145,7 +145,7 @@ def problems(draw, op) -> Problem:
     return Problem(op.name, case.shapes, case.options, dtype, layouts, tiles, seed)
 
 
-def _residue(op, inputs: dict, options: dict) -> dict[str, float]:
+def _residue(op, inputs: dict, options: dict, grad) -> dict[str, float]:
     """What rounding leaves where terms cancel. Attention: a query that sees one key copies a value, and has no dq."""
     if op.name == "decode_attention":
         return {"output": 4 * torch.finfo(torch.float32).eps}
@@ -154,12 +154,15 @@ def _residue(op, inputs: dict, options: dict) -> dict[str, float]:
         return {"dinput": 32 * torch.finfo(torch.float32).eps * inputs["linear_weight"].abs().max().item()}
     if op.name != "scaled_dot_product_attention":
         return {}
-    *_, q_len, size = inputs["query"].shape
-    sharing = inputs["query"].shape[1] // inputs["key"].shape[1]
-    # dp and delta are sums of `size` products each; ds * k is scaled, ds * q is summed over the queries as well
+    query, key, value = (inputs[name].float() for name in ("query", "key", "value"))
+    sharing = query.shape[1] // key.shape[1]
+    # dp and delta are sums over the head, taken in two ways; ds * k is scaled, ds * q is summed over queries as well
+    terms = grad.float().abs() @ value.abs().repeat_interleave(sharing, 1).transpose(-2, -1)
     eps = torch.finfo(torch.float32).eps
-    one = 32 * eps * math.sqrt(size) * options.get("scale", 1 / math.sqrt(size))
-    return {"output": 4 * eps, "dvalue": 4 * eps, "dquery": one, "dkey": one * math.sqrt(q_len * sharing)}
+    one = 8 * eps * terms.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
+    queries = math.sqrt(query.shape[-2] * sharing)
+    output = {"output": 4 * eps, "dvalue": 4 * eps}
+    return output | {"dquery": one * key.abs().max().item(), "dkey": one * queries * query.abs().max().item()}
 
 
 def solve(op, problem: Problem, device) -> None:
@@ -186,10 +189,10 @@ def solve(op, problem: Problem, device) -> None:
             error = (result[quantity].double() - exact).abs()
             measured = (error.max().item(), error.square().mean().sqrt().item()) if error.numel() else (0.0, 0.0)
             theirs[quantity] = tuple(max(a, 3.0 * b) for a, b in zip(theirs[quantity], measured, strict=True))
-    check({}, op, "random", dtype, ours, theirs, truth, residue=_residue(op, inputs, case.options))
+    check({}, op, "random", dtype, ours, theirs, truth, residue=_residue(op, inputs, case.options, grad))
 
 
-each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+each_op = pytest.mark.parametrize("op", OPS)  # by name: a failure prints it
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 ALWAYS = {"deadline": None, "database": None, "print_blob": True, "suppress_health_check": FIXTURES}
 
@@ -198,7 +201,7 @@ ALWAYS = {"deadline": None, "database": None, "print_blob": True, "suppress_heal
 @settings(**ALWAYS, max_examples=FEW, derandomize=True)
 @given(data=strategies.data())
 def test_random_problem(op, data, device):
-    solve(op, data.draw(problems(op), label="problem"), device)
+    solve(OPS[op], data.draw(problems(OPS[op]), label="problem"), device)
 
 
 @pytest.mark.slow
@@ -206,7 +209,7 @@ def test_random_problem(op, data, device):
 @settings(**ALWAYS, max_examples=MANY)
 @given(data=strategies.data())
 def test_many_random_problems(op, data, device):
-    solve(op, data.draw(problems(op), label="problem"), device)
+    solve(OPS[op], data.draw(problems(OPS[op]), label="problem"), device)
 
 
 def test_a_failure_is_shrunk_and_printed():
