@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.device import HAS_TRITON, TARGETS
+from kernels.device import HAS_TRITON, INTERPRETER, TARGETS
 from kernels.op import register
 from minigpt import backends, trainer
 from minigpt.config import DTYPES, preset
@@ -200,6 +200,26 @@ def test_a_workspace_inside_a_custom_op_is_in_the_peak_whatever_its_fake_says():
     assert not ours.unseen and tracker.highest == 4000 + 80_000
     points = [point.total for point in tracker.timeline()]
     assert max(points) == 84_000 and points[-1] == 8000 == x.nbytes + y.nbytes
+
+
+@pytest.mark.parametrize(("device", "copies"), [(TARGETS["sm_90"], 0), (INTERPRETER, 2)])
+def test_an_op_that_does_otherwise_on_a_gpu_is_seen_doing_so(device, copies):
+    """A product of bf16 with a result in fp32, which only CUDA has, and copies in its place elsewhere."""
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = a.new_empty((100, 100), dtype=torch.float32)
+        if a[:50].is_cuda:
+            torch.mm(a, b, out=out, out_dtype=torch.float32)
+        else:
+            torch.mm(a.float(), b.float(), out=out)
+        return out
+
+    name = f"test_memory_widening_{copies}"
+    register(name, function, lambda a, b: a.new_empty((100, 100), dtype=torch.float32))
+    ours = Workspaces(device)
+    a = torch.empty(100, 100, dtype=torch.bfloat16)
+    assert ours(getattr(torch.ops.kernels, name).default, (a, a), {}) == (1 + copies) * 4 * 100 * 100
+    assert not ours.unseen
 
 
 def test_an_op_that_cannot_be_looked_into_is_named():
