@@ -1,8 +1,20 @@
 """Triton kernels under torch.nn.functional's names: change `F.` to `kernels.`."""
 
 from kernels import device, reference  # device first: it chooses the interpreter before Triton is imported
+from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import scaled_dot_product_attention
 from kernels.cross_entropy import cross_entropy
+from kernels.decode_attention import decode_attention
 from kernels.layer_norm import layer_norm
+from kernels.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["cross_entropy", "device", "layer_norm", "reference", "scaled_dot_product_attention"]
+__all__ = [
+    "add_layer_norm",
+    "cross_entropy",
+    "decode_attention",
+    "device",
+    "layer_norm",
+    "linear_cross_entropy",
+    "reference",
+    "scaled_dot_product_attention",
+]

@@ -50,6 +50,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -111,14 +112,20 @@ def _seen(queries, keys, q_len, k_len, query_offset, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _kept(seed, head, queries, first_key, threshold, BLOCK_K: tl.constexpr):
-    """[len(queries), BLOCK_K]: whether dropout keeps an element; first_key is a multiple of 8."""
-    groups = first_key // 8 + tl.arange(0, BLOCK_K // 8)
+def _kept_words(seed, heads, queries, groups, threshold, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K]: what dropout keeps; heads and queries [rows, 1], groups of 8 keys [1, BLOCK_K // 8]."""
     zeros = tl.zeros([queries.shape[0], BLOCK_K // 8], tl.int32)
-    a, b, c, d = tl.philox(seed, zeros + groups[None, :], zeros + queries[:, None], zeros + head, zeros, n_rounds=7)
+    a, b, c, d = tl.philox(seed, zeros + groups, zeros + queries, zeros + heads, zeros, n_rounds=7)
     words = tl.join(tl.join(a, b), tl.join(c, d))
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, [queries.shape[0], BLOCK_K]).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _kept(seed, head, queries, first_key, threshold, BLOCK_K: tl.constexpr):
+    """[len(queries), BLOCK_K] of one head: whether dropout keeps an element; first_key is a multiple of 8."""
+    groups = first_key // 8 + tl.arange(0, BLOCK_K // 8)
+    return _kept_words(seed, head, queries[:, None], groups[None, :], threshold, BLOCK_K)
 
 
 @triton.jit
@@ -423,11 +430,159 @@ def _attention_backward_key(
     _store(dvalue_ptr, first, dv_offsets, dv_stride, k_len, dv, D, BLOCK_K, BLOCK_D)
 
 
+# Short sequences: all queries and keys of a head fit one tile, so several heads share a program, there is no loop over
+# tiles, and one launch gives all three gradients.
+
+
+@triton.jit
+def _rows_of_heads(heads, positions, n_head, stride_batch, stride_head, stride):
+    """Where rows begin, [BLOCK] int64: each is the row `position` of its own head."""
+    head = (heads // n_head).to(tl.int64) * stride_batch + (heads % n_head).to(tl.int64) * stride_head
+    return head + positions.to(tl.int64) * stride
+
+
+@triton.jit
+def _load_rows(base_ptr, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    return tl.load(
+        base_ptr + offsets[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _store_rows(base_ptr, offsets, valid, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    tile = cast(tile, base_ptr.dtype.element_ty)
+    tl.store(base_ptr + offsets[:, None] + columns[None, :], tile, mask=valid[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def _short_seen(slots, positions, q_len, k_len, query_offset, IS_CAUSAL: tl.constexpr):
+    """[BLOCK, BLOCK]: whether a query sees a key; each stands at a position of the head in its slot."""
+    seen = _seen(positions[:, None], positions[None, :], q_len, k_len, query_offset, IS_CAUSAL)
+    return seen & (slots[:, None] == slots[None, :])
+
+
+@triton.jit
+def _short_kept(seed, heads, positions, threshold, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK]: what dropout keeps, as _kept has it; the keys are those of the query's own head."""
+    groups = (tl.arange(0, BLOCK // 8) % (LENGTH // 8))[None, :]
+    return _kept_words(seed, heads[:, None], positions[:, None], groups, threshold, BLOCK)
+
+
+@triton.jit
+def _attention_short_forward(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, seed_ptr,
+    q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
+    o_stride_b, o_stride_h, o_stride,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, threshold, keep_scale, key_heads,
+    D: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK // LENGTH key heads, and the query heads of their groups."""
+    slots, positions = tl.arange(0, BLOCK) // LENGTH, tl.arange(0, BLOCK) % LENGTH
+    key_head = tl.program_id(0) * (BLOCK // LENGTH) + slots
+    is_query = (key_head < key_heads) & (positions < q_len)
+    is_key = (key_head < key_heads) & (positions < k_len)
+    n_key_head = n_head // group
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    k_rows = _rows_of_heads(key_head, positions, n_key_head, k_stride_b, k_stride_h, k_stride)
+    v_rows = _rows_of_heads(key_head, positions, n_key_head, v_stride_b, v_stride_h, v_stride)
+    k = _load_rows(key_ptr, k_rows, is_key, D, BLOCK_D)
+    v = _load_rows(value_ptr, v_rows, is_key, D, BLOCK_D)
+    seen = _short_seen(slots, positions, q_len, k_len, query_offset, IS_CAUSAL)
+    PRECISE: tl.constexpr = k.dtype == tl.float32
+    for member in range(0, group):
+        head = key_head * group + member
+        q_rows = _rows_of_heads(head, positions, n_head, q_stride_b, q_stride_h, q_stride)
+        q = _load_rows(query_ptr, q_rows, is_query, D, BLOCK_D)
+        s = tl.where(seen, dot(q, tl.trans(k), tl.zeros([BLOCK, BLOCK], tl.float32), PRECISION), float("-inf"))
+        peak = tl.max(s, axis=1) * exponent_scale
+        p = _exp(s, exponent_scale, tl.where(peak == float("-inf"), 0.0, peak)[:, None], PRECISE)
+        total = tl.sum(p, axis=1)
+        if DROPOUT:
+            p = tl.where(_short_kept(seed, head, positions, threshold, LENGTH, BLOCK), p, 0.0)
+        out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
+        total = tl.where(total == 0.0, 1.0, total)
+        out *= (keep_scale / total)[:, None]
+        o_rows = _rows_of_heads(head, positions, n_head, o_stride_b, o_stride_h, o_stride)
+        _store_rows(out_ptr, o_rows, is_query, out, D, BLOCK_D)
+        lse = peak + tl.log(total) if PRECISE else (peak + tl.log2(total)) / LOG2_E
+        tl.store(lse_ptr + head.to(tl.int64) * q_len + positions, lse, mask=is_query)
+
+
+@triton.jit
+def _attention_short_backward(
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, seed_ptr, dquery_ptr, dkey_ptr, dvalue_ptr,
+    q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
+    o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
+    dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale, key_heads,
+    D: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program owns what it owns in forward: dkey, dvalue, and the dquery of their groups, one head after another."""
+    slots, positions = tl.arange(0, BLOCK) // LENGTH, tl.arange(0, BLOCK) % LENGTH
+    key_head = tl.program_id(0) * (BLOCK // LENGTH) + slots
+    is_query = (key_head < key_heads) & (positions < q_len)
+    is_key = (key_head < key_heads) & (positions < k_len)
+    n_key_head = n_head // group
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    k_rows = _rows_of_heads(key_head, positions, n_key_head, k_stride_b, k_stride_h, k_stride)
+    v_rows = _rows_of_heads(key_head, positions, n_key_head, v_stride_b, v_stride_h, v_stride)
+    k = _load_rows(key_ptr, k_rows, is_key, D, BLOCK_D)
+    v = _load_rows(value_ptr, v_rows, is_key, D, BLOCK_D)
+    seen = _short_seen(slots, positions, q_len, k_len, query_offset, IS_CAUSAL)
+    PRECISE: tl.constexpr = k.dtype == tl.float32
+    zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
+    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for member in range(0, group):
+        head = key_head * group + member
+        q_rows = _rows_of_heads(head, positions, n_head, q_stride_b, q_stride_h, q_stride)
+        o_rows = _rows_of_heads(head, positions, n_head, o_stride_b, o_stride_h, o_stride)
+        g_rows = _rows_of_heads(head, positions, n_head, g_stride_b, g_stride_h, g_stride)
+        q = _load_rows(query_ptr, q_rows, is_query, D, BLOCK_D)
+        out = _load_rows(out_ptr, o_rows, is_query, D, BLOCK_D)
+        dout = _load_rows(grad_ptr, g_rows, is_query, D, BLOCK_D)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * q_len + positions, mask=is_query, other=float("inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: p is zero
+        if not PRECISE:
+            lse = lse * LOG2_E
+        p = _exp(dot(q, tl.trans(k), zeros, PRECISION), exponent_scale, lse[:, None], PRECISE)
+        p = tl.where(seen, p, 0.0)
+        dp = dot(dout, tl.trans(v), zeros, PRECISION)
+        dropped = p
+        if DROPOUT:
+            kept = _short_kept(seed, head, positions, threshold, LENGTH, BLOCK)
+            dropped = tl.where(kept, p * keep_scale, 0.0)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        dv = dot(tl.trans(cast(dropped, dout.dtype)), dout, dv, PRECISION)
+        ds = cast(p * (dp - delta[:, None]), q.dtype)
+        dk = dot(tl.trans(ds), q, dk, PRECISION)
+        dq = dot(ds, k, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
+        dq_rows = _rows_of_heads(head, positions, n_head, dq_stride_b, dq_stride_h, dq_stride)
+        _store_rows(dquery_ptr, dq_rows, is_query, dq * scale, D, BLOCK_D)
+    dk_rows = _rows_of_heads(key_head, positions, n_key_head, dk_stride_b, dk_stride_h, dk_stride)
+    dv_rows = _rows_of_heads(key_head, positions, n_key_head, dv_stride_b, dv_stride_h, dv_stride)
+    _store_rows(dkey_ptr, dk_rows, is_key, dk * scale, D, BLOCK_D)
+    _store_rows(dvalue_ptr, dv_rows, is_key, dv, D, BLOCK_D)
+
+
 # ---------------------------------------------------------------- plan
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
 # "half" is fp16 and bf16; fp32 is "ieee", or "tf32" where PyTorch is set to allow it. Random numbers and the loop over
-# a group's heads take registers: "-dropout" and "-grouped" where the tile without them would spill.
+# a group's heads take registers: "-dropout", "-grouped", "-dropout-grouped" where the tile without them would spill.
 FORWARD = {
     "sm_80": {
         "half": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
@@ -455,18 +610,21 @@ BACKWARD_QUERY = {
         "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
         "half-dropout": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
         "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
-        "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+        "ieee-dropout": {64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "sm_89": {
         "half": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
         "half-dropout": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
         "tf32": {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
-        "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+        "ieee-dropout": {64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "sm_90": {
         "half": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "tf32": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
-        "ieee": {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "ieee": {64: (64, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+        "ieee-dropout": {64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "gfx942": {
         "half": {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
@@ -489,6 +647,7 @@ BACKWARD_KEY = {
     "sm_90": {
         "half": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
         "half-grouped": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)},
+        "half-dropout-grouped": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 64, 8, 2)},
         "tf32": {64: (64, 64, 8, 2), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
         "ieee": {64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -502,31 +661,52 @@ for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
     _table["sm_100"] = dict(_table["sm_90"])
     # There, products of 64 rows and more with an operand that comes from tl.join, as dropout's does, are TF32 on the
     # tensor cores even under "ieee" (Triton 3.6 and 3.7 take the operand for a widened 16-bit one): fewer rows.
-    _table["sm_100"]["ieee"] = _table["sm_90"]["ieee"] | {64: _table["sm_90"]["ieee"][128]}
+    for _kind_of in ("ieee", "ieee-dropout"):
+        if _kind_of in _table["sm_90"]:
+            _table["sm_100"][_kind_of] = _table["sm_90"][_kind_of] | {64: _table["sm_90"][_kind_of][128]}
 FORWARD["sm_100"]["half"] = FORWARD["sm_90"]["half"] | {64: (128, 64, 8, 2)}
 BACKWARD_KEY["sm_100"]["half-grouped"] = BACKWARD_KEY["sm_90"]["half-grouped"] | {128: (64, 64, 8, 1)}
 
 
-def _tile(
-    table: dict, owned: int, spec: Spec, options: dict, device: Device, grouped: bool = False
-) -> tuple[int, int, int, int]:
-    """The tile for a kernel whose programs own queries or keys, of which there are `owned` a head."""
+# (BLOCK, warps) of the kernels for short sequences, by kind of product and padded head size: the longest sequence must
+# fit BLOCK. Where a tile of 64 spills there is a smaller one, or none, and the kernels that loop take over.
+SHORT_FORWARD = {
+    "half": {64: (64, 4), 128: (64, 8)},
+    "tf32": {64: (32, 4)},
+    "ieee": {64: (32, 4)},
+}
+SHORT_BACKWARD = {
+    "half": {64: (64, 4), 128: (32, 8)},
+    "tf32": {64: (32, 4)},
+    "ieee": {64: (32, 4)},
+}
+
+
+def _short_tile(table: dict, specs: Specs, options: dict, device: Device) -> tuple[int, int, int] | None:
+    """(LENGTH, BLOCK, warps) where all queries and keys of a head fit one tile, else None."""
+    longest = max(specs["query"].shape[2], specs["key"].shape[2])
+    length = max(16, next_power_of_2(longest))
+    if device.arch == "interpreter":  # its cost is per program
+        return (length, 128, 4) if length <= 64 else None
+    sizes = table[_kind(specs["query"], options)]
+    block, warps = sizes.get(max(64, next_power_of_2(specs["query"].shape[-1])), (0, 0))
+    return (length, block, warps) if length <= block else None
+
+
+def _kind(spec: Spec, options: dict) -> str:
+    """The kind of product that a tile table goes by."""
+    return "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
+
+
+def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False) -> tuple[int, int, int, int]:
+    """(BLOCK_Q, BLOCK_K, warps, stages) for one of the kernels that loop over tiles."""
     if device.arch == "interpreter":  # its cost is per program
         return 128, 128, 4, 1
     rows = table[device.tiles]
-    kind = "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
-    if options["dropout_p"] > 0.0 and f"{kind}-dropout" in rows:
-        kind = f"{kind}-dropout"
-    elif grouped and f"{kind}-grouped" in rows:
-        kind = f"{kind}-grouped"
+    kind = _kind(spec, options)
+    traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
+    kind = next(row for row in (kind + "".join(traits), *(kind + trait for trait in traits), kind) if row in rows)
     block_q, block_k, warps, stages = rows[kind][max(64, next_power_of_2(spec.shape[-1]))]
-    if owned <= 64 and warps == 8:  # half of a tile of 128 would be padding
-        if table is FORWARD and block_q == 128:
-            return 64, block_k, 4, stages
-        if table is BACKWARD_QUERY and block_q == 128:
-            return 64, block_k // 2, 4, stages
-        if table is BACKWARD_KEY and block_k == 128:
-            return block_q, 64, 4, stages
     return block_q, block_k, warps, stages
 
 
@@ -557,27 +737,48 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
     }
 
 
-def _constexprs(specs: Specs, options: dict, block_q: int, block_k: int) -> dict:
+def _with_diagonal(specs: Specs, options: dict) -> dict:
+    """Dropout without a diagonal as dropout with one beyond all keys, which is the same.
+
+    In the kernels that loop, random numbers and no diagonal would have ptxas serialise the tensor cores (C7515).
+    """
+    if options["is_causal"] or options["dropout_p"] == 0.0:
+        return options
+    return dict(options) | {"is_causal": True, "query_offset": cdiv(specs["key"].shape[2], 128) * 128}
+
+
+def _constexprs(specs: Specs, options: dict) -> dict:
     d = specs["query"].shape[-1]
     return {
         "D": d,
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
         "BLOCK_D": max(16, next_power_of_2(d)),
         "IS_CAUSAL": options["is_causal"],
         "PRECISION": "tf32" if options["allow_tf32"] else "ieee",
     }
 
 
+def _short_launch(kernel, specs: Specs, options: dict, arguments: dict, short: tuple[int, int, int]) -> Launch:
+    length, block, warps = short
+    key_heads = specs["key"].shape[0] * specs["key"].shape[1]
+    constexprs = _constexprs(specs, options) | {"LENGTH": length, "BLOCK": block}
+    grid = (cdiv(key_heads, block // length),)
+    return Launch(kernel, grid, arguments | {"key_heads": key_heads}, constexprs, warps, 1)
+
+
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
-    block_q, block_k, warps, stages = _tile(FORWARD, q_len, specs["query"], options, device)
     numbers = _numbers(specs, options)
     del numbers["scale"]
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
     arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
+    if short := _short_tile(SHORT_FORWARD, specs, options, device):
+        return [_short_launch(_attention_short_forward, specs, options, arguments, short)]
+    options = _with_diagonal(specs, options)
+    arguments["query_offset"] = options["query_offset"]
+    block_q, block_k, warps, stages = _tile(FORWARD, specs["query"], options, device)
     grid = (cdiv(q_len, block_q) * batch * n_head,)
-    constexprs = _constexprs(specs, options, block_q, block_k) | {"EVEN": specs["key"].shape[2] % block_k == 0}
+    constexprs = _constexprs(specs, options) | {"BLOCK_Q": block_q, "BLOCK_K": block_k}
+    constexprs["EVEN"] = specs["key"].shape[2] % block_k == 0
     return [Launch(_attention_forward, grid, arguments, constexprs, warps, stages)]
 
 
@@ -585,36 +786,41 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
     n_key_head, k_len = specs["key"].shape[1:3]
     inputs = {"q": specs["query"], "k": specs["key"], "v": specs["value"]}
+    outputs = {"dq": specs["dquery"], "dk": specs["dkey"], "dv": specs["dvalue"]}
     numbers = _numbers(specs, options)
+    if short := _short_tile(SHORT_BACKWARD, specs, options, device):
+        names = ("query", "key", "value", "out", "grad", "lse", "seed", "dquery", "dkey", "dvalue")
+        arguments = pointers(specs, *names) | _strides(**inputs, o=specs["out"], g=specs["grad"], **outputs) | numbers
+        return [_short_launch(_attention_short_backward, specs, options, arguments, short)]
 
-    block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, q_len, specs["query"], options, device)
+    options = _with_diagonal(specs, options)
+    numbers["query_offset"] = options["query_offset"]
+    block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, specs["query"], options, device)
     names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
-    launches = [
-        Launch(
-            _attention_backward_query,
-            (cdiv(q_len, block_q) * batch * n_head,),
-            pointers(specs, *names) | strides | numbers,
-            _constexprs(specs, options, block_q, block_k) | {"EVEN": k_len % block_k == 0},
-            warps,
-            stages,
-        )
-    ]
-    block_q, block_k, warps, stages = _tile(BACKWARD_KEY, k_len, specs["query"], options, device, n_head > n_key_head)
+    tile = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "EVEN": k_len % block_k == 0}
+    by_query = Launch(
+        _attention_backward_query,
+        (cdiv(q_len, block_q) * batch * n_head,),
+        pointers(specs, *names) | strides | numbers,
+        _constexprs(specs, options) | tile,
+        warps,
+        stages,
+    )
+
+    block_q, block_k, warps, stages = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head)
     names = ("query", "key", "value", "grad", "lse", "seed", "delta", "dkey", "dvalue")
     strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
     even = q_len % block_q == 0 and (not options["is_causal"] or options["query_offset"] % block_q == 0)
-    launches.append(
-        Launch(
-            _attention_backward_key,
-            (cdiv(k_len, block_k) * batch * n_key_head,),
-            pointers(specs, *names) | strides | numbers,
-            _constexprs(specs, options, block_q, block_k) | {"EVEN": even},
-            warps,
-            stages,
-        )
+    by_key = Launch(
+        _attention_backward_key,
+        (cdiv(k_len, block_k) * batch * n_key_head,),
+        pointers(specs, *names) | strides | numbers,
+        _constexprs(specs, options) | {"BLOCK_Q": block_q, "BLOCK_K": block_k, "EVEN": even},
+        warps,
+        stages,
     )
-    return launches
+    return [by_query, by_key]
 
 
 # ---------------------------------------------------------------- registration
@@ -692,7 +898,7 @@ def _gradients(ctx, grad, _grad_lse):
 
 
 forward = register("attention", _forward, lambda query, *_: _empty_forward(query))
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register(
     "attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value)
 )
@@ -803,12 +1009,11 @@ def scaled_dot_product_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, attn_mask, dropout_p, enable_gqa)
 
-    if not enable_gqa:
-        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        heads = kv_heads = lead
-    else:
-        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    if enable_gqa:
+        lead = _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
         heads, kv_heads = (*lead, query.shape[-3]), (*lead, key.shape[-3])
+    else:
+        heads = kv_heads = _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     query = _four_dimensions(query, heads)
     key, value = _four_dimensions(key, kv_heads), _four_dimensions(value, kv_heads)
 
@@ -823,6 +1028,11 @@ def scaled_dot_product_attention(
     out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset)
     out = out.reshape(*heads, q_len, size)
     return (out, lse.reshape(*heads, q_len)) if return_lse else out
+
+
+def _broadcast(first: torch.Size, *others: torch.Size) -> torch.Size:
+    # PyTorch's own takes longer than all the rest of a call
+    return first if all(other == first for other in others) else torch.broadcast_shapes(first, *others)
 
 
 def _four_dimensions(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
@@ -894,17 +1104,26 @@ OP = Op(
         _case("odd_wide_head", 1, 1, 40, 200),
     ),
     sizes=(
+        _case("gpt2", 16, 12, 1024, 64, is_causal=True),
         _case("d16", 2, 4, 64, 16, is_causal=True),
         _case("d32", 12, 4, 64, 32, is_causal=True),
         _case("d64-short", 64, 6, 48, 64, is_causal=True),
+        _case("d64-short-dropout", 64, 6, 64, 64, is_causal=True, dropout_p=0.2),
+        _case("d128-short-grouped", 16, 8, 32, 128, key_heads=2, is_causal=True, enable_gqa=True),
+        _case("d128-short-all", 16, 8, 30, 128, k_len=60, dropout_p=0.1, key_heads=2, enable_gqa=True),
+        _case("d64-chunk", 4, 8, 48, 64, k_len=1000, is_causal=True, query_offset=952),
+        _case("d64-chunk-all", 4, 8, 48, 64, k_len=1000, dropout_p=0.1, key_heads=2, enable_gqa=True),
         _case("shakespeare", 64, 6, 256, 64, is_causal=True),
         _case("shakespeare-dropout", 64, 6, 256, 64, is_causal=True, dropout_p=0.2),
-        _case("gpt2", 16, 12, 1024, 64, is_causal=True),
         _case("d64-full", 4, 16, 4096, 64),
         _case("d64-ragged", 4, 16, 1000, 64),
+        _case("d64-ragged-dropout", 4, 16, 1000, 64, dropout_p=0.1),
+        _case("d64-ragged-grouped", 4, 16, 1000, 64, key_heads=4, dropout_p=0.1, is_causal=True, enable_gqa=True),
         _case("d128", 4, 16, 4096, 128, is_causal=True),
         _case("d128-dropout", 4, 16, 1000, 128, is_causal=True, dropout_p=0.1),
         _case("d128-grouped", 4, 16, 1000, 128, key_heads=4, is_causal=True, enable_gqa=True),
+        _case("d128-grouped-dropout", 4, 16, 1000, 128, key_heads=4, dropout_p=0.1, enable_gqa=True),
+        _case("d128-chunk", 4, 8, 32, 128, k_len=1000, is_causal=True, query_offset=968),
         _case("d96", 4, 16, 1024, 96, is_causal=True),
         _case("d256", 2, 8, 2048, 256, is_causal=True),
     ),

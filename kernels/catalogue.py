@@ -2,15 +2,21 @@
 
 import torch
 
+from kernels.add_layer_norm import OP as ADD_LAYER_NORM
 from kernels.attention import OP as ATTENTION
 from kernels.cross_entropy import OP as CROSS_ENTROPY
+from kernels.decode_attention import OP as DECODE_ATTENTION
 from kernels.device import TARGETS
 from kernels.layer_norm import OP as LAYER_NORM
+from kernels.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 
 OPS = (
     ATTENTION,
+    DECODE_ATTENTION,
     LAYER_NORM,
+    ADD_LAYER_NORM,
     CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
 )
 
 
@@ -22,7 +28,8 @@ def table() -> str:
         launches = op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"])
         backward = sum("backward" in launch.name for launch in launches)
         lines.append(
-            f"| `kernels.{op.name}` | `torch.nn.functional.{op.torch.__name__}` | "
-            f"{len(launches) - backward}, {backward} | {len(op.cases)} cases in 3 dtypes |"
+            f"| `kernels.{op.name}` | {op.replaces or f'`torch.nn.functional.{op.torch.__name__}`'} | "
+            f"{len(launches) - backward}, {backward if op.differentiable else 'none'} | "
+            f"{len(op.cases)} cases in 3 dtypes |"
         )
     return "\n".join(lines)

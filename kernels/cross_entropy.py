@@ -39,6 +39,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -49,24 +50,26 @@ from kernels.op import (
 
 
 @triton.jit
-def _cross_entropy_forward(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, lse_ptr,
-    n_rows, row_stride, ignore_index, smoothing, V,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+def row_sums(
+    logits_ptr, weight_ptr, in_rows, V, width, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows: their losses, their weights (the second row of losses) and their lse."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_rows = rows < n_rows
-    logits_ptr += rows[:, None] * row_stride
-    columns = tl.arange(0, BLOCK_V)[None, :]
+    """One walk over ROWS rows: their largest logit, sum of exp(x - peak), and sum of w_c * (x_c - peak) if SMOOTH.
 
+    logits_ptr: where each of the rows begins (ROWS, 1). A row has V logits and, if PADDED, no logits between V and
+    width, a multiple of 16: reading them too keeps the loads wide. Shared with linear cross-entropy, as the next two.
+    """
+    columns = tl.arange(0, BLOCK_V)[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    below = tl.zeros([ROWS], tl.float32)  # sum of w_c * (x_c - peak)
+    below = tl.zeros([ROWS], tl.float32)
     weight_so_far = 0.0
     for start in range(0, V, BLOCK_V):
         in_row = start + columns < V
-        x = tl.load(logits_ptr + start + columns, mask=in_rows[:, None] & in_row, other=float("-inf")).to(tl.float32)
+        mask = in_rows[:, None] & (start + columns < width)
+        x = tl.load(logits_ptr + start + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        if PADDED:
+            x = tl.where(in_row, x, float("-inf"))
         highest = tl.maximum(peak, tl.max(x, axis=1))
         base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
         total = total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
@@ -79,8 +82,15 @@ def _cross_entropy_forward(
             below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
             weight_so_far += tl.sum(w)
         peak = highest
+    return peak, total, below
 
-    target = tl.load(target_ptr + rows, mask=in_rows, other=0)
+
+@triton.jit
+def row_losses(
+    logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """(losses, weights of the targets, log of total) of rows whose sums are known."""
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
     target_logit = tl.load(logits_ptr + tl.where(valid, target, 0)[:, None], mask=(in_rows & valid)[:, None], other=0.0)
@@ -95,7 +105,46 @@ def _cross_entropy_forward(
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
         loss = (1.0 - smoothing) * loss + smoothing / V * (weight_sum * log_total - below)
-    loss = tl.where(kept, tl.where(valid, loss, float("nan")), 0.0)
+    return tl.where(kept, tl.where(valid, loss, float("nan")), 0.0), target_weight, log_total
+
+
+@triton.jit
+def logit_gradients(
+    x, lse, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """grad * dloss/dx for the logits x at `columns` of some rows; zero for ignored rows, NaN for wrong targets."""
+    kept = target != ignore_index
+    valid = (target >= 0) & (target < V)
+    p = tl.exp(x - lse[:, None])
+    dx = tl.where(columns[None, :] == target[:, None], p - 1.0, p)
+    if weight_ptr is not None:
+        dx *= target_weight[:, None]
+    if SMOOTH:
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+            spread = p * tl.load(weight_sum_ptr) - w
+        else:
+            spread = p * V - 1.0
+        dx = (1.0 - smoothing) * dx + smoothing / V * spread
+    return tl.where(kept[:, None], tl.where(valid[:, None], dx * grad[:, None], float("nan")), 0.0)
+
+
+@triton.jit
+def _cross_entropy_forward(
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, lse_ptr,
+    n_rows, row_stride, ignore_index, smoothing, V,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """A program owns ROWS rows: their losses, their weights (the second row of losses) and their lse."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < n_rows
+    logits_ptr += rows[:, None] * row_stride
+    peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, V, BLOCK_V, ROWS, SMOOTH, False)
+    target = tl.load(target_ptr + rows, mask=in_rows, other=0)
+    loss, target_weight, log_total = row_losses(
+        logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
+    )
     tl.store(losses_ptr + rows, loss, mask=in_rows)
     tl.store(losses_ptr + n_rows + rows, target_weight, mask=in_rows)
     tl.store(lse_ptr + rows, peak + log_total, mask=in_rows)
@@ -104,45 +153,41 @@ def _cross_entropy_forward(
 @triton.jit
 def _cross_entropy_backward(
     grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
-    n_rows, grad_stride, row_stride, ignore_index, smoothing, V,
+    n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_V columns of ROWS rows of dlogits."""
+    """A program owns BLOCK_V columns of ROWS rows of dlogits, which may be the logits' own memory.
+
+    width: how many columns to read and write, V or more if the rows are padded.
+    """
     blocks = tl.cdiv(V, BLOCK_V)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     in_rows = rows < n_rows
-    mask = in_rows[:, None] & (columns < V)[None, :]
+    mask = in_rows[:, None] & (columns < width)[None, :]
 
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
-    kept = target != ignore_index
-    valid = (target >= 0) & (target < V)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
     if divisor_ptr is not None:
-        grad = grad / tl.load(divisor_ptr)
+        divisor = tl.load(divisor_ptr)
+        grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
     lse = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
-    x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    p = tl.exp(x - lse[:, None])
-    is_target = columns[None, :] == target[:, None]
-    dx = tl.where(is_target, p - 1.0, p)
+    target_weight = 1.0
     if weight_ptr is not None:
-        dx *= tl.load(weight_ptr + target, mask=in_rows & kept & valid, other=0.0).to(tl.float32)[:, None]
-    if SMOOTH:
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-            spread = p * tl.load(weight_sum_ptr) - w
-        else:
-            spread = p * V - 1.0
-        dx = (1.0 - smoothing) * dx + smoothing / V * spread
-    dx = tl.where(kept[:, None], tl.where(valid[:, None], dx * grad[:, None], float("nan")), 0.0)
-    places = rows[:, None] * V + columns[None, :]
+        weighed = in_rows & (target != ignore_index) & (target >= 0) & (target < V)
+        target_weight = tl.load(weight_ptr + target, mask=weighed, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    dx = logit_gradients(
+        x, lse, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
+    )
+    places = rows[:, None] * dlogits_stride + columns[None, :]
     tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- plan
 
 
-def _tile(n_rows: int, n_classes: int, device: Device) -> tuple[int, int, int]:
+def tile(n_rows: int, n_classes: int, device: Device) -> tuple[int, int, int]:
     """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short."""
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
@@ -151,30 +196,27 @@ def _tile(n_rows: int, n_classes: int, device: Device) -> tuple[int, int, int]:
     return block_v, max(1, 2048 // block_v), 4 if block_v <= 2048 else 8
 
 
-def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
-    return {
-        "row_stride": specs["logits"].stride[0],
-        "ignore_index": options["ignore_index"],
-        "smoothing": options["label_smoothing"],
-        "V": specs["logits"].shape[1],
-    }
+def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
+    return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
 
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = _tile(n_rows, n_classes, device)
+    block_v, rows, warps = tile(n_rows, n_classes, device)
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
-    arguments |= {"n_rows": n_rows} | _numbers(specs, options)
+    arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     return [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
 
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = _tile(n_rows, n_classes, device)
+    block_v, rows, warps = tile(n_rows, n_classes, device)
     arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
-    arguments |= _numbers(specs, options)
+    strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}
+    width = specs["logits"].stride[0] if options.get("padded") else n_classes
+    arguments |= strides | {"width": width} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     grid = (cdiv(n_rows, rows) * cdiv(n_classes, block_v),)
     return [Launch(_cross_entropy_backward, grid, arguments, constexprs, warps, 1)]
@@ -185,14 +227,14 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 CHECK_TARGETS = devices.INTERPRETED or devices.DEBUG
 
 
-def _check_targets(target: torch.Tensor, n_classes: int, ignore_index: int) -> None:
+def check_targets(name: str, target: torch.Tensor, n_classes: int, ignore_index: int) -> None:
     outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if outside.any():
         wrong = target[outside][0].item()
-        raise IndexError(f"cross_entropy: target {wrong} is out of bounds for {n_classes} classes")
+        raise IndexError(f"{name}: target {wrong} is out of bounds for {n_classes} classes")
 
 
-def _weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
+def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
     return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
 
 
@@ -218,16 +260,20 @@ def _forward(
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
-        _check_targets(target, n_classes, ignore_index)
+        check_targets("cross_entropy", target, n_classes, ignore_index)
     lse = logits.new_empty(n_rows, dtype=torch.float32)
     losses = logits.new_empty((2, n_rows), dtype=torch.float32)
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
-    tensors |= {"weight_sum": _weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
+    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
     run(plan_forward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if reduction == "none":
         return losses[0].to(out_dtype, copy=True), lse, losses.new_empty(0)
     total, divisor = losses.sum(1).unbind()
-    loss = total / divisor if reduction == "mean" else total
+    loss = total
+    if reduction == "mean":
+        loss = total / divisor
+        if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
+            loss = torch.where(divisor == 0.0, torch.nan, loss)
     return loss.to(out_dtype, copy=True), lse, divisor.clone()
 
 
@@ -249,7 +295,7 @@ def _backward(
     """Gradient of the logits (n_rows, V)."""
     dlogits = _empty_backward(logits)
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
-    tensors |= {"weight_sum": _weight_sum(weight, label_smoothing), "lse": lse}
+    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
     tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits}
     run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     return dlogits
@@ -275,7 +321,7 @@ forward = register(
         logits, reduction, out_dtype
     ),
 )
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
 
 # ---------------------------------------------------------------- public
@@ -328,7 +374,7 @@ def cross_entropy(
 
     Logits (C,), (N, C) or (N, C, d1, ...) in fp32, fp16 or bf16 and int64 targets (), (N,) or (N, d1, ...) -> the
     mean or sum, or with reduction="none" the losses in target's shape, in input's dtype; fp32 under autocast.
-    "mean" divides by the sum of the targets' weights, and is NaN where every target is ignored. Sums are fp32.
+    "mean" divides by the sum of the targets' weights, and is NaN where that is zero. Sums are fp32.
 
     A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that

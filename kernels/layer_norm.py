@@ -17,6 +17,10 @@ in order. A row of moderate length stays in registers; a longer one is walked in
 means and squared deviations are merged as in Chan, Golub and LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances" (1979).
 
+The kernels serve add_layer_norm.py too. There x is the sum of input and residual, made and written by the
+forward kernel; and the backward kernel adds the gradient that reaches the sum from elsewhere. Without a
+residual these pointers are None, which are constants to the compiler, and nothing of it is left.
+
 Ba, Kiros and Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 """
 
@@ -33,6 +37,7 @@ from kernels.op import (
     Cost,
     Launch,
     Op,
+    Spec,
     Specs,
     autocast_dtype,
     cast,
@@ -42,6 +47,7 @@ from kernels.op import (
     plan_only,
     pointers,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -53,7 +59,8 @@ from kernels.op import (
 
 @triton.jit
 def _layer_norm_forward(
-    input_ptr, weight_ptr, bias_ptr, output_ptr, mean_ptr, rstd_ptr, n_rows, row_stride, eps,
+    input_ptr, residual_ptr, weight_ptr, bias_ptr, output_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    n_rows, row_stride, residual_stride, eps,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS whole rows of length N."""
@@ -63,6 +70,11 @@ def _layer_norm_forward(
     mask = (rows < n_rows)[:, None] & in_row
 
     x = tl.load(input_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual_ptr += rows[:, None] * residual_stride + columns[None, :]
+        x = cast(x + tl.load(residual_ptr, mask=mask, other=0.0).to(tl.float32), sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + rows[:, None] * N + columns[None, :], x, mask=mask)
+        x = x.to(tl.float32)  # the norm is that of the sum as it was rounded
     mean = tl.sum(x, axis=1) / N
     centred = tl.where(in_row, x - mean[:, None], 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps))
@@ -79,11 +91,15 @@ def _layer_norm_forward(
 
 @triton.jit
 def _layer_norm_forward_long(
-    input_ptr, weight_ptr, bias_ptr, output_ptr, mean_ptr, rstd_ptr, row_stride, N, eps, BLOCK_N: tl.constexpr,
+    input_ptr, residual_ptr, weight_ptr, bias_ptr, output_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    row_stride, residual_stride, N, eps, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns one row, and walks it twice in chunks of BLOCK_N."""
     row = tl.program_id(0).to(tl.int64)
     input_ptr += row * row_stride
+    if residual_ptr is not None:
+        residual_ptr += row * residual_stride
+        sum_ptr += row * N
     output_ptr += row * N
     columns = tl.arange(0, BLOCK_N)
 
@@ -92,6 +108,11 @@ def _layer_norm_forward_long(
     for start in range(0, N, BLOCK_N):
         mask = start + columns < N
         x = tl.load(input_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+            x = cast(x, sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + start + columns, x, mask=mask)
+            x = x.to(tl.float32)
         size = tl.minimum(N - start, BLOCK_N).to(tl.float32)
         chunk_mean = tl.sum(x, axis=0) / size
         centred = tl.where(mask, x - chunk_mean, 0.0)
@@ -103,7 +124,11 @@ def _layer_norm_forward_long(
 
     for start in range(0, N, BLOCK_N):
         mask = start + columns < N
-        y = (tl.load(input_ptr + start + columns, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        x = tl.load(input_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr is not None:  # added again: reading back what other threads wrote would need a barrier
+            x += tl.load(residual_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
+            x = cast(x, sum_ptr.dtype.element_ty).to(tl.float32)
+        y = (x - mean) * rstd
         if weight_ptr is not None:
             y *= tl.load(weight_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
@@ -115,8 +140,9 @@ def _layer_norm_forward_long(
 
 @triton.jit
 def _layer_norm_backward(
-    grad_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr, dinput_ptr, dweight_parts_ptr, dbias_parts_ptr,
-    n_rows, grad_stride, row_stride,
+    grad_ptr, grad_sum_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr,
+    dinput_ptr, dresidual_ptr, dweight_parts_ptr, dbias_parts_ptr,
+    n_rows, grad_stride, grad_sum_stride, row_stride,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program owns every n-th block of ROWS rows, n the number of programs, and one row of each workspace."""
@@ -139,13 +165,19 @@ def _layer_norm_backward(
             dweight += dy * xhat
         if dbias_parts_ptr is not None:
             dbias += dy
-        if dinput_ptr is not None:
+        if dinput_ptr is not None or dresidual_ptr is not None:
             g = dy
             if weight_ptr is not None:
                 g = dy * weight
             dx = (g - (tl.sum(g, axis=1) / N)[:, None] - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]) * rstd
-            dx = cast(dx, dinput_ptr.dtype.element_ty)
-            tl.store(dinput_ptr + rows[:, None] * N + columns[None, :], dx, mask=mask)
+            if grad_sum_ptr is not None:
+                places = rows[:, None] * grad_sum_stride + columns[None, :]
+                dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
+            places = rows[:, None] * N + columns[None, :]
+            if dinput_ptr is not None:
+                tl.store(dinput_ptr + places, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
+            if dresidual_ptr is not None:
+                tl.store(dresidual_ptr + places, cast(dx, dresidual_ptr.dtype.element_ty), mask=mask)
 
     own = tl.program_id(0).to(tl.int64) * N + columns
     if dweight_parts_ptr is not None:
@@ -156,9 +188,10 @@ def _layer_norm_backward(
 
 @triton.jit
 def _layer_norm_backward_long_input(
-    grad_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr, dinput_ptr, grad_stride, row_stride, N, BLOCK_N: tl.constexpr,
+    grad_ptr, grad_sum_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr, dinput_ptr, dresidual_ptr,
+    grad_stride, grad_sum_stride, row_stride, N, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one row of dinput, and walks it twice in chunks of BLOCK_N."""
+    """A program owns one row of dinput and dresidual, and walks it twice in chunks of BLOCK_N."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_N)
     mean = tl.load(mean_ptr + row)
@@ -182,7 +215,14 @@ def _layer_norm_backward_long_input(
         if weight_ptr is not None:
             g *= tl.load(weight_ptr + start + columns, mask=mask, other=0.0).to(tl.float32)
         dx = (g - mean_g - (x - mean) * rstd * mean_g_xhat) * rstd
-        tl.store(dinput_ptr + row * N + start + columns, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
+        if grad_sum_ptr is not None:
+            places = row * grad_sum_stride + start + columns
+            dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        places = row * N + start + columns
+        if dinput_ptr is not None:
+            tl.store(dinput_ptr + places, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + places, cast(dx, dresidual_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -255,41 +295,50 @@ def _parts(n_rows: int, n: int, device: Device) -> int:
     return min(cdiv(n_rows, rows), device.processors * (16 // warps))
 
 
+def _row_stride(spec: Spec | None) -> int | None:
+    return None if spec is None else spec.stride[0]  # None makes a constant of it
+
+
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n = specs["input"].shape
-    tensors = pointers(specs, "input", "weight", "bias", "output", "mean", "rstd")
-    row_stride = specs["input"].stride[0]
+    if n == 0:
+        return []
+    tensors = pointers(specs, "input", "residual", "weight", "bias", "output", "sum", "mean", "rstd")
+    strides = {"row_stride": specs["input"].stride[0], "residual_stride": _row_stride(specs["residual"])}
     if n > LONGEST_FORWARD:
-        arguments = tensors | {"row_stride": row_stride, "N": n, "eps": options["eps"]}
+        arguments = tensors | strides | {"N": n, "eps": options["eps"]}
         return [Launch(_layer_norm_forward_long, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)]
     block_n, rows, warps = _block(n_rows, n, device)
-    arguments = tensors | {"n_rows": n_rows, "row_stride": row_stride, "eps": options["eps"]}
+    arguments = tensors | {"n_rows": n_rows} | strides | {"eps": options["eps"]}
     constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
     return [Launch(_layer_norm_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 1)]
 
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n = specs["input"].shape
-    strides = {"grad_stride": specs["grad"].stride[0], "row_stride": specs["input"].stride[0]}
+    if n == 0:
+        return []
+    grad_stride, row_stride = {"grad_stride": specs["grad"].stride[0]}, {"row_stride": specs["input"].stride[0]}
+    strides = grad_stride | {"grad_sum_stride": _row_stride(specs["grad_sum"])} | row_stride
     has_parameters = specs["dweight"] is not None or specs["dbias"] is not None
     n_parts = _parts(n_rows, n, device)
     launches = []
     if n > LONGEST_BACKWARD:
-        if specs["dinput"] is not None:
-            arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput") | strides | {"N": n}
+        if specs["dinput"] is not None or specs["dresidual"] is not None:
+            arguments = pointers(specs, "grad", "grad_sum", "input", "weight", "mean", "rstd", "dinput", "dresidual")
+            arguments |= strides | {"N": n}
             launches.append(Launch(_layer_norm_backward_long_input, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1))
         if has_parameters:
             arguments = pointers(specs, "grad", "input", "mean", "rstd", "dweight_parts", "dbias_parts")
-            arguments |= {"n_rows": n_rows} | strides | {"N": n, "n_parts": n_parts}
+            arguments |= {"n_rows": n_rows} | grad_stride | row_stride | {"N": n, "n_parts": n_parts}
             grid = (cdiv(n, CHUNK) * n_parts,)
             launches.append(Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1))
     else:
         block_n, rows, warps = _block(n_rows, n, device)
-        arguments = pointers(specs, "grad", "input", "weight", "mean", "rstd", "dinput", "dweight_parts", "dbias_parts")
+        arguments = pointers(specs, "grad", "grad_sum", "input", "weight", "mean", "rstd", "dinput", "dresidual")
+        arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
         constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
-        launches.append(
-            Launch(_layer_norm_backward, (n_parts,), arguments | {"n_rows": n_rows} | strides, constexprs, warps, 1)
-        )
+        launches.append(Launch(_layer_norm_backward, (n_parts,), arguments, constexprs, warps, 1))
     if has_parameters:
         block_p, block_n = 32, 32
         if device.arch == "interpreter":
@@ -319,7 +368,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(n_rows, N) -> output of `out_dtype` (n_rows, N), mean and rstd fp32 (n_rows,)."""
     output, mean, rstd = _empty_forward(input, out_dtype)
-    tensors = {"input": rows_of(input), "weight": weight, "bias": bias, "output": output, "mean": mean, "rstd": rstd}
+    tensors = {"input": rows_of(input), "residual": None, "weight": weight, "bias": bias}
+    tensors |= {"output": output, "sum": None, "mean": mean, "rstd": rstd}
     run(plan_forward, tensors, eps=eps)
     return output, mean, rstd
 
@@ -331,6 +381,16 @@ def _empty_backward(input, weight, bias, needs):
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else input.new_empty(0)
         for tensor, need in zip(like, needs, strict=True)
     )
+
+
+def workspaces(input: torch.Tensor, needs_weight: bool, needs_bias: bool) -> dict[str, torch.Tensor | None]:
+    """Where the programs of a backward pass put their sums for the parameters' gradients."""
+    n_rows, n = input.shape
+    shared = input.new_empty((2, _parts(n_rows, n, facts_of(input)), n), dtype=torch.float32)
+    return {
+        "dweight_parts": shared[0] if needs_weight else None,
+        "dbias_parts": shared[1] if needs_bias else None,
+    }
 
 
 def _backward(
@@ -345,16 +405,9 @@ def _backward(
     """Gradients of input, weight and bias, those that `needs` asks for."""
     gradients = _empty_backward(input, weight, bias, needs)
     dinput, dweight, dbias = (tensor if need else None for tensor, need in zip(gradients, needs, strict=True))
-    n_rows, n = input.shape
-    parts = input.new_empty((2, _parts(n_rows, n, facts_of(input)), n), dtype=torch.float32)
-    run(
-        plan_backward,
-        {
-            "grad": rows_of(grad), "input": rows_of(input), "weight": weight, "mean": mean, "rstd": rstd,
-            "dinput": dinput, "dweight": dweight, "dbias": dbias,
-            "dweight_parts": parts[0] if needs[1] else None, "dbias_parts": parts[1] if needs[2] else None,
-        },
-    )  # fmt: skip
+    tensors = {"grad": rows_of(grad), "grad_sum": None, "input": rows_of(input), "weight": weight}
+    tensors |= {"mean": mean, "rstd": rstd, "dinput": dinput, "dresidual": None, "dweight": dweight, "dbias": dbias}
+    run(plan_backward, tensors | workspaces(input, *needs[1:]))
     return gradients
 
 
@@ -372,7 +425,7 @@ def _gradients(ctx, grad, _grad_mean, _grad_rstd):
 
 
 forward = register("layer_norm", _forward, lambda input, weight, bias, eps, out_dtype: _empty_forward(input, out_dtype))
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 backward = register(
     "layer_norm_backward",
     _backward,
@@ -382,6 +435,33 @@ backward = register(
 # ---------------------------------------------------------------- public
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(
+    op: str,
+    input_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
+    *,
+    input: torch.Tensor,
+    **others: torch.Tensor | None,
+) -> tuple[int, ...]:
+    """normalized_shape as a tuple; errors as PyTorch has them, NotImplementedError for what the kernels lack."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or tuple(input_shape[-len(shape) :]) != shape:
+        raise RuntimeError(
+            f"{op}: normalized_shape={list(shape)} needs an input of shape [*, {', '.join(map(str, shape))}], "
+            f"got {list(input_shape)}"
+        )
+    for name, tensor in ({"input": input} | others).items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise NotImplementedError(f"{op}: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
+        if tensor.device != input.device:
+            raise RuntimeError(f"{op}: {name} is on {tensor.device}, input on {input.device}")
+        if name in ("weight", "bias") and tuple(tensor.shape) != shape:
+            raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    return shape
 
 
 def layer_norm(
@@ -399,28 +479,10 @@ def layer_norm(
 
     Raises RuntimeError if a shape does not fit normalized_shape, NotImplementedError for other dtypes.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise RuntimeError(
-            f"layer_norm: normalized_shape={list(shape)} needs an input of shape [*, {', '.join(map(str, shape))}], "
-            f"got {list(input.shape)}"
-        )
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            raise NotImplementedError(
-                f"layer_norm: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16"
-            )
-        if tensor.device != input.device:
-            raise RuntimeError(f"layer_norm: {name} is on {tensor.device}, input on {input.device}")
-        if name != "input" and tuple(tensor.shape) != shape:
-            raise RuntimeError(f"layer_norm: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    shape = check("layer_norm", input.shape, normalized_shape, input=input, weight=weight, bias=bias)
     out_dtype = autocast_dtype(input.device) or input.dtype
     n = math.prod(shape)
-    if n == 0:
-        return input.to(out_dtype, copy=True)
-    flat = input.reshape(-1, n)
+    flat = input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n)
     weight = None if weight is None else weight.reshape(n).contiguous()
     bias = None if bias is None else bias.reshape(n).contiguous()
     return forward(flat, weight, bias, eps, out_dtype)[0].view(input.shape)

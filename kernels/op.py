@@ -186,6 +186,24 @@ def register(name: str, function: Callable, fake: Callable) -> Any:
     return op
 
 
+def register_gradients(op: Any, gradients: Callable, save: Callable) -> None:
+    """Give a custom op its autograd formula, in which an output without a gradient has None.
+
+    Autograd by itself makes zeros for these, saved statistics among them, at a launch each.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+
+    def formula(ctx, *grads):
+        if all(grad is None for grad in grads):  # what follows may have none to give
+            return (None,) * len(ctx.needs_input_grad)
+        return gradients(ctx, *grads)
+
+    op.register_autograd(formula, setup_context=setup_context)
+
+
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` if its last dimension is contiguous, as every kernel here walks it, else a contiguous copy."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
@@ -205,11 +223,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Case(NamedTuple):
-    """One problem for an op: shapes by argument name, and the options to call it with."""
+    """One problem for an op: shapes by argument name, options to call it with, dtypes that are not the others'."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    dtypes: dict[str, torch.dtype] = {}  # noqa: RUF012
 
 
 class Cost(NamedTuple):
@@ -226,16 +245,18 @@ class Op:
     name: str
     public: Callable
     reference: Callable  # the same in plain arithmetic
-    torch: Callable  # PyTorch's own function of that name
+    torch: Callable  # PyTorch's own function of that name, or what it takes of PyTorch's to do the same
     plan: Callable[[dict, dict, Device], list[Launch]]  # inputs (meta will do), options -> forward and backward
-    cost: Callable[[dict, dict], tuple[Cost, Cost]]  # inputs, options -> forward, backward
+    cost: Callable[[dict, dict], tuple[Cost, Cost | None]]  # inputs, options -> forward, backward if there is one
     cases: tuple[Case, ...]  # small and awkward: parity
     sizes: tuple[Case, ...]  # real: compilation, resources, benchmarks
-    differentiable: tuple[str, ...]
+    differentiable: tuple[str, ...]  # none: the op has no backward
     draw: Callable[[str, tuple[int, ...], Case, torch.Generator], torch.Tensor | None] = field(default=lambda *_: None)
+    outputs: tuple[str, ...] = ("output",)  # of several, a tuple is returned
+    replaces: str = ""  # for the README, where `torch` is not one function of torch.nn.functional
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict:
-        """The case's tensors on `device` ("meta" will do): drawn from N(0, 1), or as `draw` has it."""
+        """The case's tensors on `device` ("meta" will do): from N(0, 1), or as `draw` has it; floats in `dtype`."""
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for name, shape in case.shapes.items():
@@ -243,7 +264,9 @@ class Op:
             drawn = (1,) * len(shape) if meta else shape  # on the meta device for its dtype only
             tensor = self.draw(name, drawn, case, generator)
             if tensor is None:
-                tensor = torch.randn(drawn, generator=generator, dtype=torch.float64).to(dtype)
+                tensor = torch.randn(drawn, generator=generator, dtype=torch.float64)
+            if tensor.is_floating_point():
+                tensor = tensor.to(case.dtypes.get(name, dtype))
             tensors[name] = torch.empty(shape, dtype=tensor.dtype, device=device) if meta else tensor.to(device)
         return tensors
 

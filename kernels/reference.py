@@ -63,6 +63,27 @@ def scaled_dot_product_attention(
     return output, (highest + total.log()).squeeze(-1).detach().float()
 
 
+def decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention of one token (B, H, 1, D) to the first lengths[b] slots of caches (B, Hk, Tmax, D): (B, H, 1, D).
+
+    lengths (B,) from 0, which gives zeros, to Tmax. What lies in the other slots does not matter, NaN neither.
+    """
+    slots = torch.arange(key_cache.shape[2], device=lengths.device)
+    filled = (slots < lengths[:, None])[:, None, :, None]
+    key, value = (cache.masked_fill(~filled, 0.0) for cache in (key_cache, value_cache))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=filled.transpose(2, 3), scale=scale, enable_gqa=enable_gqa
+    )
+
+
 def layer_norm(
     input: torch.Tensor,
     normalized_shape: int | Sequence[int],
@@ -79,6 +100,19 @@ def layer_norm(
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return y.to(input.dtype)
+
+
+def add_layer_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layer_norm(input + residual), input + residual), the sum in the dtype that PyTorch's has."""
+    total = input + residual
+    return layer_norm(total, normalized_shape, weight, bias, eps), total
 
 
 def cross_entropy(
@@ -114,3 +148,28 @@ def cross_entropy(
     if reduction == "mean":
         total = total / target_weight.masked_fill(~kept, 0.0).sum()
     return total.to(input.dtype)
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object = None,
+) -> torch.Tensor:
+    """cross_entropy of the logits input @ linear_weight^T + linear_bias, which are written out.
+
+    (..., H), (V, H), (...) -> a number, or with reduction="none" losses (...). ignore_index=None is -100;
+    options, PyTorch's way to choose chunks, has nothing to choose here.
+    """
+    logits = input @ linear_weight.t()
+    logits = logits if linear_bias is None else logits + linear_bias
+    logits, labels = logits.reshape(-1, linear_weight.shape[0]), target.reshape(-1)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    loss = cross_entropy(logits, labels, weight, ignore_index, reduction, label_smoothing)
+    return loss.reshape(target.shape) if reduction == "none" else loss

@@ -19,14 +19,36 @@ import kernels.device
 import kernels.reference
 
 from .errors import UserError
+from .linear import linear
 
 OPS = ("attention", "layer_norm", "loss")
 BACKENDS = ("eager", "torch", "triton")
 AUTO = "auto"
 
-# The name of each op in torch.nn.functional, whose signatures every backend has.
-_FUNCTIONS = {"attention": "scaled_dot_product_attention", "layer_norm": "layer_norm", "loss": "cross_entropy"}
-_NAMESPACES = {"eager": kernels.reference, "torch": F, "triton": kernels}
+
+class Torch:
+    """PyTorch's own functions, and in them what it has no fused function for."""
+
+    scaled_dot_product_attention = staticmethod(F.scaled_dot_product_attention)
+    layer_norm = staticmethod(F.layer_norm)
+
+    @staticmethod
+    def add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5):
+        total = residual + input
+        return F.layer_norm(total, normalized_shape, weight, bias, eps), total
+
+    @staticmethod
+    def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
+        return F.cross_entropy(linear(input, linear_weight, linear_bias), target, **options)
+
+
+# Which functions of a backend each op of the flag stands for: field of Backends -> name.
+_FUNCTIONS = {
+    "attention": {"attention": "scaled_dot_product_attention"},
+    "layer_norm": {"layer_norm": "layer_norm", "add_layer_norm": "add_layer_norm"},
+    "loss": {"loss": "linear_cross_entropy"},
+}
+_NAMESPACES = {"eager": kernels.reference, "torch": Torch, "triton": kernels}
 _MEANINGS = {
     "eager": "plain PyTorch arithmetic",
     "torch": "PyTorch's fused functions",
@@ -43,15 +65,17 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Backends:
-    """The three functions that the model calls, with torch.nn.functional's signatures.
+    """The functions that the model calls, with the signatures that `kernels` gives them.
 
     attention(query, key, value, *, dropout_p=0.0, is_causal=False): (B, H, T, D) three times -> (B, H, T, D)
     layer_norm(input, normalized_shape, weight, bias, eps): (..., C) -> (..., C)
-    loss(logits, targets, ignore_index=-100): (N, V) and (N,) int64 -> ()
+    add_layer_norm(input, residual, normalized_shape, weight, bias, eps): (..., C) twice -> their sum's norm, their sum
+    loss(input, head_weight, targets, *, linear_bias=None, ignore_index=-100): (N, C), (V, C), (N,) int64 -> ()
     """
 
     attention: Callable[..., torch.Tensor]
     layer_norm: Callable[..., torch.Tensor]
+    add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     loss: Callable[..., torch.Tensor]
     choices: MappingProxyType[str, Choice]
     interpreted: bool
@@ -115,7 +139,11 @@ def resolve(request: str | None, device: torch.device) -> Backends:
     """
     asked = parse_request(request)
     choices = {op: _choose(backend, device) for op, backend in asked.items()}
-    functions = {op: getattr(_NAMESPACES[choice.backend], _FUNCTIONS[op]) for op, choice in choices.items()}
+    functions = {
+        field: getattr(_NAMESPACES[choice.backend], name)
+        for op, choice in choices.items()
+        for field, name in _FUNCTIONS[op].items()
+    }
     return Backends(**functions, choices=MappingProxyType(choices), interpreted=will_interpret(request, device))
 
 

@@ -19,7 +19,7 @@ IGNORE = -100
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the channels, (..., C) -> (..., C), its bias optional."""
+    """Layer norm over the channels, its bias optional, of what a branch adds to the residual stream."""
 
     def __init__(self, config: ModelConfig, ops: Backends):
         super().__init__()
@@ -27,8 +27,11 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(layer_norm(x + branch), x + branch), both (..., C); without a branch (layer_norm(x), x)."""
+        if branch is None:
+            return self.ops.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5), x
+        return self.ops.add_layer_norm(branch, x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
 class Attention(nn.Module):
@@ -64,7 +67,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LN transformer block, (B, T, C) -> (B, T, C)."""
+    """One pre-LN transformer block.
+
+    A branch's output joins the residual stream in the norm that follows, where one kernel can do both: a block adds
+    what the block before it computed, and leaves its own last branch to the next norm.
+    """
 
     def __init__(self, config: ModelConfig, ops: Backends):
         super().__init__()
@@ -74,9 +81,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(config, ops)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + F.dropout(self.attention(self.norm1(x)), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream x and the branch yet to be added to it, (B, T, C) each, after this block."""
+        y, x = self.norm1(x, branch)
+        branch = F.dropout(self.attention(y), self.dropout, self.training)
+        y, x = self.norm2(x, branch)
+        return x, F.dropout(self.mlp(y), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -104,26 +114,32 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) for tokens idx (B, T) int64, T <= block_size; and the mean loss in nats per token, or None.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, None) for tokens idx (B, T) int64, T <= block_size; with targets (None, loss).
 
-        targets (B, T) int64 are the tokens that follow; those equal to IGNORE do not count. With `last_only` the
-        logits are those of the last position alone, (B, 1, V), which is what generation needs. Raises ValueError when
-        T is larger than block_size.
+        Logits (B, T, V), or with `last_only` those of the last position alone, (B, 1, V), which is what generation
+        needs. targets (B, T) int64 are the tokens that follow; those equal to IGNORE do not count. The loss is in nats
+        per token, and the logits of a batch need not exist whole for it. Raises ValueError when T is larger than
+        block_size.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than the block size, {self.config.block_size}")
         x = self.tokens(idx) + self.positions[:T]
         x = F.dropout(x, self.config.dropout, self.training)
+        branch = None
         for block in self.blocks:
-            x = block(x)
+            x, branch = block(x, branch)
         if last_only:
-            x = x[:, -1:]
-        logits = self.head(self.norm(x))
+            x, branch = x[:, -1:], branch[:, -1:]
+        x, _ = self.norm(x, branch)
         if targets is None:
-            return logits, None
-        return logits, self.ops.loss(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+            return self.head(x), None
+        head = self.head
+        loss = self.ops.loss(
+            x.flatten(0, 1), head.weight, targets.flatten(), linear_bias=head.bias, ignore_index=IGNORE
+        )
+        return None, loss
 
     def use(self, ops: Backends) -> None:
         """Switch every op of this model to the functions of `ops`; the weights stay as they are."""

@@ -63,7 +63,9 @@ def test_the_rule_sees_an_import_that_is_hidden(tmp_path):
 @each_op
 def test_an_ops_function_is_public(op):
     assert op.name in kernels.__all__ and getattr(kernels, op.name) is op.public
-    assert getattr(reference, op.name) is op.reference and getattr(torch.nn.functional, op.name) is op.torch
+    assert getattr(reference, op.name) is op.reference
+    # what PyTorch has no function for says what it replaces
+    assert bool(op.replaces) != (getattr(torch.nn.functional, op.name, None) is op.torch)
     assert op.public.__doc__ and op.reference.__doc__
 
 
@@ -100,8 +102,11 @@ def test_an_ops_entry_is_whole(op):
     for case in (*op.cases, *op.sizes):
         inputs = op.inputs(case, torch.float32, "meta")
         assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == case.shapes
-        for cost in op.cost(inputs, case.options):
-            assert cost.flops > 0 and cost.bytes > 0
+        forward, backward = op.cost(inputs, case.options)
+        assert (backward is not None) == bool(op.differentiable)
+        assert forward.flops > 0 and forward.bytes > 0
+        if backward is not None:
+            assert backward.flops >= 0 and backward.bytes > 0  # forward may have done backward's operations
 
 
 def _kernels_in(module) -> set[str]:
@@ -114,6 +119,11 @@ def _kernels_in(module) -> set[str]:
     return found
 
 
+def _every_kernel() -> set[str]:
+    """One op may launch another's kernels."""
+    return set().union(*(_kernels_in(inspect.getmodule(op.public)) for op in catalogue.OPS))
+
+
 @each_op
 def test_every_kernel_is_in_a_plan(op):
     """A kernel that no case of tests and sizes launches is one that nothing checks or compiles."""
@@ -122,7 +132,7 @@ def test_every_kernel_is_in_a_plan(op):
         inputs = op.inputs(case, torch.bfloat16, "meta")
         for device in (INTERPRETER, TARGETS["sm_90"]):
             launched |= {launch.name for launch in op.plan(inputs, case.options, device)}
-    assert launched == _kernels_in(inspect.getmodule(op.public))
+    assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()
 
 
 @each_op
@@ -132,4 +142,4 @@ def test_every_kernel_is_in_a_test_case(op):
     for case in op.cases:
         inputs = op.inputs(case, torch.bfloat16, "meta")
         launched |= {launch.name for launch in op.plan(inputs, case.options, INTERPRETER)}
-    assert launched == _kernels_in(inspect.getmodule(op.public))
+    assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()

@@ -9,7 +9,7 @@ from parity import DTYPES, differentiate, guarded_allocations, in_float64, name_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels import reference
+from kernels import op, reference
 from kernels.catalogue import ATTENTION
 
 attention = kernels.scaled_dot_product_attention
@@ -94,9 +94,10 @@ def dropout_mask(inputs, options, seed):
     [
         ({"b": 2, "h": 2, "q": 33, "k": 33, "d": 32}, {"dropout_p": 0.2, "is_causal": True}),
         ({"h": 4, "q": 19, "k": 70, "d": 64, "kv_heads": 2}, {"dropout_p": 0.5, "enable_gqa": True}),
+        ({"h": 1, "q": 131, "k": 200, "d": 16}, {"dropout_p": 0.3}),
         ({"h": 1, "q": 140, "k": 139, "d": 64}, {"dropout_p": 0.1, "is_causal": True, "query_offset": -1}),
     ],
-    ids=["causal", "grouped", "offset"],
+    ids=["causal", "grouped", "long", "offset"],
 )
 def test_dropout_is_one_mask_forward_and_backward(shape, options, dtype, device):
     """Output and every gradient are those of the reference under the mask that the seed gives, in float64."""
@@ -281,10 +282,34 @@ def test_broadcast_in_front(query, key, value, device):
 def test_one_tensor_for_query_key_and_value(device):
     """Self-attention on one leaf: its gradient is the sum of three."""
     x = draw(2, 2, 12, 8, device=device)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    leaves = [x.clone().requires_grad_(), x.double().requires_grad_()]
     for leaf, function in zip(leaves, (attention, F.scaled_dot_product_attention), strict=True):
         function(leaf, leaf, leaf, is_causal=True).square().sum().backward()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    torch.testing.assert_close(leaves[0].grad.double(), leaves[1].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": 5}, {"dropout_p": 0.4}])
+@pytest.mark.parametrize("key_heads", [6, 2, 1])
+@pytest.mark.parametrize(("q", "k"), [(1, 1), (16, 9), (13, 18), (33, 64)])
+def test_heads_packed_into_a_program_are_the_heads_alone(options, key_heads, q, k, device, monkeypatch):
+    """Short sequences, several heads a program and one launch backward, against the kernels that loop over tiles."""
+    inputs = problem(device, b=2, h=6, kv_heads=key_heads, q=q, k=k, d=24)
+    options = options | {"enable_gqa": True}
+    grad = draw(*inputs["query"].shape, seed=5, device=device)
+    results, launches = [], []
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr("kernels.attention._short_tile", lambda *_: None)
+        op._launches.cache_clear()
+        torch.manual_seed(3)
+        with op.count_launches() as counted:
+            results.append(both(attention, inputs, options, grad))
+        launches.append(dict(counted))
+    op._launches.cache_clear()
+    assert launches[0] == {"_attention_short_forward": 1, "_attention_short_backward": 1}
+    assert "_attention_forward" in launches[1]
+    for quantity, value in results[0].items():
+        torch.testing.assert_close(value, results[1][quantity], rtol=1e-5, atol=1e-5)
 
 
 def test_fused_projection_is_walked_in_place(device):

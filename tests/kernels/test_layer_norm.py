@@ -54,13 +54,13 @@ def test_more_rows_than_programs(n, device):
     agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)}, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0), (0, 0)], ids=str)
-def test_nothing_at_all(shape, device):
-    n = shape[-1]
-    inputs = {"input": draw(*shape, device=device)}
-    if n:  # parameters without an element have no gradient to speak of
-        inputs |= {"weight": draw(n, device=device), "bias": draw(n, device=device)}
-    agree(inputs, {"normalized_shape": (n,)})
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0), (0, 0), (2, 0, 8), (2, 8, 0), (0, 8, 2)], ids=str)
+def test_nothing_at_all(shape, dims, device):
+    """Parameters have a gradient all the same: zeros, as many as they are."""
+    normalized = shape[-dims:]
+    inputs = {"input": draw(*shape, device=device), "weight": draw(*normalized, device=device)}
+    agree(inputs | {"bias": draw(*normalized, device=device)}, {"normalized_shape": normalized})
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), (2, 2, 2, 2, 7)], ids=lambda shape: f"{len(shape)}-D")

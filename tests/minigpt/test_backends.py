@@ -14,7 +14,12 @@ from minigpt.backends import OPS, parse_request, resolve, will_interpret
 from minigpt.errors import UserError
 
 CPU = torch.device("cpu")
-NAMES = {"attention": "scaled_dot_product_attention", "layer_norm": "layer_norm", "loss": "cross_entropy"}
+NAMES = {
+    "attention": "scaled_dot_product_attention",
+    "layer_norm": "layer_norm",
+    "add_layer_norm": "add_layer_norm",
+    "loss": "linear_cross_entropy",
+}
 
 
 @pytest.fixture
@@ -22,19 +27,34 @@ def runs_anywhere(monkeypatch):
     monkeypatch.setattr(kernels.device, "why_not", lambda device: None)
 
 
-@pytest.mark.parametrize(("backend", "home"), [("eager", kernels.reference), ("torch", F), ("triton", kernels)])
+@pytest.mark.parametrize(
+    ("backend", "home"), [("eager", kernels.reference), ("torch", backends.Torch), ("triton", kernels)]
+)
 def test_one_name_for_all_ops(backend, home, runs_anywhere):
     for request in (backend, f" {backend.upper()} ", ",".join(f"{op} = {backend}" for op in OPS)):
         ops = resolve(request, CPU)
         assert ops.names == dict.fromkeys(OPS, backend)
-        for op in OPS:
-            assert getattr(ops, op) is getattr(home, NAMES[op])
+        for field, name in NAMES.items():
+            assert getattr(ops, field) is getattr(home, name)
+
+
+def test_the_torch_backend_is_pytorchs_functions():
+    assert backends.Torch.scaled_dot_product_attention is F.scaled_dot_product_attention
+    assert backends.Torch.layer_norm is F.layer_norm
+    x, residual, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (3, 4), (5, 4)))
+    target, bias = torch.tensor([0, 4, -100]), torch.randn(5, dtype=torch.float64)
+    expected = kernels.reference.add_layer_norm(x, residual, (4,))
+    torch.testing.assert_close(backends.Torch.add_layer_norm(x, residual, (4,)), expected)
+    torch.testing.assert_close(
+        backends.Torch.linear_cross_entropy(x, weight, target, linear_bias=bias),
+        kernels.reference.linear_cross_entropy(x, weight, target, linear_bias=bias),
+    )
 
 
 def test_ops_that_are_not_named_follow_auto(runs_anywhere):
     ops = resolve("loss=triton,attention=eager", CPU)
     assert ops.names == {"attention": "eager", "layer_norm": "torch", "loss": "triton"}
-    assert ops.loss is kernels.cross_entropy and ops.layer_norm is F.layer_norm
+    assert ops.loss is kernels.linear_cross_entropy and ops.layer_norm is F.layer_norm
     assert ops.choices["layer_norm"].reason == "no GPU" and "asked for" in ops.choices["loss"].reason
 
 
@@ -92,5 +112,5 @@ def test_the_table_names_each_op_its_backend_and_the_reason():
 
 def test_every_backend_has_every_op():
     assert set(backends.BACKENDS) == {"eager", "torch", "triton"}
-    for home in (kernels, kernels.reference, F):
+    for home in (kernels, kernels.reference, backends.Torch):
         assert all(callable(getattr(home, name)) for name in NAMES.values())
