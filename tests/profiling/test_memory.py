@@ -65,13 +65,13 @@ def test_a_gpus_allocator_rounds_every_tensor_up_to_512_bytes():
 
 
 def test_the_logits_under_autocast_are_counted_by_hand():
-    """At the peak PyTorch holds log-probabilities in bf16, and in fp32 those and their gradient; ours bf16 twice."""
-    rows, classes = 4 * 128, 20_000
-    sizes = {"n_layer": 1, "batch_size": 4, "window": 128, "vocab_size": classes, "head_bias": False}
+    """At the peak PyTorch holds log-probabilities in bf16, and in fp32 those and their gradient; ours none of them."""
+    rows, classes = 4 * 512, 20_000
+    sizes = {"n_layer": 1, "batch_size": 4, "window": 512, "vocab_size": classes, "head_bias": False}
     torchs, ours = (_estimate(name, "bf16", **sizes) for name in ("torch", "triton"))
     of_logits = [[(b.bytes, b.dtype) for b in e.largest if b.shape == (rows, classes)] for e in (torchs, ours)]
     assert sorted(of_logits[0]) == sorted([(4 * rows * classes, "float32")] * 2 + [(2 * rows * classes, "bfloat16")])
-    assert of_logits[1] == [(2 * rows * classes, "bfloat16")] * 2
+    assert of_logits[1] == [] and ours.peak < torchs.peak / 2
     assert torchs.peak_op == "aten.nll_loss_backward.default"
 
 
@@ -282,12 +282,16 @@ def cuda_autocast():
 def test_a_forward_pass_makes_what_pytorch_makes_on_cuda_tensors(name, bf16, request):
     """Op by op, with dropout, against the dispatcher's own choices for (fake) CUDA tensors and their autocast.
 
-    PyTorch's own attention is left out: which of its kernels runs is asked of the GPU.
+    Left out: PyTorch's own attention, as which of its kernels runs is asked of the GPU, and our loss, whose fake takes
+    a slice, which there is none of without CUDA.
     """
     config = _config(dropout=0.1, n_layer=1).model_config(100)
     ops = backends.resolve(name, torch.device("cuda"))
+    torchs = backends.resolve("torch", torch.device("cuda"))
     if name == "torch":
         ops = dataclasses.replace(ops, attention=lambda q, k, v, **_: q * k * v)
+    else:
+        ops = dataclasses.replace(ops, loss=torchs.loss)
 
     def log(device):
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
