@@ -14,12 +14,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line, of every command."""
     parser = _Parser(prog="python -m profiling", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (resources, memory, trace):
         command.add_to(commands)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     sys.exit(arguments.run(arguments))
 
 

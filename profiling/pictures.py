@@ -138,7 +138,7 @@ def _frame(line: Line, top: float) -> list[str]:
         made.append(f'<text x="{_LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{size / 1e9:.2f} GB</text>')
     for phase, start, end in line.parts:
         made.append(f'<line x1="{_x(start)}" x2="{_x(start)}" y1="0" y2="{_HEIGHT - _BOTTOM}" stroke="#bbb"/>')
-        middle, wide = _x((start + end) / 2), end - start > 0.08
+        middle, wide = _x((start + end) / 2), end - start > 0.05
         label = html.escape(phase if wide else phase[:1])
         made.append(f'<text x="{middle}" y="{_HEIGHT - 7}" text-anchor="middle">{label}</text>')
     return made
@@ -146,4 +146,4 @@ def _frame(line: Line, top: float) -> list[str]:
 
 def _svg(parts: list[str]) -> str:
     size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12" role="img">{"".join(parts)}</svg>'
+    return f'<svg {size} font-size="12" role="img">{"".join(parts)}</svg>'

@@ -24,6 +24,8 @@ from profiling.compile import Source, begin_worker, compile_source, source_of
 from profiling.limits import occupancy, roofline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRODUCTS_BY_PYTORCH = ("linear_cross_entropy",)
+"""Ops whose matrix products are PyTorch's: they are on tensor cores, though no kernel of ours is."""
 
 
 @dataclasses.dataclass
@@ -125,8 +127,11 @@ def rooflines(ops: Iterable[Any], table: Sequence[Use], cases: str = "sizes") ->
     for name, dtype, arch, case_name in asked:
         op, case = known[name, case_name]
         costs = op.cost(op.inputs(case, DTYPES[dtype], "meta"), case.options)
+        by_pytorch = name in PRODUCTS_BY_PYTORCH and dtype != "float32"
         for direction, cost in zip(("forward", "backward"), costs, strict=True):
-            bound = roofline(arch, dtype, cost.flops, cost.bytes, (name, dtype, arch) in on_tensor_cores)
+            if cost is None:
+                continue
+            bound = roofline(arch, dtype, cost.flops, cost.bytes, by_pytorch or (name, dtype, arch) in on_tensor_cores)
             found.append({"op": name, "case": case_name, "pass": direction, "dtype": dtype, "arch": arch} | bound)
     return found
 

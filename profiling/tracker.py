@@ -183,6 +183,16 @@ class Tracker(TorchDispatchMode):
 # ---------------------------------------------------------------- inside an op
 
 
+class _OnCuda(torch.Tensor):
+    """A meta tensor that says it is on a GPU, and so do the tensors made from it: ops choose by that."""
+
+    is_cuda = property(lambda self: True)
+
+
+# Products with a result of another dtype, which PyTorch has on CUDA alone.
+_WIDENING = ("mm", "bmm", "addmm", "baddbmm")
+
+
 class _Inside(TorchDispatchMode):
     """The most bytes alive at a time of what is allocated while it is active."""
 
@@ -197,7 +207,11 @@ class _Inside(TorchDispatchMode):
         self._seen[id(storage)] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func._overloadname == "dtype_out" and func._opname in _WIDENING:
+            result = kwargs["out"]
+        else:
+            result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -218,8 +232,9 @@ class _Inside(TorchDispatchMode):
 class Workspaces:
     """What the ops of this project allocate inside, found by running their Python on meta tensors.
 
-    `device` is the kernels.device.Device that they are planned for: nothing is launched. An op that cannot be run that
-    way is counted by its results alone, and `unseen` says so, by the op's name.
+    `device` is the kernels.device.Device that they are planned for: nothing is launched. Where it is a GPU the tensors
+    say so (`is_cuda`). An op that cannot be run that way is counted by its results alone, and `unseen` says so, by the
+    op's name.
     """
 
     def __init__(self, device, granularity: int = 1):
@@ -247,7 +262,8 @@ class Workspaces:
             return None
         with _disable_current_modes(), torch.no_grad(), plan_only(self.device):
             storages: dict[int, torch.Tensor] = {}
-            meta = lambda tensor: _as_meta(tensor, storages)  # noqa: E731
+            kind = torch.Tensor if self.device.arch == "interpreter" else _OnCuda
+            meta = lambda tensor: _as_meta(tensor, storages).as_subclass(kind)  # noqa: E731
             args, kwargs = tree_map_only(torch.Tensor, meta, (args, kwargs))
             with _Inside(self.granularity) as inside:
                 for tensor in tree_leaves((args, kwargs)):

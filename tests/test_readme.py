@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import profiling.__main__
 from kernels import catalogue
 from minigpt import config
 from minigpt.__main__ import COMMANDS
@@ -47,8 +48,10 @@ def test_commands_are_understood(line):
         config.parse([word for word in argv if word not in ("--kernels", "triton")])
     elif words[1] == "-m" and words[2] == "minigpt":
         assert words[3] in COMMANDS
+    elif words[1:3] == ["-m", "profiling"]:
+        profiling.__main__.parser().parse_args(words[3:])
     else:
-        assert words[1] == "generate.py" or words[1:4] == ["-m", "profiling", "resources"]
+        assert words[1] == "generate.py"
 
 
 @pytest.mark.parametrize("name", config.PRESETS)

