@@ -51,6 +51,7 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
+    register_gradients,
     rows_of,
     run,
     tl,
@@ -392,7 +393,7 @@ def _no_gradients(ctx, grad):
 
 
 forward = register("decode_attention", _forward, lambda query, *_: _empty_forward(query))
-forward.register_autograd(_no_gradients, setup_context=_save)
+register_gradients(forward, _no_gradients, _save)
 
 
 def _flops(query_shape, key_shape) -> int:

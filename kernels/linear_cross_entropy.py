@@ -58,6 +58,7 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
+    register_gradients,
     run,
     tl,
     triton,
@@ -396,7 +397,6 @@ def _save(ctx, inputs, output):
     # autograd holds on to what is marked for as long as the loss lives, so neither the workspace nor the gradients are.
     # That they count as differentiable has a use: a second derivative finds its way from them to `scale`, and raises.
     ctx.mark_non_differentiable(lse, count)
-    ctx.set_materialize_grads(False)  # nor are zeros made for them in backward
     ctx.reduction = reduction
     if reduction == "none":
         ctx.options = (ignore_index, label_smoothing, dtype)
@@ -423,7 +423,7 @@ def _gradients(ctx, grad, *_):
 
 
 forward = register("linear_cross_entropy", _forward, _fake_forward)
-forward.register_autograd(_gradients, setup_context=_save)
+register_gradients(forward, _gradients, _save)
 scale = register("linear_cross_entropy_scale", _scale, _fake_scale)
 backward = register("linear_cross_entropy_backward", _backward, _fake_backward)
 

@@ -444,7 +444,7 @@ def packed(tensor: torch.Tensor) -> torch.Tensor:
     swap = (lambda t: t.transpose(1, 2)) if tensor.dim() == 4 else (lambda t: t)
     rows = swap(tensor)
     split = rows.dim() - (2 if tensor.dim() == 4 else 1)
-    poison = math.nan if tensor.is_floating_point() else 1 << 40
+    poison = math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     around = tensor.new_full([*rows.shape[:split], 3, *rows.shape[split:]], poison)
     around.select(split, 1).copy_(rows)
     return swap(around.select(split, 1))
