@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
-from test_parity import laid_out
+from test_parity import each_differentiable_op, laid_out
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -343,7 +343,7 @@ class _Functions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@each_op
+@each_differentiable_op
 def test_backward_makes_no_zeros(op, device):
     """Statistics have no gradient; autograd by itself fills one with zeros for each, a launch that nobody reads."""
     inputs, options, grad = _problem(op, device)
@@ -367,7 +367,7 @@ class _Severed(torch.autograd.Function):
         return None
 
 
-@each_op
+@each_differentiable_op
 def test_no_gradient_from_what_follows_is_no_gradient(op, device):
     inputs, options, _ = _problem(op, device)
     leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}

@@ -301,7 +301,7 @@ def test_memory_that_was_there_before_is_used(op, device):
         return torch.where(out.isnan(), result, result + 1e-6 * result.abs().max())
 
     CHECKS["parity"](spoiled(op, output=remembers), small(op), torch.float32, device)
-    _caught("repeats", spoiled(op, output=remembers), device, "output came out otherwise")
+    _caught("repeats", spoiled(op, output=remembers), device, "output.* came out otherwise")
 
 
 @each_op
