@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import train
+from benchmarks import ladder
 from minigpt.config import TrainConfig, pick_dtype
 from minigpt.errors import UserError
 
@@ -78,10 +78,10 @@ def _theirs(folder: Path, settings: TrainConfig, device: torch.device, iteration
     return times
 
 
-def _ours(training: train.Training, iterations: int) -> list[float]:
+def _ours(training: ladder.Training, iterations: int) -> list[float]:
     times = []
     for _ in range(iterations):
-        train.wait(training.device)
+        ladder.wait(training.device)
         began = time.perf_counter()
         training.step().item()
         times.append((time.perf_counter() - began) * 1e3)
@@ -98,8 +98,8 @@ def measure(folder: Path, settings: TrainConfig, device: torch.device, quick: bo
         settings = replace(settings, data=str(text))  # the vocabulary sizes the last layer
     turns, iterations = (2, 20) if quick else (4, 60)
     on_gpu = device.type == "cuda"
-    rungs = [train.Rung("torch"), *([train.Rung("triton"), train.Rung("triton", True)] if on_gpu else [])]
-    trainings = {rung.name: train.Training(settings, rung, device) for rung in rungs}
+    rungs = [ladder.Rung("torch"), *([ladder.Rung("triton"), ladder.Rung("triton", True)] if on_gpu else [])]
+    trainings = {rung.name: ladder.Training(settings, rung, device) for rung in rungs}
     samples: dict[str, list[float]] = {"nanoGPT": [], **{name: [] for name in trainings}}
     for turn in range(turns):
         for name in list(samples) if turn % 2 == 0 else reversed(list(samples)):
@@ -114,5 +114,5 @@ def measure(folder: Path, settings: TrainConfig, device: torch.device, quick: bo
     for name, times in samples.items():
         row = {"preset": settings.preset, "configuration": name, "dtype": dtype, "mfu_percent": None}
         note = "its own train.py, as it is" if name == "nanoGPT" else ""
-        rows.append(row | {"note": note} | train.speed(times, tokens))
+        rows.append(row | {"note": note} | ladder.speed(times, tokens))
     return rows

@@ -16,6 +16,7 @@ import torch
 from benchmarks import machine, problems, providers, results, stats, timing
 from benchmarks.problems import DTYPES, PEER_FACTOR, Checker, Problem, Wrong
 from benchmarks.providers import Provider, Unavailable
+from minigpt.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
 AGAIN = " again"
@@ -36,6 +37,8 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 1 if an answer of ours was wrong."""
+    if arguments.rounds is not None and arguments.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {arguments.rounds}")
     here = machine.here()
     ops, who = problems.ops_named(arguments.op), providers.chosen(arguments.provider)
     dtypes = [DTYPES[name] for name in arguments.dtype or ["bfloat16" if here.type == "cuda" else "float32"]]
