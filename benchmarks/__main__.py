@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from benchmarks import comparison, report, stages, suite, train
+from benchmarks import comparison, report, stages, suite, train, tune
 from minigpt import errors
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command that the command line names. Raises UserError for what a person can put right."""
     parser = _Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (suite, train, comparison, report, stages):
+    for module in (suite, train, tune, comparison, report, stages):
         module.add_to(commands)
     arguments = parser.parse_args()
     status = arguments.run(arguments)

@@ -73,7 +73,7 @@ def finish(rows: list[dict[str, Any]]) -> None:
     timed = {row["configuration"]: row for row in rows if row["status"] == "ok"}
     candidates = ("triton+compile", "triton", *(("torch",) if "nanoGPT" in timed else ()))
     ours = next((timed[name] for name in candidates if name in timed), None)
-    for name, row in timed.items() if ours else ():
+    for row in timed.values() if ours else ():
         row["over_ours"] = float(f"{row['median_ms'] / ours['median_ms']:.4g}")
         row["ours"] = ours["configuration"]
 

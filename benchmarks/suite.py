@@ -151,7 +151,7 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     extra: dict[str, dict[str, Any]] = {}
     failed: dict[str, Exception] = {}
     problem.redraw(problems.SEEDS[0])
-    copies = _copies(problem)
+    copies = copies_of(problem)
     first = next(iter(right), None)  # ours where it is timed: once more, to see what differs by chance alone
     for variant, call in [*right.items(), *([(first + AGAIN, right[first])] if first else [])]:
         try:
@@ -193,7 +193,8 @@ def after_timing(problem: Problem, checker: Checker, call: Callable, variant: st
     problem.redraw(problems.SEEDS[0])
 
 
-def _copies(problem: Problem) -> list[Problem]:
+def copies_of(problem: Problem) -> list[Problem]:
+    """The problem, and on a GPU as many copies of it as calls must rotate among for cold caches."""
     if problem.device.type == "cpu":
         return [problem]
     free_bytes, _ = torch.cuda.mem_get_info()

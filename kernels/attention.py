@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference
+from kernels import reference, tiles
 from kernels.device import Device, allow_tf32
 from kernels.op import (
     Case,
@@ -515,11 +515,15 @@ def _tile(
         return 128, 128, 4, 1
     rows = table[device.tiles]
     kind = "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
+    size = max(64, next_power_of_2(spec.shape[-1]))
+    exact = kind + "-dropout" * (options["dropout_p"] > 0.0) + "-grouped" * grouped
+    slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
     if options["dropout_p"] > 0.0 and f"{kind}-dropout" in rows:
         kind = f"{kind}-dropout"
     elif grouped and f"{kind}-grouped" in rows:
         kind = f"{kind}-grouped"
-    block_q, block_k, warps, stages = rows[kind][max(64, next_power_of_2(spec.shape[-1]))]
+    tuned = tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}")
+    block_q, block_k, warps, stages = tuned or rows[kind][size]
     if owned <= 64 and warps == 8:  # half of a tile of 128 would be padding
         if table is FORWARD and block_q == 128:
             return 64, block_k, 4, stages

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import device as devices
-from kernels import reference
+from kernels import reference, tiles
 from kernels.device import Device
 from kernels.op import (
     Case,
@@ -142,11 +142,14 @@ def _cross_entropy_backward(
 # ---------------------------------------------------------------- plan
 
 
-def _tile(n_rows: int, n_classes: int, device: Device) -> tuple[int, int, int]:
+def _tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
     """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short."""
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
         return block_v, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_v)), 4
+    tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
+    if tuned:
+        return tuned
     block_v = max(16, min(next_power_of_2(n_classes), 4096))
     return block_v, max(1, 2048 // block_v), 4 if block_v <= 2048 else 8
 
@@ -162,7 +165,7 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = _tile(n_rows, n_classes, device)
+    block_v, rows, warps = _tile(n_rows, n_classes, device, "forward")
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
     arguments |= {"n_rows": n_rows} | _numbers(specs, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
@@ -171,7 +174,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = _tile(n_rows, n_classes, device)
+    block_v, rows, warps = _tile(n_rows, n_classes, device, "backward")
     arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     arguments |= _numbers(specs, options)

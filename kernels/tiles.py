@@ -23,6 +23,10 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "cross_entropy.forward": ("BLOCK_V", "ROWS", "num_warps"),
     "cross_entropy.backward": ("BLOCK_V", "ROWS", "num_warps"),
 }
+_LIMITS = {
+    "BLOCK_Q": (16, 256), "BLOCK_K": (16, 256), "BLOCK_V": (16, 1 << 16), "ROWS": (1, 1024), "num_warps": (1, 16),
+    "num_stages": (1, 8),
+}  # fmt: skip
 
 Table = dict[str, dict[str, tuple[int, ...]]]
 
@@ -77,9 +81,12 @@ def _checked(tiles: object, where: str) -> Table:
             if not isinstance(numbers, list | tuple) or len(numbers) != len(names):
                 raise ValueError(f"{where}: {slot} {key} must be [{', '.join(names)}], not {numbers!r}")
             for what, number in zip(names, numbers, strict=True):
-                whole = isinstance(number, int) and not isinstance(number, bool) and number > 0
+                low, high = _LIMITS[what]
+                whole = isinstance(number, int) and not isinstance(number, bool) and low <= number <= high
                 if not whole or (what != "num_stages" and number & (number - 1)):
-                    kind = "a number above 0" if what == "num_stages" else "a power of two"
-                    raise ValueError(f"{where}: {what} of {slot} {key} must be {kind}, not {number!r}")
+                    kind = "a number" if what == "num_stages" else "a power of two"
+                    raise ValueError(
+                        f"{where}: {what} of {slot} {key} must be {kind} from {low} to {high}, not {number!r}"
+                    )
             checked.setdefault(slot, {})[key] = tuple(numbers)
     return checked
