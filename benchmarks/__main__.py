@@ -17,13 +17,18 @@ class _Parser(argparse.ArgumentParser):
         raise errors.UserError(f"{message} (see {self.prog} --help)")
 
 
-def main() -> None:
-    """Run the command that the command line names. Raises UserError for what a person can put right."""
+def parser() -> argparse.ArgumentParser:
+    """The command line of every command."""
     parser = _Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (suite, train, tune, comparison, report, stages):
         module.add_to(commands)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the command that the command line names. Raises UserError for what a person can put right."""
+    arguments = parser().parse_args()
     status = arguments.run(arguments)
     if status:
         sys.stdout.flush()
