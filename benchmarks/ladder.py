@@ -197,7 +197,10 @@ def measure(
         keep(rows)
     agree(rows, settings)
     timers = {row["configuration"]: StepTimer(trainings[row["configuration"]]) for row in _agreed(rows, trainings)}
-    samples, failed = timing.interleaved(timers, rounds, seconds=240.0)
+    _, failed = timing.interleaved(timers, 1)  # with every model in memory, once without a clock
+    timers = {name: timer for name, timer in timers.items() if name not in failed}
+    samples, broken = timing.interleaved(timers, rounds, seconds=240.0)
+    failed |= broken
     for row in rows:
         name = row["configuration"]
         if name in failed:
@@ -227,8 +230,6 @@ def _failure(error: Exception) -> dict[str, str]:
 
 def _first_steps(settings: TrainConfig, rung: Rung, device: torch.device, steps: int) -> tuple[Training, dict]:
     """A training after its first `steps` steps, and the fields of its row: losses, and on a GPU peak memory."""
-    if rung.compiled:
-        torch._dynamo.reset()
     before = 0
     if device.type == "cuda":
         gc.collect()

@@ -146,6 +146,10 @@ def kernels_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def _plain(table: tiles.Table) -> dict[str, dict[str, list[int]]]:
+    return {slot: {key: list(numbers) for key, numbers in found.items()} for slot, found in table.items()}
+
+
 def describe() -> dict:
     """All of the above, as a results file holds it."""
     machine = here()
@@ -154,7 +158,7 @@ def describe() -> dict:
         "versions": versions(),
         "precision": settings(),
         "clocks": {"start": clocks()},
-        "tiles": tiles.table(machine.name) if machine.type == "cuda" else {},
+        "tiles": _plain(tiles.table(machine.name)) if machine.type == "cuda" else {},
         "kernels_hash": kernels_hash(),
         **commit(),
     }

@@ -92,13 +92,15 @@ def measure(op, case, dtype, who: list[Provider], ceilings: dict, rounds: int) -
     try:
         problem = Problem(op, case, dtype, machine.here().torch_device)
         checker = Checker(problem)
-    except torch.OutOfMemoryError as error:
-        reason = f"the problem and its truth do not fit into memory: {_line(error)}"
-        return [
-            key | {"pass": name, "provider": p.name, "status": "memory", "reason": reason}
-            for name in passes
-            for p in who
-        ]
+    except Exception as error:  # no truth, no row with a number; the other problems go on
+        memory = isinstance(error, torch.OutOfMemoryError)
+        what = "the problem and its truth do not fit into memory" if memory else "its truth is not known"
+        fields = {
+            "status": "memory" if memory else "error",
+            "reason": f"{what}: {type(error).__name__}: {_line(error)}",
+        }
+        free()
+        return [key | {"pass": name, "provider": p.name} | fields for name in passes for p in who]
     key["shape"] = problem.shape
     right, outcome = {}, {}
     for entry in who:
@@ -155,7 +157,9 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     first = next(iter(right), None)  # ours where it is timed: once more, to see what differs by chance alone
     for variant, call in [*right.items(), *([(first + AGAIN, right[first])] if first else [])]:
         try:
-            timers[variant], extra[variant] = prepare(name, problem, copies, call)
+            entry = providers.PROVIDERS.get(variant.removesuffix(AGAIN))
+            own = [copy.copy() for copy in copies] if entry and entry.overwrites else copies
+            timers[variant], extra[variant] = prepare(name, problem, own, call)
         except Exception as error:
             failed[variant] = error
             free()

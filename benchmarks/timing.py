@@ -128,6 +128,8 @@ def _elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
 
 def cuda_timer(functions: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> Timer:
     """A graph of the calls where they can be captured, else events."""
+    if _waits(functions[0], stream):  # a capture that fails may leave the allocator unusable: do not try
+        return EventTimer(functions, stream)
     try:
         return GraphTimer(functions, stream)
     except torch.OutOfMemoryError:
@@ -135,6 +137,22 @@ def cuda_timer(functions: Sequence[Callable[[], object]], stream: torch.cuda.Str
     except Exception:  # whatever keeps a provider from being captured, events do without
         torch.cuda.synchronize()
         return EventTimer(functions, stream)
+
+
+def _waits(function: Callable[[], object], stream: torch.cuda.Stream) -> bool:
+    """Whether a call makes the host wait for the device, as reading a number from it does."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        function()  # compilation may wait, and comes once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    return False
 
 
 def copies_needed(problem_bytes: int, l2: int, free: int) -> int:
@@ -161,11 +179,13 @@ def interleaved(
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Samples in milliseconds, one per round of each timer, the order drawn anew for each round; and what failed.
 
-    Stops early once `seconds` have passed and there are samples enough to say anything.
+    Stops early once `seconds` have passed and there are samples enough to say anything. A sample that is Late does not
+    count; where a third of them are, the timer has failed.
     """
     order, draw = list(timers), random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in order}
     failed: dict[str, Exception] = {}
+    late = dict.fromkeys(order, 0)
     began = time.perf_counter()
     for number in range(rounds):
         if number >= min(rounds, 6) and time.perf_counter() - began > seconds:
@@ -176,8 +196,15 @@ def interleaved(
                 continue
             try:
                 samples[name].append(timers[name].sample())
+            except Late as error:  # once, it may have been the host that was late
+                late[name] += 1
+                if late[name] > max(2, rounds // 3):
+                    failed[name] = error
             except Exception as error:  # one variant's failure must not end the others
                 failed[name] = error
+    for name, taken in samples.items():
+        if not taken and name not in failed:
+            failed[name] = Late("no sample was in time")
     return {name: taken for name, taken in samples.items() if name not in failed}, failed
 
 
