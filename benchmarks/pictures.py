@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from minigpt.errors import writing
 from minigpt.plots import GRID, INK, QUIET, STYLE
@@ -37,8 +37,8 @@ def draw(document: dict[str, Any], path: Path) -> list[Path]:
             mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
             drawn.append(_save(_times(document, mine), path, f"{op}-{dtype}"))
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
-            mine = [row for row in rows if row["dtype"] == dtype]
-            if document["ceilings"].get(f"matmul_tflops_{dtype}"):
+            mine = [row for row in rows if row["dtype"] == dtype and row["tflops"] > 0 and row["intensity"] > 0]
+            if mine and document["ceilings"].get(f"matmul_tflops_{dtype}"):
                 drawn.append(_save(_roofline(document, mine, dtype), path, f"roofline-{dtype}"))
     return drawn
 
@@ -56,14 +56,19 @@ def _plain(value: float, _: Any = None) -> str:
     return f"{value:,.10g}"
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _look(name: str, order: list[str]) -> dict[str, Any]:
     return {"color": COLORS.get(name, INK), "marker": MARKERS[order.index(name) % len(MARKERS)]}
 
 
 def _title(figure: Figure, document: dict[str, Any], text: str) -> None:
     about = f"{document['machine']['name']}, torch {document['versions']['torch']}, {document['date'][:10]}"
-    figure.suptitle(f"{text}\n", x=0.012, ha="left", fontsize=13, fontweight="bold")
-    figure.text(0.012, 0.925, about, fontsize=10, color=QUIET, va="top")
+    inch = 1 / figure.get_size_inches()[1]
+    figure.text(0.012, 1 - 0.14 * inch, text, fontsize=13, fontweight="bold", color=INK, va="top")
+    figure.text(0.012, 1 - 0.43 * inch, about, fontsize=10, color=QUIET, va="top")
 
 
 def _log(axis: Any, formatter: Callable = _plain) -> None:
@@ -81,15 +86,18 @@ def _times(document: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = [name for name in COLORS if any(row["provider"] == name for row in rows)]
     names += [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in names]
-    width = max(4.6, 1.1 * len(cases) + 1.5)
-    figure = Figure(figsize=(width * len(passes) + 1.4, 5.2), dpi=130)
+    stacked = len(cases) > 4  # one panel above the other, where they would be too wide side by side
+    rows_of_panels, columns = (len(passes), 1) if stacked else (1, len(passes))
+    width = max(4.6, 1.0 * len(cases) + 1.5)
+    size = (min(width, 14.0) * columns + 1.4, 2.9 * rows_of_panels + 2.1)
+    figure = Figure(figsize=size, dpi=130)
     _title(figure, document, f"{rows[0]['op']}, {rows[0]['dtype']}: milliseconds a call")
-    grid = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
-    longest = max(map(len, cases))
-    turned = longest * len(cases) > 11 * width
+    grid = figure.subplots(rows_of_panels, columns, sharey=not stacked, sharex=True, squeeze=False).flatten()
+    turned = max(map(len, cases)) * len(cases) > 9 * min(width, 14.0)
     figure.subplots_adjust(
-        left=0.9 / (width * len(passes)), right=0.985, top=0.78, bottom=0.3 if turned else 0.2, wspace=0.06
-    )
+        left=0.9 / size[0], right=1 - 0.15 / size[0], top=1 - 1.05 / size[1], wspace=0.06, hspace=0.22,
+        bottom=(1.65 if turned else 0.95) / size[1],
+    )  # fmt: skip
     for axes, name in zip(grid, passes, strict=True):
         axes.set_title(name, loc="left", fontsize=11.5)
         _times_panel(axes, [row for row in rows if row["pass"] == name], cases, names, turned)
@@ -155,11 +163,11 @@ def _roofline(document: dict[str, Any], rows: list[dict[str, Any]], dtype: str) 
     highest = max(*(row["intensity"] for row in rows), ridge) * 2
     axes.plot([lowest, ridge, highest], [lowest * bandwidth, peak, peak], color=INK, linewidth=1.6)
     axes.annotate(
-        f"copy {ceilings['copy_gbps']:,.3g} GB/s", (lowest, lowest * bandwidth), xytext=(6, -2),
+        f"copy {_short(ceilings['copy_gbps'])} GB/s", (lowest, lowest * bandwidth), xytext=(6, -2),
         textcoords="offset points", fontsize=10, color=INK, va="top",
     )  # fmt: skip
     axes.annotate(
-        f"matrix product {peak:,.3g} {unit}", (highest, peak), xytext=(-2, 5), textcoords="offset points",
+        f"matrix product {_short(peak)} {unit}", (highest, peak), xytext=(-2, 5), textcoords="offset points",
         fontsize=10, color=INK, ha="right",
     )  # fmt: skip
     for row in rows:
@@ -193,7 +201,6 @@ def _training(document: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 1.8 + 0.5 * len(rows)), dpi=130)
     _title(figure, document, f"Training {rows[0]['preset']}, {rows[0]['dtype']}: tokens a second")
     height = figure.get_size_inches()[1]
-    figure.texts[-1].set_y(1 - 0.42 / height)
     axes = figure.subplots()
     longest = max(len(row["configuration"]) for row in rows)
     figure.subplots_adjust(
@@ -212,7 +219,9 @@ def _training(document: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(rows)), [row["configuration"] for row in rows], fontsize=10.5, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, None)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.tick_params(axis="x", labelsize=10)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure

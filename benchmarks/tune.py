@@ -3,7 +3,7 @@
 For each entry of the table: candidates are compiled in parallel, those that spill or exceed shared memory dropped,
 the rest held to the truth, forward and backward, and those that are right timed in turns. The best of them is timed
 against the default once more, and enters the table if it is faster by more than chance. What is known is stored as
-it comes, in <gpu>.partial.json, and a sweep that was cut short goes on from there. --dry-run does all but the timing,
+it comes, in <gpu>.partial, and a sweep that was cut short goes on from there. --dry-run does all but the timing,
 for a GPU that is not there: kernels run in Triton's interpreter, on small problems.
 """
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--workers must be at least 1, not {arguments.workers}")
     base = TARGETS[arguments.arch] if arguments.dry_run else facts(here.torch_device)
     slug = f"dry-run-{arguments.arch}" if arguments.dry_run else here.slug
-    partial = Partial(arguments.out / f"{slug}.partial.json")
+    partial = Partial(arguments.out / f"{slug}.partial")
     chosen = [entry for entry in sweep.entries() if entry.op in names]
     if arguments.quick:
         chosen = list({entry.op: entry for entry in reversed(chosen)}.values())[::-1]
