@@ -49,7 +49,11 @@ def compare(
     if slugs[0] != slugs[1] and not force_gpu:
         raise UserError(f"measured on two devices, {slugs[0]} and {slugs[1]}: --force-gpu compares them all the same")
     timed = [
-        {results.key_of(document, row): row["samples_ms"] for row in document["rows"] if row["status"] == "ok"}
+        {
+            results.key_of(document, row): row["samples_ms"]
+            for row in document["rows"]
+            if row["status"] == "ok" and not row.get("provider", "").endswith(" again")
+        }
         for document in (a, b)
     ]
     both = [key for key in timed[0] if key in timed[1]]

@@ -111,7 +111,7 @@ def candidates(entry: Entry) -> list[Candidate]:
     if entry.slot.startswith("attention"):
         half = entry.key.startswith("half")
         blocks = (32, 64, 128) if half else (16, 32, 64)
-        grid = itertools.product(blocks, blocks, (4, 8), (1, 2, 3, 4) if half else (1, 2))
+        grid = itertools.product(blocks, blocks, (4, 8), (2, 3) if half else (1, 2))
         found = [numbers for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
     elif entry.slot == "layer_norm.rows":
         block = int(entry.key)

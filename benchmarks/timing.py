@@ -161,8 +161,16 @@ def copies_needed(problem_bytes: int, l2: int, free: int) -> int:
     return max(1, min(wanted, MOST_COPIES, free // max(1, problem_bytes)))
 
 
-def host_microseconds(function: Callable[[], object], calls: int = 50, repeats: int = 5) -> float:
-    """What a call costs the host on a GPU, in microseconds: the least of several means, with the queue empty before."""
+def host_microseconds(function: Callable[[], object], repeats: int = 3) -> float:
+    """What a call costs the host on a GPU, in microseconds: the least of several means, with the queue empty before.
+
+    A mean is over 50 calls, or as many as the device does in 20 ms: beyond that it is the device that is timed.
+    """
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    calls = max(3, min(50, int(0.02 / (time.perf_counter() - began))))
     best = math.inf
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -234,4 +242,7 @@ def _median_ms(function: Callable[[], object], device: torch.device, rounds: int
         timer = EventTimer([function] * 3)
     else:
         timer = CpuTimer(function)
-    return statistics.median(timer.sample() for _ in range(rounds))
+    samples, failed = interleaved({"ceiling": timer}, rounds)
+    for error in failed.values():
+        raise error
+    return statistics.median(samples["ceiling"])

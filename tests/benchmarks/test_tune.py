@@ -98,7 +98,7 @@ def test_a_damaged_partial_file_starts_anew(tmp_path):
 
 def test_compilation_in_a_process_of_its_own():
     loss = next(entry for entry in ENTRIES if entry.name == "cross_entropy.forward 128")
-    candidate = Candidate(loss, (128, 8, 4))
+    candidate = Candidate(loss, (128, 8, 8))
     assert sweep.compiled([candidate], "sm_90", 1) == {candidate.name: ""}
 
 
