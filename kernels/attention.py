@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference
+from kernels import reference, tiles
 from kernels.device import Device, allow_tf32
 from kernels.op import (
     Case,
@@ -704,10 +704,14 @@ def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool 
     if device.arch == "interpreter":  # its cost is per program
         return 128, 128, 4, 1
     rows = table[device.tiles]
-    kind = _kind(spec, options)
+    kind, size = _kind(spec, options), max(64, next_power_of_2(spec.shape[-1]))
     traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
-    kind = next(row for row in (kind + "".join(traits), *(kind + trait for trait in traits), kind) if row in rows)
-    block_q, block_k, warps, stages = rows[kind][max(64, next_power_of_2(spec.shape[-1]))]
+    exact = kind + "".join(traits)
+    slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
+    if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
+        return tuned
+    row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
+    block_q, block_k, warps, stages = rows[row][size]
     return block_q, block_k, warps, stages
 
 

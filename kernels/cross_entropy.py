@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import device as devices
-from kernels import reference
+from kernels import reference, tiles
 from kernels.device import Device
 from kernels.op import (
     Case,
@@ -188,11 +188,14 @@ def _cross_entropy_backward(
 # ---------------------------------------------------------------- plan
 
 
-def tile(n_rows: int, n_classes: int, device: Device) -> tuple[int, int, int]:
+def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
     """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short."""
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
         return block_v, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_v)), 4
+    tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
+    if tuned:
+        return tuned
     block_v = max(16, min(next_power_of_2(n_classes), 4096))
     return block_v, max(1, 2048 // block_v), 4 if block_v <= 2048 else 8
 
@@ -203,7 +206,7 @@ def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = tile(n_rows, n_classes, device)
+    block_v, rows, warps = tile(n_rows, n_classes, device, "forward")
     if specs["weight"] is not None and options["label_smoothing"] > 0.0:
         warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
@@ -214,7 +217,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = tile(n_rows, n_classes, device)
+    block_v, rows, warps = tile(n_rows, n_classes, device, "backward")
     arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}

@@ -63,6 +63,7 @@ class Device:
     arch: str  # "sm_90", "gfx942", ..., "interpreter"
     processors: int  # streaming multiprocessors or compute units
     shared_memory: int  # bytes one program can have
+    name: str = ""  # the GPU's own, by which tuned tiles are found; none for what is only compiled for
 
     @property
     def tiles(self) -> str:
@@ -95,9 +96,11 @@ def facts(device: torch.device) -> Device:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count, 64 * 1024)
+        return Device(
+            properties.gcnArchName.split(":")[0], properties.multi_processor_count, 64 * 1024, properties.name
+        )
     arch = f"sm_{properties.major}{properties.minor}"
-    return Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Device(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.name)
 
 
 def allow_tf32(tensor: torch.Tensor) -> bool:

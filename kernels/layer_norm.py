@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from kernels import reference
+from kernels import reference, tiles
 from kernels.device import Device
 from kernels.op import (
     Case,
@@ -285,7 +285,8 @@ def _block(n_rows: int, n: int, device: Device) -> tuple[int, int, int]:
     block_n = max(16, next_power_of_2(n))
     if device.arch == "interpreter":  # its cost is per program
         return block_n, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_n)), 4
-    return block_n, max(1, 2048 // block_n), min(16, max(4, block_n // 512))
+    tuned = tiles.tuned(device, "layer_norm.rows", str(block_n))
+    return block_n, *(tuned or (max(1, 2048 // block_n), min(16, max(4, block_n // 512))))
 
 
 def _parts(n_rows: int, n: int, device: Device) -> int:

@@ -145,7 +145,7 @@ def chunk_rows(n_rows: int, hidden: int, n_classes: int, itemsize: int, bound: i
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     """One chunk."""
     n_rows, n_classes = specs["logits"].shape
-    block_v, rows, warps = tile(n_rows, n_classes, device)
+    block_v, rows, warps = tile(n_rows, n_classes, device, "forward")
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "factor", "losses", "lse")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}

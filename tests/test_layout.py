@@ -17,7 +17,7 @@ OURS = {"kernels", "minigpt", "benchmarks", "profiling", "tests", "train", "gene
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "minigpt": {"kernels", "minigpt"},
-    "benchmarks": {"kernels", "minigpt", "benchmarks"},
+    "benchmarks": {"kernels", "minigpt", "benchmarks", "profiling"},
     "profiling": {"kernels", "minigpt", "profiling"},
 }
 each_op = pytest.mark.parametrize("op", catalogue.OPS, ids=lambda op: op.name)

@@ -1,0 +1,274 @@
+"""The ladder: configurations of training, each right first and timed then, and their speed, MFU and memory."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import machine, results, stats, timing
+from minigpt import backends, config, corpora
+from minigpt.allocator import keep_freed_memory
+from minigpt.batches import Batches
+from minigpt.config import TrainConfig
+from minigpt.errors import UserError
+from minigpt.model import GPT
+from minigpt.tokenizers import CharTokenizer
+from minigpt.trainer import learning_rate, make_optimizer
+
+MFU_FORMULA = (
+    "MFU = tokens/s x (6 N + 12 L C T) / peak, with N the parameters of the matrix products (embeddings left out, the "
+    "head counted), L layers of width C, T tokens of context, peak the data sheet's dense rate for the dtype."
+)
+INTERPRETED = "Triton's interpreter runs the kernels here, which says nothing about speed"
+TOLERANCES = {"fp32": 5e-3, "bf16": 5e-2, "fp16": 5e-2}
+"""By dtype: how far, in nats per token, the mean loss of the last tenth of the steps may be from that of `torch`."""
+DROPOUT_TOLERANCE = 0.1
+"""The same for models with dropout, where every backend draws masks of its own."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One configuration of the ladder: what --kernels is given, and whether the model is compiled."""
+
+    kernels: str
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.kernels + ("+compile" if self.compiled else "")
+
+    @property
+    def has_triton(self) -> bool:
+        return "triton" in backends.parse_request(self.kernels).values()
+
+
+def ladder() -> list[Rung]:
+    """Every configuration, in the order that kernels and compilation are added, then each kernel left out."""
+    without = [",".join(f"{op}={'torch' if op == out else 'triton'}" for op in backends.OPS) for out in backends.OPS]
+    rungs = [Rung("eager"), Rung("torch"), Rung("torch", True), Rung("triton"), Rung("triton", True)]
+    return [*rungs, *map(Rung, without)]
+
+
+def chosen(names: list[str]) -> list[Rung]:
+    """Rungs by name; the whole ladder without one. Any value of --kernels will do, with +compile or without.
+
+    Raises UserError for what no backend is called.
+    """
+    rungs = []
+    for name in names:
+        request, plus, rest = name.partition("+")
+        if plus and rest != "compile":
+            raise UserError(f"unknown configuration {name!r}: a value of --kernels, or one with +compile")
+        backends.parse_request(request)
+        rungs.append(Rung(request, bool(plus)))
+    return rungs or ladder()
+
+
+def finish(rows: list[dict[str, Any]]) -> None:
+    """Enter each timed row's time over ours: that of all kernels, compiled if that ran; beside nanoGPT whatever ran."""
+    timed = {row["configuration"]: row for row in rows if row["status"] == "ok"}
+    candidates = ("triton+compile", "triton", *(("torch",) if "nanoGPT" in timed else ()))
+    ours = next((timed[name] for name in candidates if name in timed), None)
+    for row in timed.values() if ours else ():
+        row["over_ours"] = float(f"{row['median_ms'] / ours['median_ms']:.4g}")
+        row["ours"] = ours["configuration"]
+
+
+# ---------------------------------------------------------------- one model that trains
+
+
+class Training:
+    """A model, its optimizer and its data: `step` trains, as minigpt.trainer does, and gives the loss."""
+
+    def __init__(self, settings: TrainConfig, rung: Rung, device: torch.device):
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.settings, self.device = settings, device
+        self.dtype = config.pick_dtype(settings.dtype, device)
+        corpus = corpora.load(settings.data)
+        tokenizer = CharTokenizer.from_text(corpus.text)
+        tokens = torch.from_numpy(tokenizer.encode(corpus.split()[0])).to(device)
+        self.batches = Batches(tokens, settings.window or settings.block_size, settings.batch_size, settings.seed)
+        self.tokens_per_step = settings.batch_size * self.batches.window * settings.grad_accumulation
+        torch.manual_seed(settings.seed)
+        ops = backends.resolve(rung.kernels, device)
+        self.model = GPT(settings.model_config(tokenizer.vocab_size), ops).to(device)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.forward = torch.compile(self.model) if rung.compiled else self.model
+        self.done = 0
+
+    def step(self) -> torch.Tensor:
+        """One optimizer step; the mean loss () of its batches, still on the device."""
+        settings, total = self.settings, None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.done, settings)
+        count = settings.grad_accumulation
+        for index in range(self.done * count, (self.done + 1) * count):
+            inputs, targets = self.batches[index]
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.forward(inputs, targets)[1]
+            self.scaler.scale(loss / count).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        if settings.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        return total / count
+
+
+def flops_per_token(model: GPT, window: int) -> int:
+    """Operations of forward and backward for one token, as MFU_FORMULA counts them."""
+    shape = model.config
+    head = shape.vocab_size * shape.n_embd
+    blocks = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() == 2)
+    return 6 * (blocks + head) + 12 * shape.n_layer * shape.n_embd * window
+
+
+def mfu_percent(tokens_per_second: float, flops: int, device_name: str, dtype: torch.dtype) -> float | None:
+    """Model FLOPs utilization in percent; None for a device or precision whose peak is not known."""
+    peak = machine.peak_tflops(device_name, machine.precision(dtype))
+    return None if peak is None else 100 * tokens_per_second * flops / (peak * 1e12)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass
+class StepTimer:
+    """A step of one training by the clock, the device's work included."""
+
+    training: Training
+    method: str = "perf_counter"
+
+    def sample(self) -> float:
+        wait(self.training.device)
+        began = time.perf_counter()
+        self.training.step()
+        wait(self.training.device)
+        return (time.perf_counter() - began) * 1e3
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    settings: TrainConfig,
+    rungs: list[Rung],
+    device: torch.device,
+    steps: int,
+    rounds: int,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Rows of the rungs: losses over `steps` steps first, then `rounds` timed steps of those that agree, in turns.
+
+    `keep` is given the rows as they stand whenever there is news.
+    """
+    rows, trainings = [], {}
+    dtype_name = next(n for n, known in config.DTYPES.items() if known == config.pick_dtype(settings.dtype, device))
+    for rung in rungs:
+        row: dict[str, Any] = {"preset": settings.preset, "configuration": rung.name, "dtype": dtype_name}
+        rows.append(row)
+        if device.type == "cpu" and rung.has_triton:
+            row |= {"status": "skipped", "reason": INTERPRETED}
+            continue
+        training = None
+        try:
+            training, found = _first_steps(settings, rung, device, steps)
+            row |= found
+            trainings[rung.name] = training
+        except Exception as error:
+            row |= _failure(error)
+            training = None
+            gc.collect()
+        if training is not None:
+            row |= {"status": "untimed", "reason": "the run ended before this was timed"}
+        print(f"{rung.name}: {row.get('last_loss', row.get('reason'))}", flush=True)
+        keep(rows)
+    agree(rows, settings)
+    timers = {row["configuration"]: StepTimer(trainings[row["configuration"]]) for row in _agreed(rows, trainings)}
+    _, failed = timing.interleaved(timers, 1)  # with every model in memory, once without a clock
+    timers = {name: timer for name, timer in timers.items() if name not in failed}
+    samples, broken = timing.interleaved(timers, rounds, seconds=240.0)
+    failed |= broken
+    for row in rows:
+        name = row["configuration"]
+        if name in failed:
+            row |= _failure(failed[name])
+        elif name in samples:
+            row.pop("reason")
+            training = trainings[name]
+            row |= speed(samples[name], training.tokens_per_step)
+            flops = flops_per_token(training.model, training.batches.window)
+            mfu = mfu_percent(row["tokens_per_second"], flops, machine.here().name, training.dtype)
+            row["mfu_percent"] = None if mfu is None else float(f"{mfu:.4g}")
+    return rows
+
+
+def _agreed(rows: list[dict[str, Any]], trainings: dict[str, Training]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["status"] == "untimed" and row["configuration"] in trainings]
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "memory", "reason": f"out of memory: {text}"}
+    if isinstance(error, UserError):
+        return {"status": "skipped", "reason": text}
+    return {"status": "error", "reason": f"{type(error).__name__}: {text}"}
+
+
+def _first_steps(settings: TrainConfig, rung: Rung, device: torch.device, steps: int) -> tuple[Training, dict]:
+    """A training after its first `steps` steps, and the fields of its row: losses, and on a GPU peak memory."""
+    before = 0
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    training = Training(settings, rung, device)
+    losses = torch.stack([training.step() for _ in range(steps)]).tolist()
+    tenth = max(1, steps // 10)
+    found = {
+        "first_loss": losses[0], "last_loss": statistics.fmean(losses[-tenth:]), "losses": losses,
+        "tokens_per_step": training.tokens_per_step, "peak_memory_mib": None,
+    }  # fmt: skip
+    if device.type == "cuda":
+        found["peak_memory_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return training, found
+
+
+def agree(rows: list[dict[str, Any]], settings: TrainConfig) -> None:
+    """Mark the rows as wrong whose last losses are not finite, or further from those of `torch` than allowed."""
+    ran = [row for row in rows if row["status"] == "untimed"]
+    if not ran:
+        return
+    truth = next((row for row in ran if row["configuration"] == "torch"), ran[0])
+    for row in ran:
+        tolerance = DROPOUT_TOLERANCE if settings.dropout else TOLERANCES[row["dtype"]]
+        apart = abs(row["last_loss"] - truth["last_loss"])
+        row["loss_apart"] = float(f"{apart:.3g}")
+        if not apart <= tolerance:  # NaN is wrong too
+            reason = f"wrong: its loss is {row['last_loss']:.4f}, that of {truth['configuration']} "
+            reason += f"{truth['last_loss']:.4f}; {tolerance:g} apart is allowed"
+            row |= {"status": "wrong", "reason": reason}
+
+
+def speed(samples_ms: list[float], tokens_per_step: int) -> dict[str, Any]:
+    """The fields of a row that come from the times of its steps; the 20th percentile of speed is a slow step's."""
+    row = results.timed(samples_ms)
+    summary = stats.Summary(row["median_ms"], row["p20_ms"], row["p80_ms"])
+    rates = [tokens_per_step / ms * 1e3 for ms in (summary.median, summary.p80, summary.p20)]
+    names = ("tokens_per_second", "p20_tokens_per_second", "p80_tokens_per_second")
+    row |= {name: float(f"{rate:.6g}") for name, rate in zip(names, rates, strict=True)}
+    return row | {"tokens_per_step": tokens_per_step}

@@ -1,0 +1,118 @@
+"""A checkout of nanoGPT, run as it is and in turns with our training: the same model, batch, context and precision.
+
+nanoGPT prints the time of each iteration, batch and loss included and evaluation excluded; ours is timed as training
+runs it, with the loss fetched each step, as nanoGPT does. The first iterations of each turn do not count.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ladder
+from minigpt.config import TrainConfig, pick_dtype
+from minigpt.errors import UserError
+
+DATA = "shakespeare_char"
+DROPPED = 5
+_ITERATION = re.compile(r"^iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms", re.MULTILINE)
+
+
+def check(folder: Path) -> None:
+    """Raise UserError unless `folder` is a checkout of nanoGPT whose characters of Shakespeare are prepared."""
+    for name in ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no checkout of nanoGPT: it has no {name}")
+    missing = [name for name in ("train.bin", "val.bin", "meta.pkl") if not (folder / "data" / DATA / name).is_file()]
+    if missing:
+        raise UserError(
+            f"nanoGPT's data is not prepared, data/{DATA} lacks {', '.join(missing)}: "
+            f"run python data/{DATA}/prepare.py in {folder}"
+        )
+
+
+def command(settings: TrainConfig, device: torch.device, iterations: int, out: Path) -> list[str]:
+    """nanoGPT's own training program, set to our model and batch; compiled on a GPU, where that is its best."""
+    dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    flags = {
+        "device": device.type,
+        "compile": device.type == "cuda",
+        "dtype": dtype[pick_dtype(settings.dtype, device)],
+        "out_dir": out,
+        "eval_interval": 100000,
+        "eval_iters": 1,
+        "log_interval": 1,
+        "block_size": settings.block_size,
+        "batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.grad_accumulation,
+        "n_layer": settings.n_layer,
+        "n_head": settings.n_head,
+        "n_embd": settings.n_embd,
+        "max_iters": iterations,
+        "lr_decay_iters": 2000,
+        "dropout": settings.dropout,
+    }
+    return [sys.executable, "train.py", "config/train_shakespeare_char.py", *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def parse(output: str) -> list[float]:
+    """Milliseconds of each iteration that nanoGPT's output tells of, the first ones left out."""
+    return [float(ms) for number, _, ms in _ITERATION.findall(output) if int(number) >= DROPPED]
+
+
+def _theirs(folder: Path, settings: TrainConfig, device: torch.device, iterations: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as out:
+        done = subprocess.run(
+            command(settings, device, iterations, Path(out)), cwd=folder, capture_output=True, text=True, timeout=900
+        )
+    times = parse(done.stdout)
+    if done.returncode or not times:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise UserError(f"nanoGPT in {folder} ended with status {done.returncode}: {said}")
+    return times
+
+
+def _ours(training: ladder.Training, iterations: int) -> list[float]:
+    times = []
+    for _ in range(iterations):
+        ladder.wait(training.device)
+        began = time.perf_counter()
+        training.step().item()
+        times.append((time.perf_counter() - began) * 1e3)
+    return times[DROPPED:]
+
+
+def measure(folder: Path, settings: TrainConfig, device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Rows of nanoGPT and of ours, timed in turns. Raises UserError where nanoGPT cannot run."""
+    check(folder)
+    if settings.dropout == 0.0 and settings.window not in (0, settings.block_size):
+        raise UserError(f"preset {settings.preset} trains on windows shorter than its context, which nanoGPT does not")
+    text = folder / "data" / DATA / "input.txt"
+    if text.is_file():
+        settings = replace(settings, data=str(text))  # the vocabulary sizes the last layer
+    turns, iterations = (2, 20) if quick else (4, 60)
+    on_gpu = device.type == "cuda"
+    rungs = [ladder.Rung("torch"), *([ladder.Rung("triton"), ladder.Rung("triton", True)] if on_gpu else [])]
+    trainings = {rung.name: ladder.Training(settings, rung, device) for rung in rungs}
+    samples: dict[str, list[float]] = {"nanoGPT": [], **{name: [] for name in trainings}}
+    for turn in range(turns):
+        for name in list(samples) if turn % 2 == 0 else reversed(list(samples)):
+            if name == "nanoGPT":
+                samples[name] += _theirs(folder, settings, device, iterations)
+            else:
+                samples[name] += _ours(trainings[name], iterations + 1)
+            print(f"turn {turn + 1} of {turns}: {name}", flush=True)
+    dtype = str(pick_dtype(settings.dtype, device)).removeprefix("torch.")
+    tokens = settings.batch_size * settings.block_size * settings.grad_accumulation
+    rows = []
+    for name, times in samples.items():
+        row = {"preset": settings.preset, "configuration": name, "dtype": dtype, "mfu_percent": None}
+        note = "its own train.py, as it is" if name == "nanoGPT" else ""
+        rows.append(row | {"note": note} | ladder.speed(times, tokens))
+    return rows

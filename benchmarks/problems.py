@@ -1,0 +1,382 @@
+"""A problem: one op, one of its cases, one dtype, on one device; its inputs, and whether an answer to it is right.
+
+Truth is the reference in float64 on the inputs as the dtype rounded them. As the numerics contract has it, in maximum
+and in RMS, for the outputs and every gradient,
+
+    error <= factor * (2 * (the error of PyTorch's own function in that dtype) + eps(dtype) * RMS(truth))
+
+with a factor of 1 for our kernels. Peers have promised no such thing and get PEER_FACTOR: what a wrong kernel does is
+larger by far. The check draws twice, into the same memory, so that an answer remembered from before is wrong.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kernels.op import Case, Op
+from minigpt.errors import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PEER_FACTOR = 8.0
+SEEDS = (0, 1)
+DRAWS = 8  # of PyTorch's error, where a problem is small and its largest error a matter of luck
+SMALL_BYTES = 16 << 20
+LARGEST_SCORES = 1 << 25  # elements, above which the truth of attention is computed head by head
+DROPOUT_SEED = 7
+
+Outputs = tuple[torch.Tensor, ...]
+Call = Callable[..., Any]
+
+
+class Wrong(Exception):
+    """The answer is not right, and so its time is of no interest: one line that says what is wrong."""
+
+
+# Cases beside Op.sizes for a CPU, where those are too large: small multiples of what the mini-GPT runs there.
+_SMALL = {
+    "scaled_dot_product_attention": {"heads": (12, 4, 64, 32), "longer": (2, 4, 256, 64)},
+    "layer_norm": {"128": (768, 128), "768": (1024, 768)},
+    "add_layer_norm": {"128": (768, 128), "768": (1024, 768)},
+    "cross_entropy": {"v65": (768, 65), "v8192": (256, 8192)},
+}
+
+
+def small_cases(op: Op) -> tuple[Case, ...]:
+    """Cases of `op` for a CPU; of an op that is not known here, the two largest of its tests."""
+    sizes = _SMALL.get(op.name)
+    if not sizes:
+        elements = {case.name: sum(math.prod(shape) for shape in case.shapes.values()) for case in op.cases}
+        return tuple(sorted(op.cases, key=lambda case: elements[case.name])[-2:])
+    cases = []
+    for name, shape in sizes.items():
+        if op.name == "scaled_dot_product_attention":
+            cases.append(Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True}))
+        elif op.name == "cross_entropy":
+            cases.append(Case(name, {"input": shape, "target": shape[:1]}))
+        else:
+            shapes = {"input": shape, "residual": shape, "weight": shape[1:], "bias": shape[1:]}
+            known = op.cases[0].shapes
+            shapes = {key: value for key, value in shapes.items() if key in known or key in ("weight", "bias")}
+            cases.append(Case(name, shapes, {"normalized_shape": shape[1:]}))
+    return tuple(cases)
+
+
+def ops_named(names: list[str]) -> list[Op]:
+    """Ops of the catalogue by name; all without one. Raises UserError for an unknown name, listing the right ones."""
+    from kernels import catalogue
+
+    known = {op.name: op for op in catalogue.OPS}
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown op {name!r}: choose from {', '.join(known)}")
+    return [known[name] for name in names] or list(known.values())
+
+
+class Problem:
+    """An op's case in a dtype on a device, its inputs drawn with a seed; `redraw` draws others into the same memory."""
+
+    def __init__(self, op: Op, case: Case, dtype: torch.dtype, device: torch.device):
+        self.op, self.case, self.dtype, self.device = op, case, dtype, device
+        self.inputs = self._draw(0)
+        self.wanted = [name for name in self.inputs if name in op.differentiable]
+        with torch.no_grad():
+            like = as_tuple(call_on_meta(self))
+        self.gradients = tuple(torch.empty(out.shape, dtype=out.dtype, device=device) for out in like)
+        self._draw_gradients(0)
+
+    def _draw(self, seed: int) -> dict[str, torch.Tensor]:
+        """As Op.inputs, every floating one in `dtype`, and normal numbers drawn where they are needed."""
+        generator = torch.Generator().manual_seed(seed)
+        at_device = torch.Generator(self.device).manual_seed(seed)
+        tensors = {}
+        for name, shape in self.case.shapes.items():
+            tensor = None
+            if self.op.draw(name, (1,) * len(shape), self.case, torch.Generator()) is not None:
+                tensor = self.op.draw(name, shape, self.case, generator).to(self.device)
+                tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            tensors[name] = tensor
+            if tensor is None:
+                tensors[name] = torch.randn(shape, generator=at_device, device=self.device).to(self.dtype)
+        return tensors
+
+    def _draw_gradients(self, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed + 1000)
+        for gradient in self.gradients:
+            gradient.copy_(torch.randn(gradient.shape, generator=generator, device=self.device))
+
+    def redraw(self, seed: int) -> None:
+        """Other inputs and incoming gradients, at the same addresses."""
+        for name, tensor in self._draw(seed).items():
+            self.inputs[name].copy_(tensor)
+        self._draw_gradients(seed)
+
+    def copy(self) -> "Problem":
+        """The same problem in memory of its own."""
+        twin = object.__new__(Problem)
+        twin.__dict__ |= self.__dict__
+        twin.inputs = {name: tensor.clone() for name, tensor in self.inputs.items()}
+        twin.gradients = tuple(gradient.clone() for gradient in self.gradients)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs and incoming gradients."""
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), *self.gradients))
+
+    @property
+    def shape(self) -> str:
+        """The shapes as a table shows them: each once, in order."""
+        return " ".join(dict.fromkeys("x".join(map(str, shape)) or "scalar" for shape in self.case.shapes.values()))
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """The inputs as new leaves that want gradients, in the same memory."""
+        return {name: tensor.detach().requires_grad_(name in self.wanted) for name, tensor in self.inputs.items()}
+
+    def cost(self) -> dict[str, Any]:
+        """Pass -> Cost of the op: forward, backward, and both."""
+        forward, backward = self.op.cost(self.inputs, self.case.options)
+        costs = {"forward": forward}
+        if self.wanted:
+            both = type(forward)(forward.flops + backward.flops, forward.bytes + backward.bytes)
+            costs |= {"backward": backward, "forward+backward": both}
+        return costs
+
+
+def as_tuple(outputs: Any) -> Outputs:
+    """What an op returns, one tensor or several, as a tuple."""
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+def call_on_meta(problem: Problem) -> Any:
+    """The op's outputs without data, for their shapes and dtypes; with data where the reference looks at some."""
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in problem.inputs.items()}
+    try:
+        return problem.op.reference(**meta, **problem.case.options)
+    except (RuntimeError, NotImplementedError):
+        return problem.op.reference(**problem.inputs, **problem.case.options)
+
+
+# ---------------------------------------------------------------- right or wrong
+
+
+def answer(problem: Problem, call: Call) -> dict[str, torch.Tensor]:
+    """Outputs and gradients by name, as `call` gives them, copied on the current stream without waiting for others.
+
+    Raises Wrong where a gradient does not come: a provider that computes forward alone has not done the work.
+    """
+    leaves = problem.leaves()
+    torch.manual_seed(DROPOUT_SEED)
+    outputs = as_tuple(call(**leaves, **problem.case.options))
+    found = {name_of_output(i, outputs): out.detach().clone() for i, out in enumerate(outputs)}
+    if len(outputs) != len(problem.gradients):
+        raise Wrong(f"{len(outputs)} outputs, should be {len(problem.gradients)}")
+    if problem.wanted:
+        through = [pair for pair in zip(outputs, problem.gradients, strict=True) if pair[0].requires_grad]
+        if not through:
+            raise Wrong("its output has no gradient: it computes forward alone")
+        wanted = [leaves[name] for name in problem.wanted]
+        gradients = torch.autograd.grad(
+            [out for out, _ in through], wanted, [_like(grad, out) for out, grad in through], allow_unused=True
+        )
+        for name, gradient in zip(problem.wanted, gradients, strict=True):
+            if gradient is None:
+                raise Wrong(f"no gradient for {name}")
+            found[f"d{name}"] = gradient.clone()
+    return found
+
+
+def _like(gradient: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return gradient.to(output.dtype)
+
+
+def name_of_output(index: int, outputs: Outputs) -> str:
+    """ "output" of one, "output0", "output1", ... of several."""
+    return "output" if len(outputs) == 1 else f"output{index}"
+
+
+class Checker:
+    """Holds providers' answers to a problem to the truth; what it takes to know the truth is computed once."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.truths: dict[int, dict[str, torch.Tensor]] = {}
+        self.allowed: dict[str, tuple[float, float]] = {}
+        theirs: dict[str, tuple[float, float]] = {}
+        for seed in range(DRAWS if problem.nbytes <= SMALL_BYTES else len(SEEDS)):
+            problem.redraw(seed)
+            truth = None
+            for function in _torch_functions(problem):
+                if problem.case.options.get("dropout_p"):
+                    continue
+                try:
+                    given = answer(problem, function)
+                except Exception:  # whatever it is, the provider's own row will tell it
+                    continue
+                for name, exact in (truth := truth or self._truth(seed, None)).items():
+                    worst = theirs.get(name, (0.0, 0.0))
+                    theirs[name] = tuple(map(max, worst, errors(given[name], exact)))
+        eps = torch.finfo(problem.dtype).eps
+        problem.redraw(SEEDS[0])
+        for name, exact in self._truth(SEEDS[0], None).items():
+            floor = eps * exact.square().mean().sqrt().item() if exact.numel() else 0.0
+            # nobody to compare with; or dropout: no two draw one mask, and 1 - p comes in steps of 2^-16
+            if name not in theirs:
+                step = floor * max(1.0, 2.0**-16 / eps)
+                theirs[name] = (32 * step, 4 * step)
+            their_max, their_rms = theirs[name]
+            self.allowed[name] = (2 * their_max + floor, 2 * their_rms + floor)
+
+    def _truth(self, seed: int, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The exact answer for the inputs of `seed`, which must be drawn; with dropout, for that mask."""
+        if mask is None and seed in self.truths:
+            return self.truths[seed]
+        truth = exact_answer(self.problem, mask)
+        if mask is None and seed in SEEDS:
+            self.truths[seed] = truth
+        return truth
+
+    def check(self, call: Call, factor: float = 1.0) -> dict[str, float]:
+        """By quantity, the error over what is allowed before `factor`; raises Wrong where that exceeds `factor`."""
+        ratios: dict[str, float] = {}
+        for seed in SEEDS:
+            self.problem.redraw(seed)
+            mask = dropout_mask(self.problem, call) if self.problem.case.options.get("dropout_p") else None
+            given = answer(self.problem, call)
+            truth = self._truth(seed, mask)
+            for name, exact in truth.items():
+                if name not in given:
+                    raise Wrong(f"no {name}")
+                if given[name].shape != exact.shape:
+                    raise Wrong(f"{name} has shape {tuple(given[name].shape)}, should be {tuple(exact.shape)}")
+                for error, allowed, what in zip(
+                    errors(given[name], exact), self.allowed[name], ("maximum", "RMS"), strict=True
+                ):
+                    ratio = error / allowed if allowed else (0.0 if error == 0.0 else math.inf)
+                    if not ratio <= factor:  # NaN fails too
+                        raise Wrong(f"{what} error of {name} is {error:.3g}, allowed {factor * allowed:.3g}")
+                    ratios[name] = max(ratios.get(name, 0.0), ratio)
+        return ratios
+
+    def check_outputs(self, outputs: Any, seed: int, factor: float = 1.0) -> None:
+        """Hold outputs alone to the truth of `seed`: what a timed call left behind. Nothing is said of dropout."""
+        if self.problem.case.options.get("dropout_p"):
+            return
+        outputs = as_tuple(outputs)
+        for index, output in enumerate(outputs):
+            name = name_of_output(index, outputs)
+            high, _ = errors(output.detach(), self.truths[seed][name])
+            if not high <= factor * self.allowed[name][0]:
+                raise Wrong(f"{name} is wrong after timing: maximum error {high:.3g}")
+
+
+def errors(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """(maximum, RMS) of the difference of two tensors of one shape."""
+    error = (result.double() - truth).abs()
+    return (error.max().item(), error.square().mean().sqrt().item()) if error.numel() else (0.0, 0.0)
+
+
+def _torch_functions(problem: Problem) -> list[Call]:
+    """The implementations whose rounding sets the scale: PyTorch's own function and the plain arithmetic."""
+    from benchmarks import providers
+
+    found = []
+    for name in ("torch", "eager"):
+        try:
+            found.append(providers.PROVIDERS[name].make(problem))
+        except providers.Unavailable:
+            continue
+    return found
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def exact_answer(problem: Problem, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Outputs and gradients by the reference in float64; attention head by head, its scores would not fit else."""
+    extra = {} if mask is None else {"dropout_mask": mask.double()}
+    options = {k: v for k, v in problem.case.options.items() if k != "dropout_p"} | extra
+    if not _too_many_scores(problem):
+        return _exact(problem, problem.inputs, problem.gradients, options)
+    parts = {}
+    heads = problem.inputs["key"].shape[1]
+    group = problem.inputs["query"].shape[1] // heads
+    for batch, head in ((b, h) for b in range(problem.inputs["query"].shape[0]) for h in range(heads)):
+        places = {"key": slice(head, head + 1), "value": slice(head, head + 1)}
+        queries = slice(head * group, (head + 1) * group)
+        here = slice(batch, batch + 1)
+        inputs = {name: tensor[here, places.get(name, queries)] for name, tensor in problem.inputs.items()}
+        if mask is not None:
+            options["dropout_mask"] = extra["dropout_mask"][here, queries]
+        found = _exact(problem, inputs, [g[here, queries] for g in problem.gradients], options)
+        for name, tensor in found.items():
+            shape = problem.inputs[name.removeprefix("d")].shape if name != "output" else problem.gradients[0].shape
+            whole = parts.setdefault(name, torch.empty(shape, dtype=torch.float64, device=tensor.device))
+            whole[here, places.get(name.removeprefix("d"), queries)] = tensor
+    return parts
+
+
+def _too_many_scores(problem: Problem) -> bool:
+    if problem.op.name != "scaled_dot_product_attention" or problem.inputs["query"].dim() != 4:
+        return False
+    query, key = problem.case.shapes["query"], problem.case.shapes["key"]
+    return math.prod(query[:3]) * key[2] > LARGEST_SCORES
+
+
+def _exact(problem: Problem, inputs: dict, gradients: Any, options: dict) -> dict[str, torch.Tensor]:
+    leaves = {name: _wide(tensor.detach()).requires_grad_(name in problem.wanted) for name, tensor in inputs.items()}
+    outputs = as_tuple(problem.op.reference(**leaves, **options))
+    found = {name_of_output(i, outputs): out.detach() for i, out in enumerate(outputs)}
+    if problem.wanted:
+        through = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        given = torch.autograd.grad(
+            [out for out, _ in through], [leaves[name] for name in problem.wanted], [g.double() for _, g in through]
+        )
+        found |= {f"d{name}": gradient for name, gradient in zip(problem.wanted, given, strict=True)}
+    return found
+
+
+def dropout_mask(problem: Problem, call: Call) -> torch.Tensor:
+    """The mask that attention's `call` draws after torch.manual_seed(DROPOUT_SEED): 0, or 1 / (1 - dropout_p).
+
+    With columns of the identity as values, the output is the dropped probabilities themselves. Raises Wrong where
+    the share that is kept is not what was asked for.
+    """
+    query, key, value = (problem.inputs[name] for name in ("query", "key", "value"))
+    k_len, size = key.shape[-2], value.shape[-1]
+    kept = torch.empty(*query.shape[:-1], k_len, dtype=torch.bool, device=problem.device)
+    with torch.no_grad():
+        for start in range(0, k_len, size):
+            ones = torch.zeros(k_len, size, dtype=problem.dtype, device=problem.device)
+            ones[start : start + size].fill_diagonal_(1.0)
+            torch.manual_seed(DROPOUT_SEED)
+            probe = call(query=query, key=key, value=ones.expand_as(value).contiguous(), **problem.case.options)
+            kept[..., start : start + size] = (probe != 0)[..., : min(size, k_len - start)]
+    seen = torch.ones(query.shape[-2], k_len, dtype=torch.bool, device=problem.device)
+    if problem.case.options.get("is_causal"):
+        seen = seen.tril(problem.case.options.get("query_offset", 0))
+    p = problem.case.options["dropout_p"]
+    count = seen.sum().item() * kept[..., 0, 0].numel()
+    share = (kept & seen).sum().item() / count
+    if abs(share - (1 - p)) > 6 * math.sqrt(p * (1 - p) / count) + 1e-3:
+        raise Wrong(f"dropout keeps {share:.4f} of the probabilities, should keep {1 - p:.4f}")
+    return kept.to(torch.float32) / (1 - p)
+
+
+def all_cases(op: Op, on_gpu: bool, quick: bool) -> Iterator[Case]:
+    """The cases to measure, the most important first: on a GPU Op.sizes, of which --quick takes MAIN or the first."""
+    if not on_gpu:
+        cases = small_cases(op)
+        yield from cases[:1] if quick else cases
+        return
+    main = MAIN.get(op.name)
+    yield from (c for c in op.sizes if c.name in main) if quick and main else op.sizes[:2] if quick else op.sizes
+
+
+MAIN = {
+    "scaled_dot_product_attention": ("shakespeare", "gpt2", "d128"),
+    "layer_norm": ("384", "768", "4096"),
+    "cross_entropy": ("v65", "v50304"),
+}

@@ -1,0 +1,253 @@
+"""`python -m benchmarks all --stage N`: what a run on a GPU does, step by step, in the minutes that there are.
+
+1  versions; one kernel forward and backward, stop if wrong; every plan compiled; parity; the losses of short trainings;
+   quick kernel benchmarks; the memory of one step of gpt2
+2  parity; the tile sweep
+3  parity; every kernel benchmark; the ladder
+
+Each step is a process of its own with a time limit; a step that fails ends nothing but itself. What there is is packed
+into DIR/stage-N.tar.gz after every step, and while one runs: the machine may go at any time. Without a GPU the same
+steps run on the CPU, small, with Triton's interpreter for the kernels: a rehearsal.
+"""
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, results
+from minigpt.errors import UserError, writing
+
+PACK_SECONDS = 15.0  # between packings while a step runs
+GRACE_SECONDS = 5.0  # between asking a step to end and ending it
+RESERVE_SECONDS = 10.0  # of the minutes, for the last packing
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process of a stage. `seconds` is its own limit; where a `vital` step fails, the stage stops."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    vital: bool = False
+
+
+@dataclass
+class Outcome:
+    """How a step ended: ok, failed, timed out or skipped, and why."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def add_to(commands: Any) -> None:
+    """Add `all` to a command line."""
+    parser = commands.add_parser("all", help="everything that a run on a GPU does, in stages", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole stage (default: 8)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the archive")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command. Returns 1 if a step failed or timed out."""
+    if arguments.minutes <= 0:
+        raise UserError(f"--minutes must be above 0, not {arguments.minutes:g}")
+    archive = arguments.out / f"stage-{arguments.stage}.tar.gz"
+    results.prepare(archive)
+    on_gpu = machine.here().type == "cuda"
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        work = Path(folder)
+        outcomes = follow(
+            plan(arguments.stage, on_gpu, work), work, archive, arguments.minutes * 60 - RESERVE_SECONDS, print
+        )
+    print(summary(outcomes))
+    print(f"packed: {archive}")
+    return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))
+
+
+def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
+    """The steps of a stage; `work` is the folder that they write to."""
+
+    def ours(name: str, seconds: float, *arguments: str) -> Step:
+        return Step(name, [sys.executable, "-m", "benchmarks", *arguments, "--out", str(work / "results")], seconds)
+
+    def parity(seconds: float, choice: str) -> Step:
+        tests = ["tests/kernels/test_parity.py", "-q", "-x", "-p", "no:cacheprovider"]
+        small = "small or one_row or characters"
+        chosen = ["-k", choice if on_gpu else f"({small}) and float32"]
+        return Step("parity", [sys.executable, "-m", "pytest", *tests, *chosen], seconds)
+
+    python = [sys.executable, "-m"]
+    versions = Step("versions", [*python, "benchmarks.versions"], 60)
+    first = Step("one-kernel", [*python, "benchmarks.first_kernel"], 120, vital=True)
+    if stage == 1:
+        arch = _arch() if on_gpu else "sm_90"
+        compiling = [*python, "profiling", "resources", "--arch", arch, "--json", str(work / "resources.json")]
+        preset, steps = ("shakespeare", "100") if on_gpu else ("tiny", "3")
+        rungs = ["torch", "triton"] if on_gpu else ["eager", "torch"]
+        losses = ["--preset", preset, "--steps", steps, "--rounds", "6", "--rung", *rungs]
+        memory = ["--preset", "gpt2" if on_gpu else "tiny", "--steps", "2", "--rounds", "6", "--rung", "torch"]
+        return [
+            versions,
+            first,
+            Step("compile", compiling if on_gpu else [*compiling, "--op", "layer_norm", "--dtype", "float32"], 150),
+            parity(150, "float32 or bfloat16"),
+            ours("losses", 120, "train", "--quick", *losses),
+            ours("kernels", 180, "kernels", "--quick", *([] if on_gpu else _REHEARSED)),
+            ours("memory", 90, "train", "--quick", *memory, *(["triton"] if on_gpu else [])),
+        ]
+    if stage == 2:
+        tiles = ["--out", str(work / "tiles"), *([] if on_gpu else ["--dry-run", "--quick"])]
+        return [
+            versions,
+            first,
+            parity(180, "float32 or bfloat16"),
+            Step("tune", [*python, "benchmarks", "tune", *tiles], 420),
+        ]
+    preset = ["--preset", "shakespeare"] if on_gpu else ["--quick", "--preset", "tiny", "--rung", "eager", "torch"]
+    more = [] if on_gpu else ["--steps", "3", "--rounds", "6"]
+    steps = [
+        versions,
+        first,
+        parity(120, "bfloat16"),
+        ours("kernels", 330, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
+        ours("ladder", 240, "train", *preset, *more),
+    ]
+    return [*steps, ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick")] if on_gpu else steps
+
+
+# compilation for a CPU takes longest of all, and is not what is rehearsed
+_REHEARSED = ["--provider", "triton", "eager", "torch", "--rounds", "6"]
+
+
+def _arch() -> str:
+    from kernels.device import facts
+
+    return facts(torch.device("cuda")).tiles
+
+
+# ---------------------------------------------------------------- following a plan
+
+
+def follow(
+    steps: list[Step], work: Path, archive: Path, seconds: float, say: Callable[[str], None] = print
+) -> list[Outcome]:
+    """Run the steps within `seconds` altogether, keeping `archive` up to date; how each ended."""
+    began = time.monotonic()
+    outcomes: list[Outcome] = []
+    stopped = ""
+    for number, step in enumerate(steps, 1):
+        left = seconds - (time.monotonic() - began)
+        if stopped or left <= 1.0:
+            outcomes.append(Outcome(step.name, "skipped", reason=stopped or "no time was left"))
+        else:
+            say(f"{number} of {len(steps)}: {step.name}, at most {min(step.seconds, left):.0f} s")
+            outcome = _run_step(step, number, min(step.seconds, left), work, lambda: pack(work, archive))
+            outcomes.append(outcome)
+            say(f"  {outcome.status} after {outcome.seconds:.1f} s{': ' * bool(outcome.reason)}{outcome.reason}")
+            if step.vital and outcome.status != "ok":
+                stopped = f"{step.name} did not pass, and nothing after it would mean anything"
+        _note(work, outcomes)
+        pack(work, archive)
+    return outcomes
+
+
+def _note(work: Path, outcomes: list[Outcome]) -> None:
+    results.write(work / "steps.json", json.dumps([outcome.__dict__ for outcome in outcomes], indent=1) + "\n")
+    results.write(work / "steps.md", summary(outcomes) + "\n")
+
+
+def _run_step(step: Step, number: int, seconds: float, work: Path, pack_now: Callable[[], None]) -> Outcome:
+    log = work / f"{number:02d}-{step.name}.log"
+    began = packed = time.monotonic()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    paths = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with log.open("w", encoding="utf-8") as output:
+        try:
+            # a session of its own, so that its compilers end with it
+            process = subprocess.Popen(
+                step.command, cwd=machine.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return Outcome(step.name, "failed", reason=str(error))
+        try:
+            while process.poll() is None and time.monotonic() - began < seconds:
+                time.sleep(0.1)
+                if time.monotonic() - packed > PACK_SECONDS:
+                    pack_now()
+                    packed = time.monotonic()
+        finally:
+            timed_out = process.poll() is None
+            if timed_out:
+                _end(process)
+    spent = time.monotonic() - began
+    if timed_out:
+        return Outcome(step.name, "timed out", spent, f"its limit was {seconds:.0f} s")
+    if process.returncode:
+        return Outcome(step.name, "failed", spent, f"status {process.returncode}: {_last_line(log)}")
+    return Outcome(step.name, "ok", spent)
+
+
+def _end(process: subprocess.Popen) -> None:
+    for kind, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, kind)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(wait)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it said nothing"
+
+
+def pack(work: Path, archive: Path) -> None:
+    """Pack all of `work` into `archive`, which is never there by halves."""
+    draft = archive.with_name(archive.name + ".writing")
+    with writing(archive):
+        with tarfile.open(draft, "w:gz", compresslevel=6) as tar:
+            for path in sorted(work.rglob("*")):
+                # what is being written now may be gone or of another size in a moment
+                if path.is_file() and not path.name.endswith((".writing", ".probe")):
+                    try:
+                        content = path.read_bytes()
+                    except FileNotFoundError:
+                        continue
+                    _add(tar, str(path.relative_to(work)), content)
+        os.replace(draft, archive)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime = len(content), int(time.time())
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """The outcomes as a Markdown table."""
+    lines = ["| step | status | seconds | why |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {o.name} | {o.status} | {o.seconds:.1f} | {o.reason} |" for o in outcomes)])

@@ -1,0 +1,196 @@
+"""What a sweep of tiles tries: the entries of the table, the candidates for each, and their ahead-of-time compilation.
+
+`python -m benchmarks.sweep ARCH IN OUT` compiles the candidates that IN names, in processes over all cores, in an
+interpreter of Python where Triton's is off; OUT gets what became of each.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+from benchmarks.problems import DTYPES
+from kernels import tiles
+from kernels.device import Device
+from kernels.op import Case, Op
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a table of tiles, and the problem that decides it: an op's case in a dtype, and the pass to time."""
+
+    slot: str
+    key: str
+    op: str
+    case: str
+    dtype: str
+    timed: str
+    small: Case  # the same kernels on a problem that the interpreter can finish
+
+    @property
+    def name(self) -> str:
+        return f"{self.slot} {self.key}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Numbers to try for an entry; none of them for the default that stands beside the op."""
+
+    entry: Entry
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.name} {list(self.numbers)}" if self.numbers else f"{self.entry.name} default"
+
+    def device(self, base: Device) -> Device:
+        """`base` under a name for which plans take these numbers."""
+        if not self.numbers:
+            return dataclasses.replace(base, name="")
+        tiles.try_out(self.name, {self.entry.slot: {self.entry.key: self.numbers}})
+        return dataclasses.replace(base, name=self.name)
+
+
+# ---------------------------------------------------------------- entries and candidates
+
+
+def _attention_case(size: int, **options) -> Case:
+    kv_heads = 1 if options.get("enable_gqa") else 2
+    shapes = {"query": (1, 2, 130, size), "key": (1, kv_heads, 130, size), "value": (1, kv_heads, 130, size)}
+    return Case("tune", shapes, {"is_causal": True} | options)
+
+
+def _attention() -> Iterator[Entry]:
+    kinds = [("half", "bfloat16", size, case, {}) for size, case in ((64, "gpt2"), (128, "d128"), (256, "d256"))]
+    kinds += [("half-dropout", "bfloat16", 64, "shakespeare-dropout", {"dropout_p": 0.2})]
+    kinds += [("half-dropout", "bfloat16", 128, "d128-dropout", {"dropout_p": 0.1})]
+    kinds += [("ieee", "float32", 64, "shakespeare", {})]
+    for kind, dtype, size, case, options in kinds:
+        for which in ("forward", "backward_query", "backward_key"):
+            timed = "forward" if which == "forward" else "backward"
+            small = _attention_case(size, **options)
+            yield Entry(
+                f"attention.{which}", f"{kind}/{size}", "scaled_dot_product_attention", case, dtype, timed, small
+            )
+    small = _attention_case(128, enable_gqa=True)
+    yield Entry(
+        "attention.backward_key", "half-grouped/128", "scaled_dot_product_attention", "d128-grouped", "bfloat16",
+        "backward", small,
+    )  # fmt: skip
+
+
+def _norms() -> Iterator[Entry]:
+    for n, block in ((768, 1024), (384, 512), (4096, 4096), (8192, 8192)):
+        small = Case("tune", {"input": (9, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
+        yield Entry("layer_norm.rows", str(block), "layer_norm", str(n), "bfloat16", "forward+backward", small)
+
+
+def _losses() -> Iterator[Entry]:
+    for v, block in ((65, 128), (50304, 65536), (131072, 131072)):
+        for which in ("forward", "backward"):
+            small = Case("tune", {"input": (9, v), "target": (9,)})
+            yield Entry(f"cross_entropy.{which}", str(block), "cross_entropy", f"v{v}", "bfloat16", which, small)
+
+
+def entries() -> list[Entry]:
+    """Every entry that is swept, the most important first."""
+    return [*_attention(), *_norms(), *_losses()]
+
+
+def candidates(entry: Entry) -> list[Candidate]:
+    """The default, and everything else worth compiling for an entry."""
+    if entry.slot.startswith("attention"):
+        half = entry.key.startswith("half")
+        blocks = (32, 64, 128) if half else (16, 32, 64)
+        grid = itertools.product(blocks, blocks, (4, 8), (2, 3) if half else (1, 2))
+        found = [numbers for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
+    elif entry.slot == "layer_norm.rows":
+        block = int(entry.key)
+        grid = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
+        found = [(rows, warps) for rows, warps in grid if 256 * warps <= rows * block <= 1024 * warps]
+    else:
+        block = min(int(entry.key), 16384)
+        grid = itertools.product({block, block // 2, block // 4, block // 8}, (1, 2, 4, 8, 16), (4, 8, 16))
+        found = [n for n in sorted(grid) if n[0] >= 128 and 128 * n[2] <= n[0] * n[1] <= 2048 * n[2]]
+    return [Candidate(entry), *(Candidate(entry, numbers) for numbers in found)]
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
+    """By candidate's name: "" if it compiles, does not spill and fits into shared memory, else what is wrong with it.
+
+    The default is held to nothing but compiling. Runs in a process of its own: the interpreter, once chosen, stays.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, found = Path(folder) / "in.json", Path(folder) / "out.json"
+        wanted.write_text(json.dumps([[c.entry.name, list(c.numbers)] for c in chosen]))
+        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(machine.ROOT)}
+        command = [sys.executable, "-m", "benchmarks.sweep", arch, str(wanted), str(found), str(workers)]
+        done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"compilation ended with status {done.returncode}: {done.stderr[-2000:]}")
+        return json.loads(found.read_text())
+
+
+def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
+    from kernels.device import TARGETS
+    from profiling import resources
+
+    found: dict = {}
+    parts: dict[str, list] = {}
+    for candidate in chosen:
+        op, case = case_of(candidate.entry)
+        inputs = op.inputs(case, DTYPES[candidate.entry.dtype], "meta")
+        ordinary = {resources.source_of(x, arch) for x in op.plan(inputs, case.options, TARGETS[arch])}
+        launches = op.plan(inputs, case.options, candidate.device(TARGETS[arch]))
+        sources = {resources.source_of(launch, arch): launch for launch in launches}
+        own = [source for source in sources if source not in ordinary or not candidate.numbers]
+        parts[candidate.name] = own
+        for source in own:
+            launch = sources[source]
+            found.setdefault(source, resources.Use(
+                op=op.name, dtype=candidate.entry.dtype, arch=arch, kernel=launch.name, cases=[case.name], tile={},
+                num_warps=launch.num_warps, num_stages=launch.num_stages,
+                shared_memory_limit=TARGETS[arch].shared_memory,
+            ))  # fmt: skip
+    resources.measure(found, workers)
+    outcome = {}
+    for candidate in chosen:
+        uses = [found[source] for source in parts[candidate.name]]
+        wrong = [use.error for use in uses if use.error]
+        if candidate.numbers:
+            wrong += [f"spills {use.spill_bytes} B" for use in uses if use.spill_bytes]
+            limits = [(use.shared_memory, use.shared_memory_limit) for use in uses]
+            wrong += [f"{used} B of shared memory, there are {there}" for used, there in limits if used > there]
+        outcome[candidate.name] = "; ".join(wrong)
+    return outcome
+
+
+def case_of(entry: Entry) -> tuple[Op, Case]:
+    """The op and the real case that decide an entry."""
+    from kernels import catalogue
+
+    op = next(op for op in catalogue.OPS if op.name == entry.op)
+    return op, next(case for case in op.sizes if case.name == entry.case)
+
+
+def _main(arch: str, wanted: str, found: str, workers: str) -> None:
+    known = {entry.name: entry for entry in entries()}
+    chosen = [Candidate(known[name], tuple(numbers)) for name, numbers in json.loads(Path(wanted).read_text())]
+    Path(found).write_text(json.dumps(_compile_all(chosen, arch, int(workers))))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _main(*sys.argv[1:])

@@ -1,0 +1,248 @@
+"""Timing calls: on a GPU with cold caches by CUDA graphs or events, on a CPU by the clock. All times in milliseconds.
+
+A Timer is one variant, ready to run: `sample` gives one time per call. `interleaved` takes samples of several in turns,
+so that a clock that drifts, or a neighbour who wakes up, meets them all.
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+COLD_FACTOR = 5  # the copies that calls rotate among exceed the L2 cache this many times
+MOST_COPIES = 512
+LATE_SECONDS = 100e-6
+
+
+class Late(Exception):
+    """Work was still going on when the stream said that it was done: its time would be wrong."""
+
+
+class Timer(Protocol):
+    """One variant, ready to be timed."""
+
+    method: str
+
+    def sample(self) -> float:
+        """Milliseconds per call, by one measurement."""
+
+
+@dataclass
+class CpuTimer:
+    """Calls `function` often enough for one sample to take `target` seconds. Caches are warm: there is one problem."""
+
+    function: Callable[[], object]
+    target: float = 2e-3
+    method: str = field(default="perf_counter", init=False)
+
+    def __post_init__(self):
+        self.function()
+        began = time.perf_counter()
+        self.function()
+        self.calls = max(1, math.ceil(self.target / max(time.perf_counter() - began, 1e-9)))
+        self.calls = min(self.calls, 10_000)
+
+    def sample(self) -> float:
+        began = time.perf_counter()
+        for _ in range(self.calls):
+            self.function()
+        return (time.perf_counter() - began) * 1e3 / self.calls
+
+
+class GraphTimer:
+    """One CUDA graph that calls every function once, each on its own copy of the inputs; a sample is one replay.
+
+    What autograd runs goes to the stream of its forward pass: `functions` are made on `stream`, which captures too.
+    """
+
+    method = "graph"
+
+    def __init__(self, functions: Sequence[Callable[[], object]], stream: torch.cuda.Stream):
+        self.calls = len(functions)
+        with torch.cuda.stream(stream):
+            for function in functions[:2]:
+                function()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            for function in functions:
+                function()
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+    def sample(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        return _elapsed(start, end) / self.calls
+
+
+class EventTimer:
+    """A pair of events around one call of every function, behind a kernel that spins until the host has queued them.
+
+    Without the spin, a call shorter than its launch would be timed by the host and not by the device.
+    """
+
+    method = "events"
+
+    def __init__(self, functions: Sequence[Callable[[], object]], stream: torch.cuda.Stream | None = None):
+        self.functions = list(functions)[:64]  # launches beyond about a thousand would wait for the queue
+        self.stream = stream or torch.cuda.current_stream()
+        with torch.cuda.stream(self.stream):
+            for function in self.functions:
+                function()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for function in self.functions:
+                function()
+            queued = time.perf_counter() - began
+        torch.cuda.synchronize()
+        self.spin = int(min(1.5 * queued + 50e-6, 0.5) * 2e9)  # cycles: no GPU's clock is above 2 GHz by much
+
+    def sample(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(self.spin)
+            start.record()
+            for function in self.functions:
+                function()
+            end.record()
+        return _elapsed(start, end) / len(self.functions)
+
+
+def _elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    began = time.perf_counter()
+    torch.cuda.synchronize()
+    milliseconds = start.elapsed_time(end)
+    if time.perf_counter() - began > max(LATE_SECONDS, 0.2e-3 * milliseconds):
+        raise Late("work on another stream went on after the timed stream was done")
+    return milliseconds
+
+
+def cuda_timer(functions: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> Timer:
+    """A graph of the calls where they can be captured, else events."""
+    if _waits(functions[0], stream):  # a capture that fails may leave the allocator unusable: do not try
+        return EventTimer(functions, stream)
+    try:
+        return GraphTimer(functions, stream)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever keeps a provider from being captured, events do without
+        torch.cuda.synchronize()
+        return EventTimer(functions, stream)
+
+
+def _waits(function: Callable[[], object], stream: torch.cuda.Stream) -> bool:
+    """Whether a call makes the host wait for the device, as reading a number from it does."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        function()  # compilation may wait, and comes once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    return False
+
+
+def copies_needed(problem_bytes: int, l2: int, free: int) -> int:
+    """How many copies of a problem of so many bytes to rotate among; limited by `free` bytes and MOST_COPIES."""
+    wanted = math.ceil(COLD_FACTOR * l2 / max(1, problem_bytes)) + 1
+    return max(1, min(wanted, MOST_COPIES, free // max(1, problem_bytes)))
+
+
+def host_microseconds(function: Callable[[], object], repeats: int = 3) -> float:
+    """What a call costs the host on a GPU, in microseconds: the least of several means, with the queue empty before.
+
+    A mean is over 50 calls, or as many as the device does in 20 ms: beyond that it is the device that is timed.
+    """
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    calls = max(3, min(50, int(0.02 / (time.perf_counter() - began))))
+    best = math.inf
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        best = min(best, time.perf_counter() - began)
+    torch.cuda.synchronize()
+    return best / calls * 1e6
+
+
+def interleaved(
+    timers: dict[str, Timer], rounds: int, seed: int = 0, seconds: float = math.inf
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Samples in milliseconds, one per round of each timer, the order drawn anew for each round; and what failed.
+
+    Stops early once `seconds` have passed and there are samples enough to say anything. A sample that is Late does not
+    count; where a third of them are, the timer has failed.
+    """
+    order, draw = list(timers), random.Random(seed)
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    failed: dict[str, Exception] = {}
+    late = dict.fromkeys(order, 0)
+    began = time.perf_counter()
+    for number in range(rounds):
+        if number >= min(rounds, 6) and time.perf_counter() - began > seconds:
+            break
+        draw.shuffle(order)
+        for name in order:
+            if name in failed:
+                continue
+            try:
+                samples[name].append(timers[name].sample())
+            except Late as error:  # once, it may have been the host that was late
+                late[name] += 1
+                if late[name] > max(2, rounds // 3):
+                    failed[name] = error
+            except Exception as error:  # one variant's failure must not end the others
+                failed[name] = error
+    for name, taken in samples.items():
+        if not taken and name not in failed:
+            failed[name] = Late("no sample was in time")
+    return {name: taken for name, taken in samples.items() if name not in failed}, failed
+
+
+# ---------------------------------------------------------------- ceilings
+
+
+def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> dict[str, float]:
+    """What this device reaches here and now: copy_gbps by clone, and matmul_tflops_<dtype> of a square product.
+
+    Bytes of a copy are those read and those written. Rates come from the median of the samples.
+    """
+    on_gpu = device.type == "cuda"
+    rounds = 10 if quick else 30
+    source = torch.randn((1 << 28) if on_gpu else (1 << 23), device=device)
+    found = {"copy_gbps": 2 * source.nbytes / _median_ms(source.clone, device, rounds) / 1e6}
+    del source
+    size = 8192 if on_gpu else 768
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        milliseconds = _median_ms(lambda a=a, b=b: a @ b, device, rounds)
+        found[f"matmul_tflops_{str(dtype).removeprefix('torch.')}"] = 2 * size**3 / milliseconds / 1e9
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+
+def _median_ms(function: Callable[[], object], device: torch.device, rounds: int) -> float:
+    if device.type == "cuda":
+        timer = EventTimer([function] * 3)
+    else:
+        timer = CpuTimer(function)
+    samples, failed = interleaved({"ceiling": timer}, rounds)
+    for error in failed.values():
+        raise error
+    return statistics.median(samples["ceiling"])

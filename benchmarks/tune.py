@@ -1,0 +1,190 @@
+"""`python -m benchmarks tune`: the tile sweep, which writes kernels/tiles/<gpu>.json.
+
+For each entry of the table: candidates are compiled in parallel, those that spill or exceed shared memory dropped,
+the rest held to the truth, forward and backward, and those that are right timed in turns. The best of them is timed
+against the default once more, and enters the table if it is faster by more than chance. What is known is stored as
+it comes, in <gpu>.partial, and a sweep that was cut short goes on from there. --dry-run does all but the timing,
+for a GPU that is not there: kernels run in Triton's interpreter, on small problems.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, problems, results, stats, suite, sweep, timing
+from benchmarks.problems import DTYPES, Checker, Problem, Wrong
+from benchmarks.sweep import Candidate, Entry
+from kernels import tiles
+from kernels.device import TARGETS, Device, facts
+from kernels.op import plan_for
+from minigpt.errors import UserError
+
+
+def add_to(commands: Any) -> None:
+    """Add `tune` to a command line."""
+    parser = commands.add_parser("tune", help="find tiles for this GPU", description=__doc__)
+    parser.add_argument("--op", nargs="+", default=[], help="ops of the catalogue (default: all that have tiles)")
+    parser.add_argument("--quick", action="store_true", help="one entry of each op, three candidates")
+    parser.add_argument("--dry-run", action="store_true", help="everything but the timing, no GPU needed")
+    parser.add_argument("--arch", choices=[*TARGETS], default="sm_90", help="of a --dry-run (default: sm_90)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--out", type=Path, default=tiles.FOLDER, help="folder for the table (default: kernels/tiles)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command. Returns 1 if the default of some entry is wrong."""
+    names = [op.name for op in problems.ops_named(arguments.op)]
+    here = machine.here()
+    if here.type != "cuda" and not arguments.dry_run:
+        raise UserError("tuning needs a CUDA GPU; --dry-run compiles and checks the candidates without one")
+    if arguments.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {arguments.workers}")
+    base = TARGETS[arguments.arch] if arguments.dry_run else facts(here.torch_device)
+    slug = f"dry-run-{arguments.arch}" if arguments.dry_run else here.slug
+    partial = Partial(arguments.out / f"{slug}.partial")
+    chosen = [entry for entry in sweep.entries() if entry.op in names]
+    if arguments.quick:
+        chosen = list({entry.op: entry for entry in reversed(chosen)}.values())[::-1]
+    table: dict[str, dict[str, list[int]]] = {}
+    broken = 0
+    for number, entry in enumerate(chosen, 1):
+        tried = sweep.candidates(entry)
+        tried = tried[:1] + tried[len(tried) // 2 :][:2] if arguments.quick else tried
+        print(f"{number} of {len(chosen)}: {entry.name}, {len(tried)} candidates", flush=True)
+        right = survivors(entry, tried, base, partial, arguments.dry_run, arguments.workers)
+        broken += Candidate(entry) not in right
+        if arguments.dry_run:
+            print(f"  right: {', '.join(str(list(c.numbers) or 'default') for c in right)}", flush=True)
+        else:
+            winner = decide(entry, right, base, partial)
+            if winner:
+                table.setdefault(entry.slot, {})[entry.key] = list(winner.numbers)
+            write_table(table, here.name, arguments.out / f"{slug}.json")
+    print("dry run: nothing was timed, and no table written" if arguments.dry_run else f"written: {slug}.json")
+    return int(broken > 0)
+
+
+class Partial:
+    """What a sweep knows so far, on disk; it starts anew where the kernels are others than those it knows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        results.prepare(path)
+        self.known: dict[str, Any] = {"kernels": _kernels_hash(), "compiled": {}, "judged": {}, "decided": {}}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(before, dict) and before.get("kernels") == self.known["kernels"]:
+                self.known |= before
+
+    def enter(self, what: str, found: dict[str, Any]) -> None:
+        """Add what was found out, and store all of it."""
+        self.known[what] |= found
+        results.write(self.path, json.dumps(self.known, indent=1) + "\n")
+
+
+def _kernels_hash() -> str:
+    """The sources alone: the table that a sweep writes must not make it start over."""
+    digest = hashlib.sha256()
+    for path in sorted((machine.ROOT / "kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def survivors(
+    entry: Entry, tried: list[Candidate], base: Device, partial: Partial, dry: bool, workers: int
+) -> list[Candidate]:
+    """The candidates that compile within limits and are right."""
+    known = partial.known
+    new = [candidate for candidate in tried if candidate.name not in known["compiled"]]
+    if new:
+        partial.enter("compiled", sweep.compiled(new, base.tiles, workers))
+    fit = [candidate for candidate in tried if not known["compiled"][candidate.name]]
+    for candidate in tried:
+        if why := known["compiled"][candidate.name]:
+            print(f"  {list(candidate.numbers) or 'default'}: {why}", flush=True)
+    unknown = [candidate for candidate in fit if candidate.name not in known["judged"]]
+    if unknown:
+        checker = Checker(problem_of(entry, dry))
+        for candidate in unknown:
+            partial.enter("judged", {candidate.name: judge(candidate, base, checker)})
+        suite.free()
+    for candidate in fit:
+        if why := known["judged"][candidate.name]:
+            print(f"  {list(candidate.numbers) or 'default'}: {why}", flush=True)
+    return [candidate for candidate in fit if not known["judged"][candidate.name]]
+
+
+def problem_of(entry: Entry, dry: bool) -> Problem:
+    """The problem that an entry is decided by, or in a dry run its small twin."""
+    op, case = sweep.case_of(entry)
+    return Problem(op, entry.small if dry else case, DTYPES[entry.dtype], machine.here().torch_device)
+
+
+def judge(candidate: Candidate, base: Device, checker: Checker) -> str:
+    """What is wrong with a candidate's answers; "" if nothing is."""
+    try:
+        with plan_for(candidate.device(base)):
+            checker.check(checker.problem.op.public)
+    except Wrong as reason:
+        return f"wrong: {reason}"
+    except Exception as error:  # a tile that cannot be launched is no reason to stop
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def decide(entry: Entry, right: list[Candidate], base: Device, partial: Partial) -> Candidate | None:
+    """Time the candidates that are right; the one that beats the default by more than chance, if there is one."""
+    decided = partial.known["decided"]
+    if entry.name not in decided:
+        medians, verdict, best = _timed(entry, right, base)
+        partial.enter("decided", {entry.name: {"ms": medians, "verdict": verdict, "best": list(best.numbers)}})
+    best = Candidate(entry, tuple(decided[entry.name]["best"]))
+    verdict = decided[entry.name]["verdict"]
+    print(f"  best: {list(best.numbers) or 'default'}, {verdict}", flush=True)
+    return best if best.numbers and verdict == "FASTER" else None
+
+
+def _timed(entry: Entry, right: list[Candidate], base: Device) -> tuple[dict[str, float], str, Candidate]:
+    """(median milliseconds by candidate, the verdict on the best against the default, the best)."""
+    problem = problem_of(entry, dry=False)
+    copies = suite.copies_of(problem)
+    timers: dict[str, timing.Timer] = {}
+    by_name = {candidate.name: candidate for candidate in right}
+    for name, candidate in by_name.items():
+        device = candidate.device(base)
+        with contextlib.suppress(Exception), plan_for(device):  # what cannot be timed is no candidate
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                functions = [suite.closure(entry.timed, copy, problem.op.public) for copy in copies]
+            timers[name] = timing.cuda_timer([_planned(function, device) for function in functions], stream)
+    samples, _ = timing.interleaved(timers, 12, seconds=8.0)
+    medians = {name: stats.summarize(taken).median for name, taken in samples.items()}
+    best = by_name[min(medians, key=medians.get)]
+    default = Candidate(entry).name
+    if not best.numbers or default not in timers:
+        return medians, "SAME" if not best.numbers else "FASTER", best
+    # chosen for being fastest, it was lucky too: what counts is a second measurement
+    again, _ = timing.interleaved({name: timers[name] for name in (default, best.name)}, 40, seed=1, seconds=8.0)
+    return medians, stats.compare(again[default], again[best.name]).verdict, best
+
+
+def _planned(function: Any, device: Device) -> Any:
+    def planned():
+        with plan_for(device):
+            return function()
+
+    return planned
+
+
+def write_table(table: dict[str, dict[str, list[int]]], gpu: str, path: Path) -> None:
+    """Write a table of tiles as kernels.tiles reads it."""
+    document = {"schema": tiles.SCHEMA, "gpu": gpu, "versions": machine.versions(), "tiles": table}
+    results.write(path, json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,71 @@
+"""What a person can get wrong: one clear line, a status that is not 0, and no traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.machine import ROOT
+from minigpt.errors import UserError
+
+WRONG = {
+    "unknown op 'softmax': choose from scaled_dot_product_attention": ["kernels", "--op", "softmax"],
+    "unknown provider 'cudnn': choose from triton": ["kernels", "--provider", "cudnn"],
+    "--rounds must be at least 1": ["kernels", "--rounds", "0"],
+    "unknown preset 'gpt5': choose one of": ["train", "--preset", "gpt5"],
+    "unknown kernels 'cuda'": ["train", "--rung", "cuda"],
+    "--steps must be at least 1": ["train", "--steps", "0"],
+    "is no checkout of nanoGPT": ["train", "--nanogpt", "{folder}", "--out", "{folder}"],
+    "invalid choice": ["kernels", "--dtype", "int8"],
+    "there is no": ["compare", "{folder}/a.json", "{folder}/b.json"],
+    "there is no {folder}": ["report", "{folder}/a.json"],
+    "--minutes must be above 0": ["all", "--stage", "1", "--minutes", "0", "--out", "{folder}"],
+    "a part of the path is a file": ["kernels", "--op", "layer_norm", "--out", "{file}"],
+    "the following arguments are required": ["all", "--stage", "1"],
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_one_line_says_what_is_wrong(said, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    places = {"folder": str(tmp_path), "file": str(tmp_path / "file")}
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *(word.format(**places) for word in WRONG[said])])
+    with pytest.raises(UserError) as error:
+        main()
+    assert said.format(**places) in str(error.value) and "\n" not in str(error.value).strip()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_tuning_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune"])
+    with pytest.raises(UserError, match="needs a CUDA GPU; --dry-run"):
+        main()
+
+
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_door(tmp_path):
+    done = run("-m", "benchmarks", "kernels", "--op", "softmax")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: unknown op 'softmax'") and done.stderr.count("\n") == 1
+
+
+def test_a_pytest_run_without_a_benchmark_fails():
+    """A session in which everything is skipped has measured nothing."""
+    done = run("-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", "layer_norm and liger or triton")
+    ran_one = torch.cuda.is_available()
+    assert (done.returncode == 0) == ran_one, done.stdout + done.stderr
+    assert ("no benchmark ran at all" in done.stdout) != ran_one
+
+
+def test_plain_pytest_does_not_collect_the_benchmarks():
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["pytest"]["ini_options"]["testpaths"] == ["tests"]

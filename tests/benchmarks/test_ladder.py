@@ -1,0 +1,148 @@
+"""Training end to end: the rungs, what makes a row wrong, MFU, and nanoGPT beside ours."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ladder, machine, nanogpt
+from minigpt import backends, config
+from minigpt.config import ModelConfig
+from minigpt.errors import UserError
+from minigpt.model import GPT
+
+CPU = torch.device("cpu")
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 2, "data": "pydocs"}
+
+
+def test_the_ladder_leaves_each_kernel_out():
+    names = [rung.name for rung in ladder.ladder()]
+    assert names[:5] == ["eager", "torch", "torch+compile", "triton", "triton+compile"]
+    for op in backends.OPS:
+        (without,) = [n for n in names if f"{op}=torch" in n]
+        assert without.count("triton") == len(backends.OPS) - 1
+    assert [rung.name for rung in ladder.chosen(["torch+compile"])] == ["torch+compile"]
+    for wrong in ("cuda", "torch+graphs", "attention=fast"):
+        with pytest.raises(UserError):
+            ladder.chosen([wrong])
+
+
+def test_flops_by_hand():
+    """One block of width 4: products of 4x12, 4x4, 4x16, 16x4, and a head of 4x10: 232 parameters. T = 8."""
+    model = GPT(ModelConfig(10, 8, 1, 2, 4, bias=True), backends.resolve("eager", CPU))
+    assert ladder.flops_per_token(model, 8) == 6 * (48 + 16 + 64 + 64 + 40) + 12 * 1 * 4 * 8
+
+
+def test_mfu():
+    """1000 tokens/s of 98.94 GFLOP each are 98.94 TFLOP/s: a tenth of an H200's peak."""
+    assert ladder.mfu_percent(1000, 98_940_000_000, "NVIDIA H200", torch.bfloat16) == pytest.approx(10.0)
+    assert ladder.mfu_percent(1000, 10**9, "NVIDIA H200 NVL", torch.bfloat16) is None
+    assert ladder.mfu_percent(1000, 10**9, "AMD EPYC", torch.float32) is None
+    assert machine.peak_tflops("NVIDIA L4", "float64") is None
+
+
+def row(name, loss):
+    return {"configuration": name, "preset": "p", "dtype": "fp32", "status": "untimed", "reason": "", "last_loss": loss}
+
+
+def test_losses_must_agree():
+    settings = config.preset("tiny")
+    rows = [row("eager", 2.004), row("torch", 2.0), row("triton", 2.02), row("torch+compile", float("nan"))]
+    ladder.agree(rows, settings)
+    assert [r["status"] for r in rows] == ["untimed", "untimed", "wrong", "wrong"]
+    assert "2.0200, that of torch 2.0000; 0.005 apart is allowed" in rows[2]["reason"]
+
+
+def test_a_rung_trains_as_the_trainer_does(tmp_path):
+    """The same losses as `python train.py`, step by step."""
+    from minigpt import trainer
+
+    settings = config.preset(
+        "tiny", **SMALL, max_steps=4, eval_interval=4, eval_tokens=64, log_interval=1, sample_tokens=0, val_tokens=64
+    )
+    settings = config.TrainConfig(**vars(settings) | {"out": tmp_path / "run", "kernels": "torch", "device": "cpu"})
+    trainer.train(settings)
+    theirs = [float(line.split(",")[1]) for line in (tmp_path / "run" / "metrics.csv").read_text().split()[1:]]
+    training = ladder.Training(settings, ladder.Rung("torch"), CPU)
+    assert [training.step().item() for _ in range(4)] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_rows_of_a_run_on_a_cpu():
+    settings = config.preset("tiny", **SMALL)
+    rungs = ladder.chosen(["eager", "torch", "triton"])
+    rows = ladder.measure(settings, rungs, CPU, steps=2, rounds=6)
+    assert [r["status"] for r in rows] == ["ok", "ok", "skipped"]
+    assert "interpreter" in rows[2]["reason"] and "tokens_per_second" not in rows[2]
+    assert rows[0]["mfu_percent"] is None and len(rows[1]["samples_ms"]) == 6
+    assert rows[1]["tokens_per_second"] == pytest.approx(128 / rows[1]["median_ms"] * 1e3, rel=1e-4)
+    assert rows[1]["p20_tokens_per_second"] <= rows[1]["tokens_per_second"] <= rows[1]["p80_tokens_per_second"]
+
+
+def test_a_rung_that_breaks_is_a_row(monkeypatch):
+    monkeypatch.setattr(ladder.Training, "step", lambda self: 1 / 0)
+    (found,) = ladder.measure(config.preset("tiny", **SMALL), [ladder.Rung("torch")], CPU, 2, 6)
+    assert found["status"] == "error" and "division by zero" in found["reason"] and "median_ms" not in found
+
+
+def test_ratios_are_theirs_over_ours():
+    rows = [
+        {"configuration": name, "preset": "p", "status": "ok", "median_ms": ms}
+        for name, ms in (("nanoGPT", 3.0), ("torch", 2.0))
+    ]
+    ladder.finish(rows)
+    assert [r["over_ours"] for r in rows] == [1.5, 1.0]
+    rows.append({"configuration": "triton", "preset": "p", "status": "ok", "median_ms": 1.0})
+    ladder.finish(rows)
+    assert [r["over_ours"] for r in rows] == [3.0, 2.0, 1.0]
+
+
+# ---------------------------------------------------------------- nanoGPT
+
+
+def checkout(folder: Path, train: str = "", prepared: bool = True) -> Path:
+    for name in ("model.py", "configurator.py", "config/train_shakespeare_char.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "train.py").write_text(train)
+    data = folder / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    for name in ("train.bin", "val.bin", "meta.pkl") if prepared else ():
+        (data / name).write_text("")
+    return folder
+
+
+PROGRAM = """
+import sys
+settings = dict(word[2:].split("=") for word in sys.argv[2:])
+assert settings["device"] == "cpu" and settings["compile"] == "False" and settings["dtype"] == "float32"
+print("step 0: train loss 4.1, val loss 4.2")
+for i in range(int(settings["max_iters"]) + 1):
+    print(f"iter {i}: loss 3.9, time {900.0 if i < 5 else 40.5}ms, mfu -100.00%")
+"""
+
+
+def test_nanogpt_is_run_and_read(tmp_path, capsys):
+    folder = checkout(tmp_path / "nano", PROGRAM)
+    settings = config.preset("shakespeare-cpu", **SMALL, block_size=16)
+    rows = nanogpt.measure(folder, settings, CPU, quick=True)
+    assert [r["configuration"] for r in rows] == ["nanoGPT", "torch"]
+    assert rows[0]["samples_ms"] == [40.5] * 32 and rows[0]["tokens_per_step"] == 32
+    assert len(rows[1]["samples_ms"]) == 32
+    turns = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert turns == ["nanoGPT", "torch", "torch", "nanoGPT"]
+
+
+@pytest.mark.parametrize(
+    ("prepared", "program", "said"),
+    [
+        (False, "", "not prepared, data/shakespeare_char lacks train.bin"),
+        (True, "raise SystemExit('no CUDA')", "status 1: no CUDA"),
+        (True, "print('nothing')", "status 0: nothing"),
+    ],
+)
+def test_nanogpt_that_cannot_run_is_told(prepared, program, said, tmp_path):
+    folder = checkout(tmp_path / "nano", program, prepared)
+    with pytest.raises(UserError, match=said):
+        nanogpt.measure(folder, config.preset("shakespeare-cpu", **SMALL, block_size=16), CPU, quick=True)
+    with pytest.raises(UserError, match=r"it has no train\.py"):
+        nanogpt.check(tmp_path)

@@ -1,0 +1,102 @@
+"""`python -m benchmarks all`: steps that fail, hang or never come, and the archive that is there all the same."""
+
+import json
+import sys
+import tarfile
+import time
+
+import pytest
+
+from benchmarks import stages
+from benchmarks.stages import Step
+
+
+def step(name: str, program: str, seconds: float = 20.0, vital: bool = False) -> Step:
+    return Step(name, [sys.executable, "-S", "-c", program], seconds, vital)
+
+
+def follow(steps, tmp_path, seconds=60.0):
+    work = tmp_path / "work"
+    work.mkdir()
+    outcomes = stages.follow(steps, work, tmp_path / "stage.tar.gz", seconds, say=lambda line: None)
+    with tarfile.open(tmp_path / "stage.tar.gz") as tar:
+        packed = {member.name: tar.extractfile(member).read().decode() for member in tar.getmembers()}
+    return outcomes, packed
+
+
+def test_a_failure_ends_nothing_but_itself(tmp_path):
+    steps = [
+        step("good", "print('hello')"),
+        step("bad", "raise SystemExit('it broke')"),
+        step("slow", "import time; print('began', flush=True); time.sleep(60)", seconds=1.5),
+        Step("absent", ["/no/such/program"], 5.0),
+        step("last", "print('still here')"),
+    ]
+    outcomes, packed = follow(steps, tmp_path)
+    assert [o.status for o in outcomes] == ["ok", "failed", "timed out", "failed", "ok"]
+    assert outcomes[1].reason == "status 1: it broke" and outcomes[2].seconds < 10
+    assert packed["01-good.log"] == "hello\n" and "began" in packed["03-slow.log"] and "05-last.log" in packed
+    assert [entry["status"] for entry in json.loads(packed["steps.json"])] == [o.status for o in outcomes]
+    assert "| slow | timed out |" in packed["steps.md"]
+
+
+def test_a_vital_failure_stops_the_stage(tmp_path):
+    outcomes, _ = follow([step("first", "raise SystemExit(3)", vital=True), step("next", "print(1)")], tmp_path)
+    assert [o.status for o in outcomes] == ["failed", "skipped"] and "first did not pass" in outcomes[1].reason
+
+
+def test_without_time_left_a_step_is_skipped(tmp_path):
+    slow = step("slow", "import time; time.sleep(60)")
+    outcomes, packed = follow([slow, step("next", "print(1)")], tmp_path, seconds=2.0)
+    assert [o.status for o in outcomes] == ["timed out", "skipped"]
+    assert outcomes[1].reason == "no time was left" and "steps.json" in packed
+
+
+def test_what_a_step_writes_is_packed_while_it_runs(tmp_path, monkeypatch):
+    """A machine that goes away in the middle of a step leaves an archive with what there was."""
+    monkeypatch.setattr(stages, "PACK_SECONDS", 0.2)
+    seen = []
+    pack = stages.pack
+    monkeypatch.setattr(stages, "pack", lambda work, archive: (pack(work, archive), seen.append(time.monotonic())))
+    follow([step("slow", "import time; time.sleep(1.5)")], tmp_path)
+    assert len(seen) >= 3
+
+
+def test_its_children_end_with_a_step(tmp_path):
+    marker = tmp_path / "alive"
+    child = f"import time; time.sleep(3); open({str(marker)!r}, 'w')"
+    program = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); time.sleep(60)"
+    follow([step("parent", program, seconds=1.0)], tmp_path)
+    time.sleep(3.5)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "_arch", lambda: "sm_90")
+    steps = stages.plan(stage, on_gpu, tmp_path)
+    assert [s.name for s in steps[:2]] == ["versions", "one-kernel"] and steps[1].vital
+    assert len({s.name for s in steps}) == len(steps) and all(s.seconds > 0 for s in steps)
+    for s in steps:
+        if "benchmarks" in s.command:  # every command line of ours is one that there is
+            _parsed(s.command[s.command.index("benchmarks") + 1 :])
+
+
+def _parsed(arguments):
+    from benchmarks.__main__ import parser
+
+    return parser().parse_args(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rehearsal(stage, tmp_path):
+    import subprocess
+
+    from benchmarks.machine import ROOT
+
+    command = [sys.executable, "-m", "benchmarks", "all", "--stage", str(stage), "--minutes", "15"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / f"stage-{stage}.tar.gz").stat().st_size > 1000

@@ -1,0 +1,109 @@
+"""The sweep of tiles: what it tries, drops, keeps and remembers."""
+
+import importlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import machine, results, sweep, tune
+from benchmarks.problems import Checker, Problem
+from benchmarks.sweep import Candidate
+from kernels import tiles
+from kernels.device import TARGETS, facts
+from kernels.op import Case
+
+ENTRIES = sweep.entries()
+NORM = next(entry for entry in ENTRIES if entry.slot == "layer_norm.rows")
+BASE = TARGETS["sm_90"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_every_entry_is_one_that_its_plan_asks_for(entry):
+    """The real case and the small one both take a launch from a candidate's numbers."""
+    op, case = sweep.case_of(entry)
+    tried = sweep.candidates(entry)
+    assert tried[0].numbers == () and len({c.numbers for c in tried}) == len(tried) > 3
+    for problem in (case, entry.small):
+        inputs = op.inputs(problem, getattr(torch, entry.dtype), "meta")
+        before = op.plan(inputs, problem.options, BASE)
+        changed = [c for c in tried[1:] if op.plan(inputs, problem.options, c.device(BASE)) != before]
+        assert len(changed) >= len(tried) - 2, "candidates that change nothing"
+
+
+def test_the_default_is_not_what_a_table_says():
+    """A second sweep must beat what stands beside the op, not what the first one found."""
+    assert Candidate(NORM).device(replace(BASE, name="somebody")).name == ""
+
+
+def test_only_what_compiles_and_is_right_survives(tmp_path, monkeypatch):
+    tried = [Candidate(NORM), *(Candidate(NORM, numbers) for numbers in ((1, 4), (2, 8), (4, 4)))]
+    asked = []
+
+    def compiled(chosen, arch, workers):
+        asked.append([c.numbers for c in chosen])
+        return {c.name: "spills 8 B" if c.numbers == (1, 4) else "" for c in chosen}
+
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    monkeypatch.setattr(tune, "problem_of", lambda entry, dry: None)
+    monkeypatch.setattr(tune, "Checker", lambda problem: None)
+    monkeypatch.setattr(tune, "judge", lambda c, base, checker: "wrong: so" if c.numbers == (2, 8) else "")
+    partial = tune.Partial(tmp_path / "p.json")
+    right = tune.survivors(NORM, tried, BASE, partial, True, 1)
+    assert [c.numbers for c in right] == [(), (4, 4)]
+    # what is known is not asked again, by this sweep or by one that goes on from it
+    again = tune.Partial(tmp_path / "p.json")
+    assert tune.survivors(NORM, tried, BASE, again, True, 1) == right and len(asked) == 1
+    monkeypatch.setattr(tune, "_kernels_hash", lambda: "other kernels")
+    tune.survivors(NORM, tried, BASE, tune.Partial(tmp_path / "p.json"), True, 1)
+    assert len(asked) == 2
+
+
+def test_a_tile_that_is_wrong_is_found(monkeypatch):
+    """A kernel that owns twice the rows that its grid thinks would leave half of them unwritten."""
+    module = importlib.import_module("kernels.layer_norm")  # kernels.layer_norm is the function
+    case = Case("t", {"input": (9, 64), "weight": (64,), "bias": (64,)}, {"normalized_shape": (64,)})
+    op, _ = sweep.case_of(NORM)
+    device = machine.here().torch_device
+    checker = Checker(Problem(op, case, torch.float32, device))
+    base = facts(device)
+    candidate = Candidate(replace(NORM, key="64"), (2, 4))
+    if base.arch == "interpreter":
+        base = TARGETS["sm_90"]
+    assert tune.judge(candidate, base, checker) == ""
+    plan = module.plan_forward
+
+    def short(specs, options, device):
+        (launch,) = plan(specs, options, device)
+        return [replace(launch, grid=(max(1, launch.grid[0] - 1),))]
+
+    monkeypatch.setattr(module, "plan_forward", short)
+    assert "wrong" in tune.judge(candidate, base, checker)
+
+
+def test_a_table_that_is_written_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    tiles._load.cache_clear()
+    tune.write_table({NORM.slot: {NORM.key: [2, 8]}}, "ACME G-9", tmp_path / "acme-g-9.json")
+    assert tiles.table("ACME G-9") == {NORM.slot: {NORM.key: (2, 8)}}
+    assert json.loads((tmp_path / "acme-g-9.json").read_text())["versions"]["torch"]
+    tiles._load.cache_clear()
+
+
+def test_a_damaged_partial_file_starts_anew(tmp_path):
+    results.write(tmp_path / "p.json", "{")
+    assert tune.Partial(tmp_path / "p.json").known["compiled"] == {}
+
+
+def test_compilation_in_a_process_of_its_own():
+    loss = next(entry for entry in ENTRIES if entry.name == "cross_entropy.forward 128")
+    candidate = Candidate(loss, (128, 8, 8))
+    assert sweep.compiled([candidate], "sm_90", 1) == {candidate.name: ""}
+
+
+@pytest.mark.slow
+def test_a_tile_that_spills_is_dropped():
+    """One warp with 256 elements a thread must spill, four with 32 need not."""
+    found = sweep.compiled([Candidate(NORM, (8, 1)), Candidate(NORM, (4, 4))], "sm_90", 1)
+    assert "spills" in found[Candidate(NORM, (8, 1)).name] and found[Candidate(NORM, (4, 4)).name] == ""

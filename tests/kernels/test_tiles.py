@@ -1,0 +1,129 @@
+"""Tables of tuned tiles: read when there is one for the device, and refused when it is malformed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels import catalogue, op, tiles
+from kernels.attention import BACKWARD_KEY, FORWARD, _tile
+from kernels.device import INTERPRETER, TARGETS
+from kernels.op import Spec
+
+OPS = {entry.name: entry for entry in catalogue.OPS}
+SPEC = Spec((2, 4, 1024, 64), (262144, 65536, 64, 1), torch.bfloat16, True)
+OPTIONS = {"dropout_p": 0.0, "allow_tf32": False}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    for cache in (tiles._load, op._launches):  # plans of the same device, made from another table
+        cache.cache_clear()
+    yield tmp_path
+    for cache in (tiles._load, op._launches):
+        cache.cache_clear()
+
+
+def write(folder, table, gpu="ACME G-1", schema=1):
+    (folder / "acme-g-1.json").write_text(json.dumps({"schema": schema, "gpu": gpu, "tiles": table}))
+    return replace(TARGETS["sm_90"], name="ACME G-1")
+
+
+def test_slug():
+    assert tiles.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_attention_takes_what_was_tuned(folder):
+    device = write(folder, {"attention.forward": {"half/64": [32, 32, 4, 1], "half-dropout/64": [64, 32, 4, 2]}})
+    default = _tile(FORWARD, 1024, SPEC, OPTIONS, TARGETS["sm_90"])
+    assert _tile(FORWARD, 1024, SPEC, OPTIONS, device) == (32, 32, 4, 1) != default
+    assert _tile(FORWARD, 1024, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2)
+    # what has no entry keeps its default, and so does every other kernel
+    assert _tile(FORWARD, 1024, SPEC, OPTIONS, device, grouped=True) == default
+    assert _tile(BACKWARD_KEY, 1024, SPEC, OPTIONS, device) == _tile(
+        BACKWARD_KEY, 1024, SPEC, OPTIONS, TARGETS["sm_90"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "slot", "key", "numbers", "expected"),
+    [
+        ("layer_norm", "768", "layer_norm.rows", "1024", [4, 8], {"ROWS": 4}),
+        ("cross_entropy", "v50304", "cross_entropy.forward", "65536", [512, 2, 4], {"BLOCK_V": 512, "ROWS": 2}),
+        ("cross_entropy", "v50304", "cross_entropy.backward", "65536", [256, 4, 4], {"BLOCK_V": 256, "ROWS": 4}),
+    ],
+)
+def test_plans_take_what_was_tuned(name, case, slot, key, numbers, expected, folder):
+    device = write(folder, {slot: {key: numbers}})
+    entry = OPS[name]
+    case = next(c for c in entry.sizes if c.name == case)
+    inputs = entry.inputs(case, torch.bfloat16, "meta")
+    changed = [
+        launch
+        for launch, before in zip(
+            entry.plan(inputs, case.options, device), entry.plan(inputs, case.options, TARGETS["sm_90"]), strict=True
+        )
+        if launch != before
+    ]
+    assert changed and any(expected.items() <= launch.constexprs.items() for launch in changed)
+    assert any(launch.num_warps == numbers[-1] for launch in changed)
+
+
+def test_without_a_file_or_a_name_nothing_changes(folder):
+    write(folder, {"attention.forward": {"half/64": [32, 32, 4, 1]}})
+    for device in (TARGETS["sm_90"], INTERPRETER, replace(TARGETS["sm_90"], name="ACME G-2")):
+        assert tiles.tuned(device, "attention.forward", "half/64") is None
+
+
+def test_results_do_not_depend_on_the_table(folder, device):
+    """Small tiles through the public function, where kernels run here."""
+    import kernels
+    from kernels.op import plan_for
+
+    tuned = write(folder, {"attention.forward": {"ieee/64": [32, 16, 4, 1]}})
+    q, k, v = (torch.randn(1, 1, 50, 32, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
+    with plan_for(tuned):
+        ours = kernels.scaled_dot_product_attention(q, k, v, is_causal=True)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+BAD = {
+    'no "schema": 1': ({}, {"schema": 2}),
+    "tuned on 'ACME G-2', not on 'ACME G-1'": ({}, {"gpu": "ACME G-2"}),
+    '"tiles" must be an object': ([], {}),
+    "'attention.sideways' is no slot": ({"attention.sideways": {}}, {}),
+    "must be [ROWS, num_warps], not [1]": ({"layer_norm.rows": {"1024": [1]}}, {}),
+    "BLOCK_Q of attention.forward half/64 must be a power of two from 16 to 256, not 96": (
+        {"attention.forward": {"half/64": [96, 64, 8, 2]}}, {},
+    ),
+    "num_warps of layer_norm.rows 1024 must be a power of two from 1 to 16, not 32": (
+        {"layer_norm.rows": {"1024": [1, 32]}}, {},
+    ),
+    "not True": ({"layer_norm.rows": {"1024": [True, 4]}}, {}),
+    "num_stages of attention.forward half/64 must be a number from 1 to 8, not 0": (
+        {"attention.forward": {"half/64": [64, 64, 8, 0]}}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_a_malformed_table_is_refused_in_one_line(said, folder):
+    table, changes = BAD[said]
+    device = write(folder, table, **changes)
+    with pytest.raises(ValueError) as error:
+        tiles.tuned(device, "attention.forward", "half/64")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_json_is_refused(folder):
+    (folder / "acme-g-1.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as a table of tiles"):
+        tiles.table("ACME G-1")
+
+
+def test_the_tables_in_the_checkout_are_read():
+    for path in tiles.FOLDER.glob("*.json"):
+        assert tiles.table(json.loads(path.read_text())["gpu"])
