@@ -711,8 +711,7 @@ def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool 
     if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
         return tuned
     row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
-    block_q, block_k, warps, stages = rows[row][size]
-    return block_q, block_k, warps, stages
+    return rows[row][size]
 
 
 def _strides(**specs: Spec) -> dict[str, int]:

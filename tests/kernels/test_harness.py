@@ -202,13 +202,13 @@ def test_the_last_bit_not_the_same_every_time(op, device):
     def unsteady(result):
         calls.append(None)
         result = result.contiguous()
-        if len(calls) % 2 == 0:
+        if (len(calls) - 1) // len(op.outputs) % 2:  # every second call
             result.view(-1).view(torch.int32)[-1] ^= 1
         return result
 
     CHECKS["parity"](spoiled(op, output=unsteady), small(op), torch.float32, device)  # too little for parity
     calls.clear()
-    _caught("repeats", spoiled(op, output=unsteady), device, "run .: output came out otherwise")
+    _caught("repeats", spoiled(op, output=unsteady), device, "run .: output.* came out otherwise")
     calls.clear()
 
     def unsteady_gradients(found):

@@ -37,14 +37,12 @@ def test_slug():
 
 def test_attention_takes_what_was_tuned(folder):
     device = write(folder, {"attention.forward": {"half/64": [32, 32, 4, 1], "half-dropout/64": [64, 32, 4, 2]}})
-    default = _tile(FORWARD, 1024, SPEC, OPTIONS, TARGETS["sm_90"])
-    assert _tile(FORWARD, 1024, SPEC, OPTIONS, device) == (32, 32, 4, 1) != default
-    assert _tile(FORWARD, 1024, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2)
+    default = _tile(FORWARD, SPEC, OPTIONS, TARGETS["sm_90"])
+    assert _tile(FORWARD, SPEC, OPTIONS, device) == (32, 32, 4, 1) != default
+    assert _tile(FORWARD, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2)
     # what has no entry keeps its default, and so does every other kernel
-    assert _tile(FORWARD, 1024, SPEC, OPTIONS, device, grouped=True) == default
-    assert _tile(BACKWARD_KEY, 1024, SPEC, OPTIONS, device) == _tile(
-        BACKWARD_KEY, 1024, SPEC, OPTIONS, TARGETS["sm_90"]
-    )
+    assert _tile(FORWARD, SPEC, OPTIONS, device, grouped=True) == default
+    assert _tile(BACKWARD_KEY, SPEC, OPTIONS, device) == _tile(BACKWARD_KEY, SPEC, OPTIONS, TARGETS["sm_90"])
 
 
 @pytest.mark.parametrize(
