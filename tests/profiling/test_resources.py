@@ -30,7 +30,7 @@ TENSOR_CORE = {
     "gfx942": "v_mfma",
 }
 SERIALISED = {"C7511", "C7512", "C7515"}  # ptxas: a wait after every wgmma
-ONE_OF_EACH = ["gpt2", "gqa-1k", "768", "262144", "v50304"]  # cases that between them launch every kernel
+ONE_OF_EACH = ["gpt2", "d64-short", "gqa-1k", "768", "262144", "v50304"]  # cases that between them launch every kernel
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
