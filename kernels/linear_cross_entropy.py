@@ -126,14 +126,14 @@ FEWEST, MOST = 512, 4096  # rows of a chunk: products of fewer are slow, of more
 def chunk_rows(n_rows: int, hidden: int, n_classes: int, itemsize: int, bound: int | None = None) -> int:
     """How many of n_rows rows go through at once: a multiple of 128, or all of them.
 
-    `bound` bytes of logits, and 128 rows at the least. Without a bound: a tenth of the logits, or as much as a quarter
-    of the fp32 sum of dW, beside which that does not show; but 512 to 4096 rows, and more if 32 MiB hold them.
+    `bound` bytes of logits, and 128 rows at the least. Without a bound: a sixteenth of the logits, or as much as a
+    quarter of the fp32 sum of dW, beside which that does not show; but 512 to 4096 rows, and more if 32 MiB hold them.
     Adding a chunk of c rows to dW reads and writes the sum, so it does c / 4 operations for each byte: few rows would
     leave a GPU waiting for memory. The chunks come out as even as multiples of 128 allow.
     """
     row = n_classes * itemsize
     if bound is None:
-        rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 10, hidden // itemsize)))
+        rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 16, hidden // itemsize)))
     else:
         rows = bound // max(row, 1)
     rows = max(128, rows // 128 * 128)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .backends import Backends
 from .config import ModelConfig
-from .gelu import gelu
+from .gelu import gelu_linear
 from .linear import Linear
 
 IGNORE = -100
@@ -63,7 +63,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x)))
+        return gelu_linear(self.up(x), self.down.weight, self.down.bias)
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from kernels.op import count_launches
 from minigpt.backends import resolve
 from minigpt.config import ModelConfig, preset
-from minigpt.gelu import gelu
+from minigpt.gelu import _GELULinear, gelu, gelu_linear
 from minigpt.model import GPT, IGNORE, sinusoids
 
 TORCH = resolve("torch", torch.device("cpu"))
@@ -215,6 +215,49 @@ def test_the_gradient_of_gelu_may_be_expanded():
     y = x.detach().double().requires_grad_()
     F.gelu(y, approximate="tanh").sum().backward()
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("form", [gelu_linear, _GELULinear.apply])
+def test_gelu_and_the_linear_layer_after_it(form, with_bias):
+    """The form for GPUs makes the activations a second time: same results, same gradients, expanded ones too."""
+    drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((2, 5, 6), (4, 6), (4,))]
+    leaves, exact = ([t.to(dtype).requires_grad_() for t in drawn] for dtype in (torch.float32, torch.float64))
+    for incoming in (torch.randn(2, 5, 4), torch.ones(()).expand(2, 5, 4)):
+        ours = form(leaves[0], leaves[1], leaves[2] if with_bias else None)
+        theirs = F.linear(F.gelu(exact[0], approximate="tanh"), exact[1], exact[2] if with_bias else None)
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+        wanted = 3 if with_bias else 2
+        gradients = torch.autograd.grad(ours, leaves[:wanted], incoming)
+        expected = torch.autograd.grad(theirs, exact[:wanted], incoming.double())
+        for gradient, truth in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_gelu_linear_under_autocast_is_the_two_under_autocast(frozen):
+    drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((2, 5, 6), (4, 6), (4,))]
+    results = []
+    for form in (_GELULinear.apply, lambda x, weight, bias: F.linear(F.gelu(x, approximate="tanh"), weight, bias)):
+        leaves = [t.clone().requires_grad_(place != frozen) for place, t in enumerate(drawn)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = form(F.linear(leaves[0], torch.eye(6)), leaves[1], leaves[2])
+        out.float().square().sum().backward()
+        results.append((out, [leaf.grad for leaf in leaves]))
+    (ours, gradients), (theirs, expected) = results
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+    for one, two in zip(gradients, expected, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+
+
+def test_gelu_linear_keeps_no_activations():
+    kept = []
+    x, weight = torch.randn(8, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _GELULinear.apply(x, weight, None)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr(), weight.data_ptr()]
 
 
 # ---------------------------------------------------------------- backends
