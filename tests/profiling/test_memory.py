@@ -88,12 +88,15 @@ def test_attention_saves_query_key_value_out_and_lse_and_no_scores():
 
 
 @pytest.mark.parametrize("name", ["eager", "torch", pytest.param("triton", marks=needs_triton)])
-def test_doubling_the_batch_doubles_activations(name):
-    once, twice = (_estimate(name, "bf16", batch_size=size) for size in (8, 16))
-    ends = [[point.bytes for point in found.timeline if point.phase == "forward"][-1] for found in (once, twice)]
+def test_as_much_more_batch_is_as_much_more_activations(name):
+    """But for autocast's copies of the weights, which do not grow: the same step up twice, and nearly all of it."""
+    found = [_estimate(name, "bf16", batch_size=size) for size in (8, 16, 24)]
+    ends = [[point.bytes for point in one.timeline if point.phase == "forward"][-1] for one in found]
     assert ends[0]["parameters"] == ends[1]["parameters"] and ends[1]["batch and buffers"] == 2 * 2 * 8 * 8 * 64
-    casts = 2 * once.parameters  # autocast's copies of the weights do not grow with the batch
-    assert ends[1]["activations"] - casts == pytest.approx(2 * (ends[0]["activations"] - casts), rel=0.03)
+    activations = [end["activations"] for end in ends]
+    step = activations[1] - activations[0]
+    assert activations[2] - activations[1] == pytest.approx(step, rel=0.01)
+    assert 0 <= activations[0] - step <= 2.1 * found[0].parameters
 
 
 def test_accumulated_gradients_are_there_beside_the_next_activations():
