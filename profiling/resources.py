@@ -149,11 +149,11 @@ def add_to(commands) -> None:
     """Add `resources` to a command line."""
     parser = commands.add_parser("resources", help=__doc__.split("\n")[0], description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--op", nargs="+", default=[], help="ops of the catalogue (default: all)")
-    parser.add_argument("--arch", nargs="+", default=["sm_90"], help="targets, or `all` (default: sm_90)")
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--op", nargs="+", action="extend", default=[], help="ops of the catalogue (default: all)")
+    parser.add_argument("--arch", nargs="+", action="extend", help="targets, or `all` (default: sm_90)")
+    parser.add_argument("--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: all")
     parser.add_argument("--cases", choices=["sizes", "cases"], default="sizes", help="real sizes, or the tests' cases")
-    parser.add_argument("--case", nargs="+", default=[], help="only the cases of these names")
+    parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
     parser.add_argument("--json", type=Path, help="write the table here as JSON, `-` for stdout instead of the table")
     parser.add_argument("--workers", type=int, help="compile in this many processes (default: the number of cores)")
     parser.set_defaults(run=run)
@@ -169,14 +169,15 @@ def run(arguments: argparse.Namespace) -> int:
     from kernels.device import TARGETS
 
     ops = {op.name: op for op in catalogue.OPS}
-    archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch
+    asked = arguments.arch or ["sm_90"]
+    archs = list(TARGETS) if asked == ["all"] else asked
     for asked, there in ((arguments.op, ops), (archs, TARGETS)):
         unknown = [name for name in asked if name not in there]
         if unknown:
             print(f"error: no {', '.join(unknown)}; there are: {', '.join(there)}", file=sys.stderr)
             return 2
     chosen = [ops[name] for name in arguments.op] or list(ops.values())
-    found = uses(chosen, archs, arguments.dtype, cases=arguments.cases, only=arguments.case)
+    found = uses(chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case)
     table = measure(found, arguments.workers)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
     document["rooflines"] = rooflines(chosen, table, arguments.cases)

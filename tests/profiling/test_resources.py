@@ -226,6 +226,11 @@ def test_what_does_not_compile_is_a_row_with_an_error(measured):
     assert measured["impossible"]["error"]
 
 
+def test_a_flag_given_twice_adds_to_itself():
+    uses, _ = _table("--op", "layer_norm", "--arch", "sm_90", "--arch", "sm_80", "--dtype", "bfloat16", "--case", "768")
+    assert {use["arch"] for use in uses} == {"sm_80", "sm_90"}
+
+
 @pytest.mark.parametrize(("arguments", "says"), [(("--op", "softmax"), "layer_norm"), (("--arch", "sm_70"), "sm_80")])
 def test_unknown_names_are_told_with_the_right_ones(arguments, says):
     done = _run(*arguments)
