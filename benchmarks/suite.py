@@ -26,9 +26,15 @@ INTERPRETED = "Triton's interpreter shows what is right, not how fast"
 def add_to(commands: Any) -> None:
     """Add `kernels` to a command line."""
     parser = commands.add_parser("kernels", help="time every op against its peers", description=__doc__)
-    parser.add_argument("--op", nargs="+", action="extend", default=[], metavar="OP", help="ops of the catalogue (default: all)")
-    parser.add_argument("--provider", nargs="+", action="extend", default=[], metavar="NAME", help="who computes (default: all)")
-    parser.add_argument("--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: bfloat16; on a CPU float32")
+    parser.add_argument(
+        "--op", nargs="+", action="extend", default=[], metavar="OP", help="ops of the catalogue (default: all)"
+    )
+    parser.add_argument(
+        "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="who computes (default: all)"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: bfloat16; on a CPU float32"
+    )
     parser.add_argument("--quick", action="store_true", help="the main cases, fewer samples")
     parser.add_argument("--rounds", type=int, help="samples of each row (default: 40, with --quick 12)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")

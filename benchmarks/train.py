@@ -19,7 +19,9 @@ def add_to(commands: Any) -> None:
     """Add `train` to a command line."""
     parser = commands.add_parser("train", help="training end to end, one kernel after another", description=__doc__)
     parser.add_argument("--preset", help="of minigpt (default: shakespeare; on a CPU shakespeare-cpu)")
-    parser.add_argument("--rung", nargs="+", action="extend", default=[], help="configurations, as `torch` or `triton+compile`")
+    parser.add_argument(
+        "--rung", nargs="+", action="extend", default=[], help="configurations, as `torch` or `triton+compile`"
+    )
     parser.add_argument("--steps", type=int, help="steps before the losses are compared (default: 60, --quick 20)")
     parser.add_argument("--rounds", type=int, help="samples of a step of each rung (default: 40, --quick 12)")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")

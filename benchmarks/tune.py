@@ -29,7 +29,9 @@ from minigpt.errors import UserError
 def add_to(commands: Any) -> None:
     """Add `tune` to a command line."""
     parser = commands.add_parser("tune", help="find tiles for this GPU", description=__doc__)
-    parser.add_argument("--op", nargs="+", action="extend", default=[], help="ops of the catalogue (default: all that have tiles)")
+    parser.add_argument(
+        "--op", nargs="+", action="extend", default=[], help="ops of the catalogue (default: all that have tiles)"
+    )
     parser.add_argument("--quick", action="store_true", help="one entry of each op, three candidates")
     parser.add_argument("--dry-run", action="store_true", help="everything but the timing, no GPU needed")
     parser.add_argument("--arch", choices=[*TARGETS], default="sm_90", help="of a --dry-run (default: sm_90)")

@@ -36,7 +36,9 @@ def add_to(commands) -> None:
     parser.add_argument("--estimate", action="store_true", help="estimate on a machine with a GPU too")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the estimate is for")
     parser.add_argument("--arch", help="GPU that our kernels are planned for (default: the one there is, else sm_90)")
-    parser.add_argument("--fit", nargs="+", action="extend", type=float, default=[], metavar="GB", help="largest batch in so many 1e9 B")
+    parser.add_argument(
+        "--fit", nargs="+", action="extend", type=float, default=[], metavar="GB", help="largest batch in so many 1e9 B"
+    )
     parser.add_argument("--json", type=Path, help="write everything here, `-` for stdout instead of the tables")
     parser.add_argument("--png", type=Path, help="draw the timelines here")
     parser.add_argument("--html", type=Path, help="write a page with the timelines and tables here")

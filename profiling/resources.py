@@ -169,8 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kernels.device import TARGETS
 
     ops = {op.name: op for op in catalogue.OPS}
-    asked = arguments.arch or ["sm_90"]
-    archs = list(TARGETS) if asked == ["all"] else asked
+    archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch or ["sm_90"]
     for asked, there in ((arguments.op, ops), (archs, TARGETS)):
         unknown = [name for name in asked if name not in there]
         if unknown:
