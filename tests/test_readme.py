@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.__main__
 import profiling.__main__
 from kernels import catalogue
 from minigpt import config
@@ -50,6 +51,8 @@ def test_commands_are_understood(line):
         assert words[3] in COMMANDS
     elif words[1:3] == ["-m", "profiling"]:
         profiling.__main__.parser().parse_args(words[3:])
+    elif words[1:3] == ["-m", "benchmarks"]:
+        benchmarks.__main__.parser().parse_args(words[3:])
     else:
         assert words[1] == "generate.py"
 
