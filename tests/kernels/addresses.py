@@ -177,7 +177,7 @@ def launches_of(op, inputs: dict[str, torch.Tensor], options: dict, grad, device
         if op.differentiable:
             torch.autograd.backward(as_tuple(result), as_tuple(grad(result)))
     assert noted.calls, "no custom op was called"
-    with plan_only(device) as launches:
+    with plan_only(device) as launches, torch.no_grad():  # as custom ops are run: products with out= need it
         for function, args in noted.calls:
             OPDEFS[function.name()]._init_fn(*args)
     return launches
