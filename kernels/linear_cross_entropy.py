@@ -108,12 +108,12 @@ def _linear_cross_entropy_forward(
 @triton.jit
 def _linear_cross_entropy_backward(grad_ptr, count_ptr, saved_ptr, scaled_ptr, n, BLOCK: tl.constexpr):
     """A program owns BLOCK elements of one gradient: what forward made, times grad, over the count if there is one."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr).to(tl.float32)
     if count_ptr is not None:
         grad = grad / tl.load(count_ptr)
-    x = tl.load(saved_ptr + places, mask=places < n, other=0.0).to(tl.float32)
-    tl.store(scaled_ptr + places, cast(x * grad, scaled_ptr.dtype.element_ty), mask=places < n)
+    x = tl.load(saved_ptr + elements, mask=elements < n, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + elements, cast(x * grad, scaled_ptr.dtype.element_ty), mask=elements < n)
 
 
 # ---------------------------------------------------------------- plan
@@ -234,9 +234,9 @@ class _Gradients:
 
 
 def _normalisers(target, weight, n_classes, ignore_index, reduction):
-    """For "mean" (what divides the loss, what divides the gradients in the end, what multiplies them first); else Nones.
+    """For "mean" (what divides the loss, what divides the gradients in the end, what they are made with); else Nones.
 
-    Multiplied first is the average weight's inverse, so that the number of rows is left to divide by.
+    They are made with the average weight's inverse, so that the number of rows is left to divide by.
     """
     if reduction != "mean":
         return None, None, None
