@@ -108,12 +108,12 @@ def _linear_cross_entropy_forward(
 @triton.jit
 def _linear_cross_entropy_backward(grad_ptr, count_ptr, saved_ptr, scaled_ptr, n, BLOCK: tl.constexpr):
     """A program owns BLOCK elements of one gradient: what forward made, times grad, over the count if there is one."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr).to(tl.float32)
     if count_ptr is not None:
         grad = grad / tl.load(count_ptr)
-    x = tl.load(saved_ptr + places, mask=places < n, other=0.0).to(tl.float32)
-    tl.store(scaled_ptr + places, cast(x * grad, scaled_ptr.dtype.element_ty), mask=places < n)
+    x = tl.load(saved_ptr + elements, mask=elements < n, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + elements, cast(x * grad, scaled_ptr.dtype.element_ty), mask=elements < n)
 
 
 # ---------------------------------------------------------------- plan
@@ -234,17 +234,23 @@ class _Gradients:
 
 
 def _normalisers(target, weight, n_classes, ignore_index, reduction):
-    """For "mean" (what divides the loss, the number of rows that count, the average weight's inverse); else Nones."""
+    """For "mean" (what divides the loss, what divides the gradients in the end, what they are made with); else Nones.
+
+    They are made with the average weight's inverse, so that the number of rows is left to divide by.
+    """
     if reduction != "mean":
         return None, None, None
     kept = target != ignore_index
     count = kept.sum().to(torch.float32)
     if weight is None:
-        return count, count, None
+        return count, count.clamp(min=1.0), None
     kept &= (target >= 0) & (target < n_classes)
     weights = weight.to(torch.float32)[torch.where(kept, target, 0)] if n_classes else weight.new_empty(0)
     divisor = torch.where(kept, weights, 0.0).sum()
-    return divisor, count, count / divisor
+    factor, most = count / divisor, torch.finfo(torch.float32).max
+    beyond = factor.isinf() & (divisor != 0.0)  # weights next to nothing: then as far as fp32 goes, and less is left
+    factor = torch.where(beyond, divisor.sign() * most, factor)
+    return divisor, torch.where(beyond, factor * divisor, count.clamp(min=1.0)), factor
 
 
 def _empty_gradients(input, linear_weight, dtype, needs):
@@ -303,7 +309,7 @@ def _forward(
     else:
         total = losses.sum()
         loss = (total / divisor if reduction == "mean" else total).to(out_dtype)
-    return loss, lse, input.new_empty(0) if count is None else count.clamp(min=1.0), *gradients.tensors, workspace
+    return loss, lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
 
 
 def _fake_forward(

@@ -92,7 +92,8 @@ def _interpreter(kernel, accesses: list, values: dict, wide: bool) -> Iterator:
             ),
         }
     function = kernel.rewrite()
-    modules = {id(g): g for g in (function.__globals__, kernel.fn.__globals__)}.values()
+    helpers = [value.rewrite() for value in kernel.fn.__globals__.values() if isinstance(value, type(kernel))]
+    modules = {id(f.__globals__): f.__globals__ for f in (function, kernel.fn, *helpers)}.values()
     with contextlib.ExitStack() as stack:
         for name, method in replaced.items():
             stack.enter_context(mock.patch.object(kind, name, method))
@@ -177,7 +178,7 @@ def launches_of(op, inputs: dict[str, torch.Tensor], options: dict, grad, device
         if op.differentiable:
             torch.autograd.backward(as_tuple(result), as_tuple(grad(result)))
     assert noted.calls, "no custom op was called"
-    with plan_only(device) as launches:
+    with plan_only(device) as launches, torch.no_grad():  # as custom ops are run: products with out= need it
         for function, args in noted.calls:
             OPDEFS[function.name()]._init_fn(*args)
     return launches

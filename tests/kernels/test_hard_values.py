@@ -89,6 +89,11 @@ def _loss(weighted: bool, **options) -> Case:
     return Case(f"{options} {weighted}", shapes, options | {"ignore_index": 2})
 
 
+def _linear_loss(bias: bool, weighted: bool, **options) -> Case:
+    shapes = {"input": (6, 8), "linear_weight": (9, 8), "target": (6,)} | ({"linear_bias": (9,)} if bias else {})
+    return Case(f"{options} {bias} {weighted}", shapes | ({"weight": (9,)} if weighted else {}), options)
+
+
 CASES = {
     "scaled_dot_product_attention": [_attention(), _attention(is_causal=True)],
     "layer_norm": [Case("rows", {"input": (5, 24), "weight": (24,), "bias": (24,)}, {"normalized_shape": (24,)})],
@@ -96,6 +101,12 @@ CASES = {
         _loss(False, reduction="none"),
         _loss(True, reduction="mean", label_smoothing=0.1),
         _loss(False, reduction="sum", label_smoothing=0.1),
+    ],
+    "linear_cross_entropy": [
+        _linear_loss(True, False, reduction="none"),
+        _linear_loss(False, True, reduction="none", label_smoothing=0.1, ignore_index=2),
+        _linear_loss(True, True, reduction="mean", label_smoothing=0.1, ignore_index=2),
+        _linear_loss(False, False, reduction="sum", label_smoothing=0.1),
     ],
 }
 LONG = {  # walked in chunks: other kernels
@@ -107,17 +118,60 @@ INFINITE = ("inf", "-inf", "row of inf", "row of -inf", "half -inf")
 # A row of layer norm's gradient, g - mean(g) - xhat * mean(g * xhat), is then a sum of infinities, of which PyTorch
 # adds another pair first.
 FEWER = {("layer_norm", hard, where, "dinput") for hard in INFINITE for where in ("weight", "grad")}
-# PyTorch adds -grad at the target and grad * p, inf - inf; ours is grad * (p - 1). And an ignored row's gradient is 0
-# here whatever grad and the sum of the weights are, where PyTorch multiplies 0 with them.
+FEWER |= {
+    ("add_layer_norm", hard, where, quantity)
+    for hard in INFINITE
+    for where in ("weight", "grad")
+    for quantity in ("dinput", "dresidual")
+}
+# PyTorch adds -grad at the target and grad * p, inf - inf; ours is grad * (p - 1).
 FEWER |= {("cross_entropy", hard, "grad", "dinput") for hard in INFINITE}
-FEWER |= {("cross_entropy", hard, "weight", "dinput") for hard in ("nan", "row of nan")}
+FEWER |= {
+    ("linear_cross_entropy", hard, "grad", quantity)
+    for hard in INFINITE
+    for quantity in ("dinput", "dlinear_weight", "dlinear_bias")
+}
 # not finite in the same places or fewer, but NaN for inf or the other way: an infinite class weight under smoothing,
 # where PyTorch adds w * (lse - x) and we w * lse and w * x
 OTHERWISE = {("cross_entropy", hard, "weight", what) for hard in INFINITE for what in ("output", "dinput")}
+OTHERWISE |= {("linear_cross_entropy", hard, "weight", "output") for hard in INFINITE}
+# the gradients of both outputs, added in fp32 and rounded once: in fp16 PyTorch's first is infinite by itself
+OTHERWISE |= {("add_layer_norm", "fp16's largest", "grad", what) for what in ("dinput", "dresidual")}
 
 
 def _oracles(op) -> list:
     return torch_functions(op) + ([op.reference] if op.name != "scaled_dot_product_attention" else [])
+
+
+def _without_ignored(function):
+    """`function` of the rows that are not ignored: the others' losses are 0, and so are their gradients.
+
+    PyTorch multiplies an ignored row's gradient with 0, and the NaN of a logit or of a sum of class weights stays. Here
+    it is 0 whatever they are.
+    """
+
+    def kept_alone(*, input, target, ignore_index, **options):
+        kept = target != ignore_index
+        result = function(input=input[kept], target=target[kept], **options)
+        return result.new_zeros(target.shape).masked_scatter(kept, result) if result.dim() else result
+
+    return kept_alone
+
+
+def _theirs(op, case, inputs: dict, grad, where: str) -> list[list[dict]]:
+    """By oracle, results of which ours may have any, element by element: PyTorch's first."""
+    theirs = []
+    for function in _oracles(op):
+        results = [differentiate(function, op, inputs, case.options, grad)]
+        if "ignore_index" in case.options:
+            results.append(differentiate(_without_ignored(function), op, inputs, case.options, grad))
+        if op.name == "linear_cross_entropy" and case.options["reduction"] != "none" and where == "grad":
+            # gradients are made in the forward pass and multiplied with grad in the end: 0 * NaN and 0 * inf are in
+            # ignored rows too, where PyTorch has 0, and no infinities are added
+            before = differentiate(function, op, inputs, case.options, torch.ones_like(grad))
+            results.append({name: one if name == "output" else one * grad for name, one in before.items()})
+        theirs.append(results)
+    return theirs
 
 
 def _kinds(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,12 +186,13 @@ def _finite_error(result: torch.Tensor, truth: torch.Tensor) -> float:
     return error.max().item() if error.numel() else 0.0
 
 
-def _agree(kinds: torch.Tensor, others: list[torch.Tensor], place: tuple) -> bool:
+def _agree(kinds: torch.Tensor, theirs: list[list[torch.Tensor]], place: tuple) -> bool:
+    """By oracle, the kinds of what ours may be; the first is PyTorch's."""
     if place in OTHERWISE:
-        return all(((kinds == 0) | (other != 0)).all() for other in others)
+        return all(((kinds == 0) | (others[0] != 0)).all() for others in theirs)
     if place in FEWER:
-        return any(((kinds == other) | (other == 2)).all() for other in others)
-    return any(torch.equal(kinds, other) for other in others)
+        return any((sum(kinds == other for other in others) + (others[0] == 2)).bool().all() for others in theirs)
+    return any(sum(kinds == other for other in others).bool().all() for others in theirs)
 
 
 def _rounding(op, inputs: dict, quantity: str) -> float:
@@ -146,6 +201,15 @@ def _rounding(op, inputs: dict, quantity: str) -> float:
     eps, most = 4 * torch.finfo(torch.float32).eps, {name: t.abs().max().item() for name, t in floats.items()}
     if op.name == "cross_entropy":
         return eps * most["input"] * max(1.0, most.get("weight", 0.0)) if quantity == "dinput" else 0.0
+    if op.name == "linear_cross_entropy":
+        if quantity == "output":
+            return 0.0
+        x, w = floats["input"].reshape(-1, inputs["input"].shape[-1]), floats["linear_weight"]
+        logits = (x @ w.T + floats.get("linear_bias", 0.0)).abs().max().item()
+        # of a row's gradient of the logits, whose sum over classes is what a probability is at most
+        row = eps * logits * max(1.0, most.get("weight", 0.0))
+        other = {"dinput": most["linear_weight"], "dlinear_weight": len(x) * most["input"], "dlinear_bias": len(x)}
+        return row * other[quantity]
     if op.name != "scaled_dot_product_attention":
         return 0.0
     scale = inputs["query"].shape[-1] ** -0.5
@@ -156,21 +220,21 @@ def _rounding(op, inputs: dict, quantity: str) -> float:
     return probability * 8 * inputs["query"].shape[-1] * other.get(quantity, most["value"])
 
 
-def _wrong(op, hard: str, where: str, inputs: dict, ours: dict, theirs: list[dict], truth: dict) -> list[str]:
+def _wrong(op, hard: str, where: str, inputs: dict, ours: dict, theirs: list[list[dict]], truth: dict) -> list[str]:
     """What is wrong, by quantity."""
     wrong = []
     for quantity, exact in truth.items():
         result = ours[quantity]
-        kinds, others = _kinds(result), [_kinds(their[quantity]) for their in theirs]
+        kinds, others = _kinds(result), [[_kinds(one[quantity]) for one in their] for their in theirs]
         if not _agree(kinds, others, (op.name, hard, where, quantity)):
-            counts = [(kinds != other).sum().item() for other in others]
+            counts = [(kinds != other[0]).sum().item() for other in others]
             wrong.append(f"{quantity}: {counts} of {kinds.numel()} elements are NaN or infinite otherwise")
         if hard == "denormal" and result.dtype == torch.bfloat16 and INTERPRETED:
             continue  # Triton's interpreter widens them wrongly
         finite, information = exact[exact.isfinite()], torch.finfo(result.dtype)
         size = finite.abs().max().item() if finite.numel() else 0.0
         # one draw: what luck there is in PyTorch's error is left to the parity tests
-        allowed = 4 * max(_finite_error(their[quantity], exact) for their in theirs)
+        allowed = 4 * max(_finite_error(one[quantity], exact) for their in theirs for one in their)
         allowed += 4 * information.eps * (size + information.tiny) + _rounding(op, inputs, quantity)
         error = _finite_error(result, exact)
         if error > allowed:
@@ -190,7 +254,7 @@ def hold_hard_values(op, case, dtype: torch.dtype, device, hard: str) -> None:
         else:
             inputs[where] = HARD[hard](drawn[where])
         ours = guarded(op, inputs, case.options, grad)
-        theirs = [differentiate(function, op, inputs, case.options, grad) for function in _oracles(op)]
+        theirs = _theirs(op, case, inputs, grad, where)
         truth = differentiate(op.reference, op, in_float64(inputs), case.options, in_float64(grad))
         wrong += [f"{where}: {line}" for line in _wrong(op, hard, where, inputs, ours, theirs, truth)]
     assert not wrong, f"{op.name} {case.name} {name_of(dtype)}, {hard} in " + "; ".join(wrong)

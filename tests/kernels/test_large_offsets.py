@@ -6,6 +6,7 @@ integer has 64 bits. Each conversion to 64 bits in the kernels is then left out,
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import math
@@ -27,13 +28,16 @@ STRIDE = 2**31 - 16  # fits 32 bits; twice it does not
 SM_90 = TARGETS["sm_90"]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="addresses are read in Triton's interpreter")
 
-STRIDED = {  # every dimension at least 3, and several tiles
-    "scaled_dot_product_attention": Case(
-        "grouped", {"query": (3, 6, 150, 16), "key": (3, 3, 150, 16), "value": (3, 3, 150, 16)},
-        {"is_causal": True, "enable_gqa": True},
-    ),
-    "cross_entropy": Case("rows", {"input": (5, 24), "target": (5,), "weight": (24,)}, {"label_smoothing": 0.1}),
-}  # fmt: skip
+SPLITS = 4  # of caches of SPLIT slots or more, here; every one of them gets keys
+SPLIT = 1024
+
+
+@pytest.fixture(autouse=True)
+def _however_many_it_would_choose(monkeypatch):
+    """All rows in one chunk of logits, and splits however many programs there are: nothing is left to a device."""
+    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "BOUND", 1 << 60)
+    decode = importlib.import_module("kernels.decode_attention")
+    monkeypatch.setattr(decode, "_splits", lambda programs, t_max, *_: SPLITS if t_max >= SPLIT else 1)
 
 
 def _attention(b: int, t: int) -> Case:
@@ -49,16 +53,46 @@ def _cross_entropy(rows: int, n: int) -> Case:
     return Case(f"{rows}x{n}", {"input": (rows, n), "target": (rows,), "weight": (n,)}, {"reduction": "none"})
 
 
+def _decode(b: int, h: int, key_heads: int, t: int) -> Case:
+    cache = (b, key_heads, t, 16)
+    shapes = {"query": (b, h, 1, 16), "key_cache": cache, "value_cache": cache, "lengths": (b,)}
+    return Case(f"{b}x{h}x{key_heads}x{t}", shapes, {"enable_gqa": True})
+
+
+def _linear_cross_entropy(rows: int, hidden: int, n: int, **options) -> Case:
+    shapes = {"input": (rows, hidden), "linear_weight": (n, hidden), "target": (rows,), "linear_bias": (n,)}
+    return Case(f"{rows}x{hidden}x{n}", shapes | {"weight": (n,)}, options)
+
+
+STRIDED = {  # every dimension at least 3, and several tiles
+    "scaled_dot_product_attention": [Case(
+        "grouped", {"query": (3, 6, 150, 16), "key": (3, 3, 150, 16), "value": (3, 3, 150, 16)},
+        {"is_causal": True, "enable_gqa": True},
+    )],
+    "decode_attention": [_decode(3, h, 3, t) for h in (3, 6) for t in (150, SPLIT)],
+    "cross_entropy": [Case("rows", {"input": (5, 24), "target": (5,), "weight": (24,)}, {"label_smoothing": 0.1})],
+    # classes by the 16: the logits' rows are padded to that, and a launch does not tell how far
+    "linear_cross_entropy": [_linear_cross_entropy(5, 24, 48, reduction=reduction) for reduction in ("none", "mean")],
+}  # fmt: skip
 MANY = {  # contiguous, and many elements: of every kind of kernel and of everything that has an element a row
     "scaled_dot_product_attention": [_attention(5_000_000, 150), _attention(3, 2**26)],
     "layer_norm": [_layer_norm(2**32, 24), _layer_norm(100, 2**26)],
     "cross_entropy": [_cross_entropy(2**32, 24), _cross_entropy(5, 2**30)],
+    "decode_attention": [_decode(2**28, 1, 1, t) for t in (100, SPLIT)]
+    + [_decode(2**24, 64, 1, t) for t in (100, SPLIT)],
+    "linear_cross_entropy": [
+        _linear_cross_entropy(rows, 8, n, reduction=reduction)
+        for rows, n in ((2**32, 48), (5, 2**30))
+        for reduction in ("none", "mean")
+    ],
 }
 # Never past 2^31 elements: one for each column, for each program that fills the device, or one alone; and the long
-# rows' statistics, of which there is one a program
-BOUNDED = re.compile(r"weight|bias|weight_sum|divisor|seed|d?weight(_parts)?|d?bias(_parts)?|lengths")
+# rows' and the splits' statistics, of which there is one a program
+BOUNDED = re.compile(r"weight|bias|weight_sum|divisor|count|factor|seed|d?weight(_parts)?|d?bias(_parts)?")
 ONE_A_PROGRAM = {("_layer_norm_forward_long", "mean"), ("_layer_norm_forward_long", "rstd")}
 ONE_A_PROGRAM |= {(f"_layer_norm_backward_long_{of}", s) for of in ("input", "parameters") for s in ("mean", "rstd")}
+ONE_A_PROGRAM |= {("_decode_single", "peak"), ("_decode_single", "total")}
+ONE_ALONE = {("_linear_cross_entropy_backward", "grad")}  # of a mean or a sum
 
 
 def _many(op) -> list[Case]:
@@ -91,19 +125,21 @@ def _variants(op):
     for case in _many(op):
         inputs = op.inputs(case, torch.bfloat16, "meta")
         yield case.name, inputs, case.options, lambda result: on_each(torch.empty_like, result)
-    case = STRIDED.get(op.name, laid_out(op))
-    for far in range(1, max(len(shape) for shape in case.shapes.values())):
-        inputs = {
-            name: _meta(tensor.shape, _strides(tensor.shape, far), tensor.dtype)
-            if tensor.is_floating_point() and tensor.dim() > far
-            else tensor
-            for name, tensor in op.inputs(case, torch.bfloat16, "meta").items()
-        }
+    for case in STRIDED.get(op.name, [laid_out(op)]):
+        for far in range(1, max(len(shape) for shape in case.shapes.values())):
+            inputs = {
+                name: _meta(tensor.shape, _strides(tensor.shape, far), tensor.dtype)
+                if tensor.is_floating_point() and tensor.dim() > far
+                else tensor
+                for name, tensor in op.inputs(case, torch.bfloat16, "meta").items()
+            }
+            if "lengths" in inputs:
+                inputs["lengths"] = _meta(inputs["lengths"].shape, [STRIDE], torch.int32)
 
-        def grad(result, far=far):
-            return on_each(lambda one: _meta(one.shape, _strides(one.shape, far), one.dtype), result)
+            def grad(result, far=far):
+                return on_each(lambda one: _meta(one.shape, _strides(one.shape, far), one.dtype), result)
 
-        yield f"dimension {-far - 1} strided", inputs, case.options, grad
+            yield f"{case.name}, dimension {-far - 1} strided", inputs, case.options, grad
 
 
 def _values(inputs: dict) -> dict[str, int]:
@@ -129,7 +165,7 @@ def test_every_offset_is_64_bits(op):
         for kernel, pointer in pointers
         if reached.get((kernel, pointer), 0) < 2**31
         and not BOUNDED.fullmatch(pointer.removesuffix("_ptr"))
-        and (kernel, pointer.removesuffix("_ptr")) not in ONE_A_PROGRAM
+        and (kernel, pointer.removesuffix("_ptr")) not in ONE_A_PROGRAM | ONE_ALONE
     }
     assert not near, f"no variant went past 2^31 elements for {sorted(near)}"
 
@@ -169,18 +205,29 @@ class Mutant(NamedTuple):
         return names
 
 
-def _modules(op) -> list:
-    """The files that the op's kernels are written in."""
-    plans = [op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, SM_90) for case in (*op.cases, *op.sizes)]
-    launches = [launch for plan in plans for launch in plan]
-    return [importlib.import_module(name) for name in sorted({launch.kernel.fn.__module__ for launch in launches})]
+@functools.cache
+def _kernels() -> dict[str, set[tuple[str, str]]]:
+    """By op: (file, name) of every kernel that it launches."""
+    kernels = {}
+    for op in catalogue.OPS:
+        plans = [op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, SM_90) for case in op.cases + op.sizes]
+        found = {launch.kernel.fn for plan in plans for launch in plan}
+        kernels[op.name] = {(kernel.__module__, kernel.__name__) for kernel in found}
+    return kernels
 
 
 def _mutants(op) -> list[Mutant]:
+    """Of the files that the op's kernels are written in, but not of kernels there that only other ops launch."""
+    own = _kernels()[op.name]
+    others = set().union(*_kernels().values()) - own
     mutants = []
-    for module in _modules(op):
+    for name in sorted({module for module, _ in own}):
+        module = importlib.import_module(name)
         source = _functions(module)
         for found in WIDENED.finditer(source):
+            function = re.findall(r"^def (\w+)", source[: found.start()], re.MULTILINE)[-1]
+            if (name, function) in others:
+                continue
             without = source[: found.start()] + (found.group(1) or "") + source[found.end() :]
             line = without[: found.start()].count("\n")
             mutants.append(Mutant(module, without, without.splitlines()[line].strip()))
