@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: see `--help`."""
+"""How fast, beside whom; `python -m benchmarks COMMAND --help` lists the options of each."""
 
 import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
 

@@ -187,6 +187,8 @@ def add_layer_norm(
     Raises RuntimeError if shapes do not fit, NotImplementedError for other dtypes.
     """
     refuse_transforms("add_layer_norm", input, residual, weight, bias)
+    if residual is None:
+        raise TypeError("add_layer_norm: residual must be a Tensor, not NoneType")
     try:
         full_shape = torch.broadcast_shapes(input.shape, residual.shape)
     except RuntimeError:

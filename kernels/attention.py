@@ -947,17 +947,17 @@ def _check(query, key, value, attn_mask, dropout_p, enable_gqa):
         raise NotImplementedError("scaled_dot_product_attention: attn_mask is not implemented; is_causal is")
     for name, tensor in tensors.items():
         if tensor.dim() < 2:
-            raise ValueError(f"scaled_dot_product_attention: {name} must be at least 2-D, got {list(tensor.shape)}")
+            raise RuntimeError(f"scaled_dot_product_attention: {name} must be at least 2-D, got {list(tensor.shape)}")
         if tensor.dtype != query.dtype:
             raise RuntimeError(f"scaled_dot_product_attention: {name} is {tensor.dtype}, query is {query.dtype}")
         if tensor.device != query.device:
             raise RuntimeError(f"scaled_dot_product_attention: {name} is on {tensor.device}, query on {query.device}")
     if query.dtype not in DTYPES:
-        raise NotImplementedError(
+        raise (NotImplementedError if query.dtype.is_floating_point else RuntimeError)(
             f"scaled_dot_product_attention: query is {query.dtype}; the kernel has float32, float16, bfloat16"
         )
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"scaled_dot_product_attention: dropout_p must be in [0, 1], got {dropout_p}")
+        raise RuntimeError(f"scaled_dot_product_attention: dropout_p must be in [0, 1], got {dropout_p}")
     size = query.shape[-1]
     if key.shape[-1] != size or key.shape[-2] != value.shape[-2]:
         raise RuntimeError(
@@ -1037,7 +1037,16 @@ def scaled_dot_product_attention(
 
 def _broadcast(first: torch.Size, *others: torch.Size) -> torch.Size:
     # PyTorch's own takes longer than all the rest of a call
-    return first if all(other == first for other in others) else torch.broadcast_shapes(first, *others)
+    if all(other == first for other in others):
+        return first
+    try:
+        return torch.broadcast_shapes(first, *others)
+    except RuntimeError:
+        shapes = " and ".join(str(list(shape)) for shape in (first, *others))
+        raise RuntimeError(
+            f"scaled_dot_product_attention: the dimensions of query, key and value in front of (T, D) must be equal or "
+            f"broadcast, got {shapes}; enable_gqa=True lets query heads share a key head"
+        ) from None
 
 
 def _four_dimensions(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:

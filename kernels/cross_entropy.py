@@ -339,7 +339,7 @@ def _check(input, target, weight, reduction, label_smoothing):
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"cross_entropy: input is {input.dtype}; the kernel has float32, float16, bfloat16")
-    if target.dtype.is_floating_point:
+    if target.dtype.is_floating_point and target.shape == input.shape:
         raise NotImplementedError("cross_entropy: probability targets are not implemented; class indices are")
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"cross_entropy: target must be int64, got {target.dtype}")

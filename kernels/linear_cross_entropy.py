@@ -469,7 +469,7 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, label_s
             raise NotImplementedError(f"{name}: {what} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
         if tensor is not None and what.startswith("linear") and tensor.dtype != input.dtype and not autocast:
             raise RuntimeError(f"{name}: {what} is {tensor.dtype}, input {input.dtype}; they must be of one dtype")
-    if target.dtype.is_floating_point:
+    if target.dtype.is_floating_point and target.shape == (*input.shape[:-1], linear_weight.shape[0]):
         raise NotImplementedError(f"{name}: probability targets are not implemented; class indices are")
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"{name}: target must be int64, got {target.dtype}")

@@ -205,11 +205,15 @@ def register_gradients(op: Any, gradients: Callable, save: Callable) -> None:
 
 
 def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
-    """Raise NotImplementedError inside torch.func's transforms, and for tensors with a forward-mode tangent.
+    """Raise TypeError for what is no tensor (None may stand for all but the first), and NotImplementedError inside
+    torch.func's transforms and for tensors with a forward-mode tangent.
 
     PyTorch's custom ops have no formula for these: grad fails with a message about something else, a tangent
     would be dropped without a word, and vmap launches every sample by itself.
     """
+    for place, tensor in enumerate(tensors, 1):
+        if not isinstance(tensor, torch.Tensor) and (place == 1 or tensor is not None):
+            raise TypeError(f"{name}: argument {place} must be a Tensor, not {type(tensor).__name__}")
     if torch.compiler.is_compiling():  # transforms are traced away there, or refused by the compiler
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:

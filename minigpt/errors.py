@@ -92,6 +92,8 @@ def door(main: Callable[[], None]) -> None:
     UserError, full disks and missing permissions end with status 1, Ctrl-C with 130, a closed pipe (`... | head`)
     quietly with 141. A bug of ours keeps its traceback. Where the terminal lacks a character, "?" is shown.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the doors leave it to the system while they import
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kernels.attention
+
 from .backends import Backends
 from .config import ModelConfig
+from .errors import UserError
 from .gelu import gelu_linear
 from .linear import Linear
 
@@ -93,11 +96,17 @@ class GPT(nn.Module):
     """A decoder-only transformer language model.
 
     The weights are drawn from PyTorch's default generator on the CPU, so that `torch.manual_seed` gives the same model
-    whatever the backend and the device it is moved to.
+    whatever the backend and the device it is moved to. Raises UserError for heads that the chosen kernels do not have.
     """
 
     def __init__(self, config: ModelConfig, ops: Backends):
         super().__init__()
+        largest = kernels.attention.MAX_HEAD_SIZE
+        if ops.names["attention"] == "triton" and config.n_embd // config.n_head > largest:
+            raise UserError(
+                f"heads of {config.n_embd // config.n_head} channels: our attention kernel has heads up to {largest}; "
+                "take more heads (--n-head), or --kernels attention=torch"
+            )
         self.config = config
         self.ops = ops
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)

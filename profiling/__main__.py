@@ -1,4 +1,4 @@
-"""`python -m profiling COMMAND`: see `--help`."""
+"""Where memory, time and registers go; `python -m profiling COMMAND --help` lists the options of each."""
 
 import argparse
 import sys

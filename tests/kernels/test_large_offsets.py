@@ -49,6 +49,11 @@ def _layer_norm(rows: int, n: int) -> Case:
     return Case(f"{rows}x{n}", {"input": (rows, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
 
 
+def _add_layer_norm(rows: int, n: int) -> Case:
+    case = _layer_norm(rows, n)
+    return case._replace(shapes={"input": (rows, n), "residual": (rows, n)} | case.shapes)
+
+
 def _cross_entropy(rows: int, n: int) -> Case:
     return Case(f"{rows}x{n}", {"input": (rows, n), "target": (rows,), "weight": (n,)}, {"reduction": "none"})
 
@@ -65,18 +70,16 @@ def _linear_cross_entropy(rows: int, hidden: int, n: int, **options) -> Case:
 
 
 STRIDED = {  # every dimension at least 3, and several tiles
-    "scaled_dot_product_attention": [Case(
-        "grouped", {"query": (3, 6, 150, 16), "key": (3, 3, 150, 16), "value": (3, 3, 150, 16)},
-        {"is_causal": True, "enable_gqa": True},
-    )],
+    "scaled_dot_product_attention": [_attention(3, 150), _attention(3, 24)],
     "decode_attention": [_decode(3, h, 3, t) for h in (3, 6) for t in (150, SPLIT)],
     "cross_entropy": [Case("rows", {"input": (5, 24), "target": (5,), "weight": (24,)}, {"label_smoothing": 0.1})],
     # classes by the 16: the logits' rows are padded to that, and a launch does not tell how far
     "linear_cross_entropy": [_linear_cross_entropy(5, 24, 48, reduction=reduction) for reduction in ("none", "mean")],
 }  # fmt: skip
 MANY = {  # contiguous, and many elements: of every kind of kernel and of everything that has an element a row
-    "scaled_dot_product_attention": [_attention(5_000_000, 150), _attention(3, 2**26)],
+    "scaled_dot_product_attention": [_attention(5_000_000, 150), _attention(3, 2**26), _attention(5_000_000, 24)],
     "layer_norm": [_layer_norm(2**32, 24), _layer_norm(100, 2**26)],
+    "add_layer_norm": [_add_layer_norm(2**32, 24), _add_layer_norm(100, 2**26)],
     "cross_entropy": [_cross_entropy(2**32, 24), _cross_entropy(5, 2**30)],
     "decode_attention": [_decode(2**28, 1, 1, t) for t in (100, SPLIT)]
     + [_decode(2**24, 64, 1, t) for t in (100, SPLIT)],

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -355,6 +357,15 @@ def test_train_py_says_no_in_one_line(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise on Windows")
+@pytest.mark.parametrize("after", [0.3, 1.5])
+def test_ctrl_c_while_it_starts_leaves_no_traceback(after):
+    started = subprocess.Popen([sys.executable, ROOT / "train.py", "--help"], stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert "Traceback" not in said and started.returncode in (-signal.SIGINT, 130, 0)
+
+
 def test_a_closed_pipe_ends_quietly(trained):
     arguments = ["--run", str(trained / "runs" / "small"), "--max-new-tokens", "2000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -11,6 +11,7 @@ from torch import nn
 from kernels.op import count_launches
 from minigpt.backends import resolve
 from minigpt.config import ModelConfig, preset
+from minigpt.errors import UserError
 from minigpt.gelu import _GELULinear, gelu, gelu_linear
 from minigpt.model import GPT, IGNORE, sinusoids
 
@@ -302,6 +303,13 @@ def test_backends_agree(request_text, steps, options, device):
             gradient, expected_gradients[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
     assert losses == pytest.approx(expected_losses, abs=1e-3)
+
+
+def test_heads_that_the_kernel_does_not_have_are_told_before_anything_runs(device):
+    config = replace(SMALL, n_embd=300, n_head=1)
+    with pytest.raises(UserError, match=r"heads of 300 channels.*--n-head"):
+        build(config, resolve("triton", device))
+    build(config, resolve("attention=torch,layer_norm=triton,loss=triton", device))
 
 
 def test_use_switches_every_op(device):
