@@ -129,7 +129,8 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
         print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
     tokens = torch.from_numpy(tokenizer.encode(text)).to(device)
     began = time.perf_counter()
-    print(f"evaluating {folder} on {corpus.source} ...", file=sys.stderr, flush=True)
+    if len(tokens) > 1:
+        print(f"evaluating {folder} on {corpus.source} ...", file=sys.stderr, flush=True)
     result = evaluate_model(model, tokens, max_tokens=options.max_tokens, dtype=pick_dtype(found.config.dtype, device))
     rows = {
         "checkpoint": folder,
