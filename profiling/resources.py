@@ -93,8 +93,10 @@ def uses(
                                 shared_memory_limit=TARGETS[arch].shared_memory,
                             ),
                         )
-                        if case.name not in use.cases:
-                            use.cases.append(case.name)
+                        # a kernel that another op launches too is one row: the first op's
+                        label = case.name if use.op == op.name else f"{op.name}/{case.name}"
+                        if label not in use.cases:
+                            use.cases.append(label)
     return found
 
 
@@ -121,10 +123,14 @@ def measure(found: dict[Source, Use], workers: int | None = None) -> list[Use]:
 def rooflines(ops: Iterable[Any], table: Sequence[Use], cases: str = "sizes") -> list[dict[str, Any]]:
     """The least time of every op's forward and backward pass in `table`, by published peaks. An estimate."""
     known = {(op.name, case.name): (op, case) for op in ops for case in getattr(op, cases)}
-    asked = dict.fromkeys((use.op, use.dtype, use.arch, name) for use in table for name in use.cases)
+    asked = dict.fromkeys(
+        (*([use.op, label] if "/" not in label else label.split("/")), use.dtype, use.arch)
+        for use in table
+        for label in use.cases
+    )
     on_tensor_cores = {(use.op, use.dtype, use.arch) for use in table if use.tensor_core}
     found = []
-    for name, dtype, arch, case_name in asked:
+    for name, case_name, dtype, arch in asked:
         op, case = known[name, case_name]
         costs = op.cost(op.inputs(case, DTYPES[dtype], "meta"), case.options)
         by_pytorch = name in PRODUCTS_BY_PYTORCH and dtype != "float32"

@@ -226,6 +226,18 @@ def test_what_does_not_compile_is_a_row_with_an_error(measured):
     assert measured["impossible"]["error"]
 
 
+def test_a_kernel_of_two_ops_is_one_row_and_has_both_rooflines():
+    """add_layer_norm without a second output's gradient is layer_norm's kernel in part."""
+    done = _run("--op", "layer_norm", "add_layer_norm", "--arch", "sm_90", "--dtype", "bfloat16", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    shared = [use for use in document["kernels"] if any(label.startswith("add_layer_norm/") for label in use["cases"])]
+    assert shared and all(use["op"] == "layer_norm" for use in shared)
+    assert {line["op"] for line in document["rooflines"]} == {"layer_norm", "add_layer_norm"}
+    sizes = {(op.name, case.name) for op in catalogue.OPS if "layer_norm" in op.name for case in op.sizes}
+    assert {(line["op"], line["case"]) for line in document["rooflines"]} == sizes
+
+
 def test_a_flag_given_twice_adds_to_itself():
     uses, _ = _table("--op", "layer_norm", "--arch", "sm_90", "--arch", "sm_80", "--dtype", "bfloat16", "--case", "768")
     assert {use["arch"] for use in uses} == {"sm_80", "sm_90"}
