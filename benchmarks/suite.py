@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, problems, providers, results, stats, timing
+from benchmarks import machine, problems, providers, results, timing
 from benchmarks.problems import DTYPES, PEER_FACTOR, Checker, Problem, Wrong
 from benchmarks.providers import Provider, Unavailable
 from minigpt.errors import UserError
@@ -286,8 +286,3 @@ def roofline_ms(cost, dtype: str, ceilings: dict[str, float]) -> float:
     if not copy or not matmul:
         return 0.0
     return max(cost.bytes / copy / 1e6, cost.flops / matmul / 1e9)
-
-
-def summary_of(row: dict[str, Any]) -> stats.Summary:
-    """Median and percentiles of a row that was timed, in milliseconds."""
-    return stats.Summary(row["median_ms"], row["p20_ms"], row["p80_ms"])
