@@ -10,8 +10,9 @@ where g is the incoming gradient of the row: for "mean" that of the loss over th
 is ignore_index have loss and gradient zero and no part in that sum. A target outside [0, V) makes its row's
 loss and gradient NaN.
 
-Forward walks a row once with a running maximum and sum, and saves lse, one fp32 number a row. Backward
-makes p from the logits again, so the only buffer of the logits' size is their gradient. Forward reads the
+Forward walks a row once with a running maximum and sum, and saves lse in two parts, the maximum and the logarithm of
+the sum: added up, large logits would cost p its digits. Backward makes p from the logits again, so the only
+buffer of the logits' size is their gradient. Forward reads the
 logits; backward reads them and writes the gradient; five to ten operations an element: bandwidth is the bound.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
@@ -91,7 +92,7 @@ def row_losses(
     logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """(losses, weights of the targets, log of total) of rows whose sums are known."""
+    """(losses, weights of the targets, log of total) of rows whose sums are known; lse is peak + log of total."""
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
     target_logit = tl.load(logits_ptr + tl.where(valid, target, 0)[:, None], mask=(in_rows & valid)[:, None], other=0.0)
@@ -111,13 +112,13 @@ def row_losses(
 
 @triton.jit
 def logit_gradients(
-    x, lse, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V,
+    x, peak, log_total, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """grad * dloss/dx for the logits x at `columns` of some rows; zero for ignored rows, NaN for wrong targets."""
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
-    p = tl.exp(x - lse[:, None])
+    p = tl.exp((x - peak[:, None]) - log_total[:, None])
     dx = tl.where(columns[None, :] == target[:, None], p - 1.0, p)
     if weight_ptr is not None:
         dx *= target_weight[:, None]
@@ -137,7 +138,7 @@ def _cross_entropy_forward(
     n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows: their losses, their weights (the second row of losses) and their lse."""
+    """A program owns ROWS rows: their losses, their weights (the second row of losses) and the two parts of lse."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
     logits_ptr += rows[:, None] * row_stride
@@ -148,7 +149,8 @@ def _cross_entropy_forward(
     )
     tl.store(losses_ptr + rows, loss, mask=in_rows)
     tl.store(losses_ptr + n_rows + rows, target_weight, mask=in_rows)
-    tl.store(lse_ptr + rows, peak + log_total, mask=in_rows)
+    tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
+    tl.store(lse_ptr + 2 * rows + 1, log_total, mask=in_rows)
 
 
 @triton.jit
@@ -172,15 +174,17 @@ def _cross_entropy_backward(
     if divisor_ptr is not None:
         divisor = tl.load(divisor_ptr)
         grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
-    lse = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
+    peak = tl.load(lse_ptr + 2 * rows, mask=in_rows, other=0.0)
+    log_total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=0.0)
     target_weight = 1.0
     if weight_ptr is not None:
         weighed = in_rows & (target != ignore_index) & (target >= 0) & (target < V)
         target_weight = tl.load(weight_ptr + target, mask=weighed, other=0.0).to(tl.float32)
     x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     dx = logit_gradients(
-        x, lse, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
-    )
+        x, peak, log_total, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing,
+        V, SMOOTH,
+    )  # fmt: skip
     places = rows[:, None] * dlogits_stride + columns[None, :]
     tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
 
@@ -247,7 +251,7 @@ def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Ten
 def _empty_forward(logits, reduction, out_dtype):
     none = reduction == "none"
     loss = logits.new_empty((logits.shape[0],) if none else (), dtype=out_dtype)
-    lse = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
     return loss, lse, logits.new_empty((0,) if none else (), dtype=torch.float32)
 
 
@@ -260,14 +264,14 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, lse fp32 (n_rows,), what "mean" divides by, fp32 ().
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), what "mean" divides by, fp32 ().
 
     With reduction="none" there is nothing to divide by, and the last is empty.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
         check_targets("cross_entropy", target, n_classes, ignore_index)
-    lse = logits.new_empty(n_rows, dtype=torch.float32)
+    lse = logits.new_empty((n_rows, 2), dtype=torch.float32)
     losses = logits.new_empty((2, n_rows), dtype=torch.float32)
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
@@ -428,7 +432,7 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
 def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
     """Five operations an element forward, six backward; logits read, then read again and their gradient written."""
     logits, target = inputs["input"], inputs["target"]
-    rows = target.nbytes + 4 * target.numel()
+    rows = target.nbytes + 8 * target.numel()
     return (
         Cost(5 * logits.numel(), logits.nbytes + rows + 8 * target.numel()),
         Cost(6 * logits.numel(), 2 * logits.nbytes + rows),

@@ -166,7 +166,7 @@ def _decode_group(
     blocks = tl.cdiv(group, BLOCK_H)
     key_head = tl.program_id(0) // n_splits // blocks
     member = tl.program_id(0) // n_splits % blocks * BLOCK_H
-    head = key_head * group  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
+    head = key_head.to(tl.int64) * group  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
     filled, chunk, valid = _share(lengths_ptr, head // n_head, length_stride, t_max, n_splits, BLOCK_K)
     first = split * chunk
     if partial_ptr is not None:
@@ -193,7 +193,7 @@ def _decode_group(
         )  # fmt: skip
 
     if partial_ptr is not None:
-        place = head.to(tl.int64) * n_splits + split
+        place = head * n_splits + split
         offsets = _offsets(BLOCK_H, BLOCK_D, n_splits * D)
         _store(partial_ptr + place * D, member, offsets, n_splits * D, group, acc, D, BLOCK_H, BLOCK_D)
         places = place + members.to(tl.int64) * n_splits
@@ -202,7 +202,7 @@ def _decode_group(
     else:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out = tl.where(valid, out, float("nan"))
-        out_ptr += head.to(tl.int64) * D
+        out_ptr += head * D
         _store(out_ptr, member, _offsets(BLOCK_H, BLOCK_D, D), D, group, out, D, BLOCK_H, BLOCK_D)
 
 

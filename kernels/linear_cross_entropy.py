@@ -9,7 +9,7 @@ through in chunks: a product makes the chunk's logits in a workspace, one Triton
 writes dZ over them, two products add the chunk's part to dX and dW. For "mean" and "sum" this happens in
 the forward pass: the incoming gradient g is one number, so dX, dW and db are made for g = 1 and backward
 multiplies. That takes three products of 2 N H V operations, as many as with the logits kept, and no fourth to
-make them again. For "none", where every row has its own g, forward saves lse, one number a row, and backward
+make them again. For "none", where every row has its own g, forward saves lse, two numbers a row, and backward
 makes the logits a second time: four products.
 
 For "mean" the division by the sum of the targets' weights waits too: a dZ divided by some ten thousand rows would
@@ -88,7 +88,8 @@ def _linear_cross_entropy_forward(
     )
     tl.store(losses_ptr + rows, loss, mask=in_rows)
     if lse_ptr is not None:
-        tl.store(lse_ptr + rows, peak + log_total, mask=in_rows)
+        tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
+        tl.store(lse_ptr + 2 * rows + 1, log_total, mask=in_rows)
     if GRADIENTS:
         factor = tl.full([ROWS], 1.0, tl.float32)
         if factor_ptr is not None:
@@ -98,8 +99,8 @@ def _linear_cross_entropy_forward(
             columns = start + tl.arange(0, BLOCK_V)
             mask = in_rows[:, None] & (columns < row_stride)[None, :]
             x = tl.load(logits_ptr + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dx = logit_gradients(  # lse in two parts: their sum would be rounded at the size of the largest logit
-                x - peak[:, None], log_total, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
+            dx = logit_gradients(
+                x, peak, log_total, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
                 ignore_index, smoothing, V, SMOOTH,
             )  # fmt: skip
             tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
@@ -278,7 +279,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, H), (V, H), int64 (N,), (V,), (V,) -> loss of `out_dtype`, what backward needs, and the workspace.
 
-    Backward needs lse fp32 (N,) for "none"; for "mean" the number of rows that count, at least 1, fp32 (); and the
+    Backward needs the parts of lse, fp32 (N, 2), for "none"; for "mean" the number of rows that count, at least 1, fp32 (); and the
     gradients that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32), before that division.
     The products are in `dtype`, to which autocast may have set them. The workspace is of no use to anyone: it is
     returned because memory trackers see what ops return and nothing else.
@@ -291,7 +292,7 @@ def _forward(
     x, w = _matrix(input, dtype), _matrix(linear_weight, dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     losses = input.new_empty(n_rows, dtype=torch.float32)
-    lse = input.new_empty(n_rows if none else 0, dtype=torch.float32)
+    lse = input.new_empty((n_rows if none else 0, 2), dtype=torch.float32)
     gradients = _Gradients(input, linear_weight, dtype, needs)
     shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "factor": factor}
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "gradients": any(needs)}
@@ -317,7 +318,7 @@ def _fake_forward(
 ):
     n_rows, none = input.shape[0], reduction == "none"
     loss = input.new_empty(n_rows if none else (), dtype=out_dtype)
-    lse = input.new_empty(n_rows if none else 0, dtype=torch.float32)
+    lse = input.new_empty((n_rows if none else 0, 2), dtype=torch.float32)
     if reduction == "mean":
         count = input.new_empty((), dtype=torch.float32)
     else:

@@ -48,6 +48,14 @@ def test_every_number_of_classes(n_classes, device):
     agree(draw(rows, n_classes, device=device), classes(rows, n_classes=n_classes, device=device))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shift", [1e3, -1e4, 1e5])
+def test_a_shift_of_all_logits_costs_the_gradient_nothing(shift, reduction, device):
+    """One fp32 number for lse would be rounded at the size of the shift, and the softmax with it."""
+    x = draw(4, 100, device=device) + shift  # rounded here, the same for both sides
+    agree(x, classes(4, n_classes=100, device=device), reduction=reduction, label_smoothing=0.1)
+
+
 @pytest.mark.parametrize("n_classes", [5, 70_000])
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_first_and_last_class(place, n_classes, device):
