@@ -7,12 +7,13 @@ from kernels.cross_entropy import cross_entropy
 from kernels.decode_attention import decode_attention
 from kernels.layer_norm import layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.modules import AddLayerNorm, CrossEntropyLoss, LayerNorm
+from kernels.modules import AddLayerNorm, CrossEntropyLoss, LayerNorm, LinearCrossEntropyLoss
 
 __all__ = [
     "AddLayerNorm",
     "CrossEntropyLoss",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "add_layer_norm",
     "cross_entropy",
     "decode_attention",

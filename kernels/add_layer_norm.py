@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from kernels import reference
 from kernels.device import Device
-from kernels.layer_norm import check, plan_backward, plan_forward, workspaces
+from kernels.layer_norm import check, matrix, plan_backward, plan_forward, row, workspaces
 from kernels.op import (
     Case,
     Cost,
@@ -33,20 +33,10 @@ from kernels.op import (
     plan_only,
     refuse_transforms,
     register,
-    register_gradients,
-    rows_of,
     run,
 )
 
 # ---------------------------------------------------------------- registration
-
-
-def _matrix(tensor: torch.Tensor | None, n_dims: int) -> torch.Tensor | None:
-    """(*, the last n_dims dimensions) as (n_rows, N)."""
-    if tensor is None:
-        return None
-    first = tensor.dim() - n_dims
-    return rows_of(tensor.reshape(math.prod(tensor.shape[:first]), math.prod(tensor.shape[first:])))
 
 
 def _empty_forward(input, n_dims, sum_dtype, out_dtype):
@@ -71,8 +61,8 @@ def _forward(
     that two leaves were given one tensor, and copies; it does not see two views of one.
     """
     output, total, mean, rstd = results = _empty_forward(input, n_dims, sum_dtype, out_dtype)
-    tensors = {"input": _matrix(input, n_dims), "residual": _matrix(residual, n_dims), "weight": weight, "bias": bias}
-    tensors |= {"output": _matrix(output, n_dims), "sum": _matrix(total, n_dims), "mean": mean, "rstd": rstd}
+    tensors = {"input": matrix(input, n_dims), "residual": matrix(residual, n_dims), "weight": weight, "bias": bias}
+    tensors |= {"output": matrix(output, n_dims), "sum": matrix(total, n_dims), "mean": mean, "rstd": rstd}
     run(plan_forward, tensors, eps=eps)
     return results
 
@@ -106,11 +96,11 @@ def _backward(
     """Gradients of input, residual, weight and bias, those that `needs` asks for."""
     gradients = _empty_backward(total, weight, bias, input_dtype, residual_dtype, needs)
     dinput, dresidual, dweight, dbias = _those(gradients, needs)
-    matrix = _matrix(total, n_dims)
-    tensors = {"grad": _matrix(grad, n_dims), "grad_sum": _matrix(grad_sum, n_dims), "input": matrix}
+    rows = matrix(total, n_dims)
+    tensors = {"grad": matrix(grad, n_dims), "grad_sum": matrix(grad_sum, n_dims), "input": rows}
     tensors |= {"weight": weight, "mean": mean, "rstd": rstd, "dweight": dweight, "dbias": dbias}
-    tensors |= {"dinput": _matrix(dinput, n_dims), "dresidual": _matrix(dresidual, n_dims)}
-    run(plan_backward, tensors | workspaces(matrix, *needs[2:]))
+    tensors |= {"dinput": matrix(dinput, n_dims), "dresidual": matrix(dresidual, n_dims)}
+    run(plan_backward, tensors | workspaces(rows, *needs[2:]))
     return gradients
 
 
@@ -146,8 +136,9 @@ forward = register(
     lambda input, residual, weight, bias, n_dims, eps, sum_dtype, out_dtype: _empty_forward(
         input, n_dims, sum_dtype, out_dtype
     ),
+    _gradients,
+    _save,
 )
-register_gradients(forward, _gradients, _save)
 backward = register(
     "add_layer_norm_backward",
     _backward,
@@ -189,21 +180,21 @@ def add_layer_norm(
     refuse_transforms("add_layer_norm", input, residual, weight, bias)
     if residual is None:
         raise TypeError("add_layer_norm: residual must be a Tensor, not NoneType")
-    try:
-        full_shape = torch.broadcast_shapes(input.shape, residual.shape)
-    except RuntimeError:
-        raise RuntimeError(
-            f"add_layer_norm: input {list(input.shape)} and residual {list(residual.shape)} do not broadcast"
-        ) from None
+    full_shape = input.shape
+    if residual.shape != full_shape:  # PyTorch's own comparison takes longer than all the rest of a call
+        try:
+            full_shape = torch.broadcast_shapes(input.shape, residual.shape)
+        except RuntimeError:
+            raise RuntimeError(
+                f"add_layer_norm: input {list(input.shape)} and residual {list(residual.shape)} do not broadcast"
+            ) from None
     tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
     shape = check("add_layer_norm", full_shape, normalized_shape, **tensors)
     sum_dtype = _sum_dtype(input, residual)
     out_dtype = autocast_dtype(input.device) or sum_dtype
-    n = math.prod(shape)
     if input.shape != full_shape or residual.shape != full_shape:
         input, residual = input.expand(full_shape), residual.expand(full_shape)
-    weight, bias = (None if tensor is None else tensor.reshape(n).contiguous() for tensor in (weight, bias))
-    return forward(input, residual, weight, bias, len(shape), eps, sum_dtype, out_dtype)[:2]
+    return forward(input, residual, row(weight), row(bias), len(shape), eps, sum_dtype, out_dtype)[:2]
 
 
 # ---------------------------------------------------------------- catalogue
@@ -225,8 +216,7 @@ def _torch(
 def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     """The launches of a forward and a backward pass in which both results are used and every gradient is needed."""
     input, residual, shape = inputs["input"], inputs["residual"], options["normalized_shape"]
-    n, n_dims = math.prod(shape), len(shape)
-    weight, bias = (None if inputs.get(name) is None else inputs[name].reshape(n) for name in ("weight", "bias"))
+    n_dims, weight, bias = len(shape), row(inputs.get("weight")), row(inputs.get("bias"))
     dtypes = (input.dtype, residual.dtype)
     with plan_only(device) as launches:
         sum_dtype = _sum_dtype(input, residual)

@@ -51,7 +51,6 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
-    register_gradients,
     rows_of,
     run,
     tl,
@@ -904,8 +903,7 @@ def _gradients(ctx, grad, _grad_lse):
     return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
-forward = register("attention", _forward, lambda query, *_: _empty_forward(query))
-register_gradients(forward, _gradients, _save)
+forward = register("attention", _forward, lambda query, *_: _empty_forward(query), _gradients, _save)
 backward = register(
     "attention_backward", _backward, lambda grad, query, key, value, *_: _empty_backward(query, key, value)
 )
@@ -1034,8 +1032,9 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset)
-    out = out.reshape(*heads, q_len, size)
-    return (out, lse.reshape(*heads, q_len)) if return_lse else out
+    if len(heads) != 2:  # a view would be one more node for autograd
+        out, lse = out.reshape(*heads, q_len, size), lse.reshape(*heads, q_len)
+    return (out, lse) if return_lse else out
 
 
 def _broadcast(first: torch.Size, *others: torch.Size) -> torch.Size:

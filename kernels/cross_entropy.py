@@ -19,8 +19,6 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), http
 Szegedy et al., "Rethinking the Inception architecture" (2015), https://arxiv.org/abs/1512.00567, for smoothing.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +39,6 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
-    register_gradients,
     rows_of,
     run,
     tl,
@@ -249,10 +246,9 @@ def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Ten
 
 
 def _empty_forward(logits, reduction, out_dtype):
-    none = reduction == "none"
-    loss = logits.new_empty((logits.shape[0],) if none else (), dtype=out_dtype)
+    loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
     lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
-    return loss, lse, logits.new_empty((0,) if none else (), dtype=torch.float32)
+    return loss, lse, logits.new_empty(() if reduction == "mean" else (0,), dtype=torch.float32)
 
 
 def _forward(
@@ -264,9 +260,10 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), what "mean" divides by, fp32 ().
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), what "mean"
+    divides by, fp32 ().
 
-    With reduction="none" there is nothing to divide by, and the last is empty.
+    With another reduction there is nothing to divide by, and the last is empty.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
@@ -277,14 +274,14 @@ def _forward(
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
     run(plan_forward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if reduction == "none":
-        return losses[0].to(out_dtype, copy=True), lse, losses.new_empty(0)
+        return losses[0].to(out_dtype), lse, losses.new_empty(0)
+    if reduction == "sum":
+        return losses[0].sum().to(out_dtype), lse, losses.new_empty(0)
     total, divisor = losses.sum(1).unbind()
-    loss = total
-    if reduction == "mean":
-        loss = total / divisor
-        if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
-            loss = torch.where(divisor == 0.0, torch.nan, loss)
-    return loss.to(out_dtype, copy=True), lse, divisor.clone()
+    loss = total / divisor
+    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
+        loss = torch.where(divisor == 0.0, torch.nan, loss)
+    return loss.to(out_dtype), lse, divisor
 
 
 def _empty_backward(logits):
@@ -330,8 +327,9 @@ forward = register(
     lambda logits, target, weight, ignore_index, reduction, label_smoothing, out_dtype: _empty_forward(
         logits, reduction, out_dtype
     ),
+    _gradients,
+    _save,
 )
-register_gradients(forward, _gradients, _save)
 backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
 
 # ---------------------------------------------------------------- public
@@ -392,14 +390,16 @@ def cross_entropy(
     """
     refuse_transforms("cross_entropy", input, weight)
     _check(input, target, weight, reduction, label_smoothing)
-    classes = 0 if input.dim() == 1 else 1
-    n_classes = input.shape[classes]
-    logits = input.movedim(classes, -1).reshape(math.prod(target.shape), n_classes)
+    logits, labels = input, target
+    if input.dim() != 2:
+        logits = input.movedim(min(1, input.dim() - 1), -1)
+        logits = logits.reshape(target.numel(), logits.shape[-1])
+        labels = target.reshape(-1)
     out_dtype = torch.float32 if autocast_dtype(input.device) else input.dtype
     weight = None if weight is None else weight.detach().contiguous()
-    labels = target.reshape(-1).to(torch.int64).contiguous()
+    labels = labels.to(torch.int64).contiguous()
     loss = forward(logits, labels, weight, ignore_index, reduction, float(label_smoothing), out_dtype)[0]
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
 # ---------------------------------------------------------------- catalogue

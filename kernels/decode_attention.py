@@ -51,7 +51,6 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
-    register_gradients,
     rows_of,
     run,
     tl,
@@ -166,7 +165,9 @@ def _decode_group(
     blocks = tl.cdiv(group, BLOCK_H)
     key_head = tl.program_id(0) // n_splits // blocks
     member = tl.program_id(0) // n_splits % blocks * BLOCK_H
-    head = key_head.to(tl.int64) * group  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
+    head = (
+        key_head.to(tl.int64) * group
+    )  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
     filled, chunk, valid = _share(lengths_ptr, head // n_head, length_stride, t_max, n_splits, BLOCK_K)
     first = split * chunk
     if partial_ptr is not None:
@@ -381,10 +382,6 @@ def _forward(
     return out
 
 
-def _save(ctx, inputs, output):
-    pass
-
-
 def _no_gradients(ctx, grad):
     raise NotImplementedError(
         "decode_attention has no gradient: for training use scaled_dot_product_attention with is_causal=True and "
@@ -392,8 +389,7 @@ def _no_gradients(ctx, grad):
     )
 
 
-forward = register("decode_attention", _forward, lambda query, *_: _empty_forward(query))
-register_gradients(forward, _no_gradients, _save)
+forward = register("decode_attention", _forward, lambda query, *_: _empty_forward(query), _no_gradients)
 
 
 def _flops(query_shape, key_shape) -> int:

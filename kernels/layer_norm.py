@@ -48,7 +48,6 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
-    register_gradients,
     rows_of,
     run,
     tl,
@@ -355,9 +354,26 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 # ---------------------------------------------------------------- registration
 
 
-def _empty_forward(input, out_dtype):
+def matrix(tensor: torch.Tensor | None, n_dims: int) -> torch.Tensor | None:
+    """(*, the last n_dims dimensions) as (n_rows, N)."""
+    if tensor is None:
+        return None
+    if tensor.dim() != 2 or n_dims != 1:
+        first = tensor.dim() - n_dims
+        tensor = tensor.reshape(math.prod(tensor.shape[:first]), math.prod(tensor.shape[first:]))
+    return rows_of(tensor)
+
+
+def row(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight or bias as one contiguous row."""
+    if tensor is None or (tensor.dim() == 1 and tensor.is_contiguous()):
+        return tensor
+    return tensor.reshape(-1).contiguous()
+
+
+def _empty_forward(input, n_dims, out_dtype):
     output = torch.empty_like(input, dtype=out_dtype, memory_format=torch.contiguous_format)
-    mean = input.new_empty(input.shape[0], dtype=torch.float32)
+    mean = input.new_empty(math.prod(input.shape[: input.dim() - n_dims]), dtype=torch.float32)
     return output, mean, torch.empty_like(mean)
 
 
@@ -365,13 +381,17 @@ def _forward(
     input: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    n_dims: int,
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, N) -> output of `out_dtype` (n_rows, N), mean and rstd fp32 (n_rows,)."""
-    output, mean, rstd = _empty_forward(input, out_dtype)
-    tensors = {"input": rows_of(input), "residual": None, "weight": weight, "bias": bias}
-    tensors |= {"output": output, "sum": None, "mean": mean, "rstd": rstd}
+    """Rows of the last n_dims dimensions -> output of `out_dtype` in input's shape, mean and rstd fp32 (n_rows,).
+
+    It is given the whole shape, and not rows: views outside the op would be nodes of autograd's.
+    """
+    output, mean, rstd = _empty_forward(input, n_dims, out_dtype)
+    tensors = {"input": matrix(input, n_dims), "residual": None, "weight": weight, "bias": bias}
+    tensors |= {"output": matrix(output, n_dims), "sum": None, "mean": mean, "rstd": rstd}
     run(plan_forward, tensors, eps=eps)
     return output, mean, rstd
 
@@ -402,19 +422,22 @@ def _backward(
     bias: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    n_dims: int,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of input, weight and bias, those that `needs` asks for."""
+    rows = matrix(input, n_dims)
     gradients = _empty_backward(input, weight, bias, needs)
     dinput, dweight, dbias = (tensor if need else None for tensor, need in zip(gradients, needs, strict=True))
-    tensors = {"grad": rows_of(grad), "grad_sum": None, "input": rows_of(input), "weight": weight}
-    tensors |= {"mean": mean, "rstd": rstd, "dinput": dinput, "dresidual": None, "dweight": dweight, "dbias": dbias}
-    run(plan_backward, tensors | workspaces(input, *needs[1:]))
+    tensors = {"grad": matrix(grad, n_dims), "grad_sum": None, "input": rows, "weight": weight}
+    tensors |= {"mean": mean, "rstd": rstd, "dinput": matrix(dinput, n_dims), "dresidual": None}
+    tensors |= {"dweight": dweight, "dbias": dbias}
+    run(plan_backward, tensors | workspaces(rows, *needs[1:]))
     return gradients
 
 
 def _save(ctx, inputs, output):
-    input, weight, bias, _, _ = inputs
+    input, weight, bias, ctx.n_dims, *_ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(input, weight, bias, mean, rstd)
@@ -422,16 +445,21 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, grad, _grad_mean, _grad_rstd):
     needs = list(ctx.needs_input_grad[:3])
-    gradients = backward(grad, *ctx.saved_tensors, needs)
-    return *(tensor if need else None for tensor, need in zip(gradients, needs, strict=True)), None, None
+    gradients = backward(grad, *ctx.saved_tensors, ctx.n_dims, needs)
+    return *(tensor if need else None for tensor, need in zip(gradients, needs, strict=True)), None, None, None
 
 
-forward = register("layer_norm", _forward, lambda input, weight, bias, eps, out_dtype: _empty_forward(input, out_dtype))
-register_gradients(forward, _gradients, _save)
+forward = register(
+    "layer_norm",
+    _forward,
+    lambda input, weight, bias, n_dims, eps, out_dtype: _empty_forward(input, n_dims, out_dtype),
+    _gradients,
+    _save,
+)
 backward = register(
     "layer_norm_backward",
     _backward,
-    lambda grad, input, weight, bias, mean, rstd, needs: _empty_backward(input, weight, bias, needs),
+    lambda grad, input, weight, bias, mean, rstd, n_dims, needs: _empty_backward(input, weight, bias, needs),
 )
 
 # ---------------------------------------------------------------- public
@@ -484,11 +512,7 @@ def layer_norm(
     refuse_transforms("layer_norm", input, weight, bias)
     shape = check("layer_norm", input.shape, normalized_shape, input=input, weight=weight, bias=bias)
     out_dtype = autocast_dtype(input.device) or input.dtype
-    n = math.prod(shape)
-    flat = input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n)
-    weight = None if weight is None else weight.reshape(n).contiguous()
-    bias = None if bias is None else bias.reshape(n).contiguous()
-    return forward(flat, weight, bias, eps, out_dtype)[0].view(input.shape)
+    return forward(input, row(weight), row(bias), len(shape), eps, out_dtype)[0]
 
 
 # ---------------------------------------------------------------- catalogue
@@ -497,12 +521,11 @@ def layer_norm(
 def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     """The launches of a forward and a backward pass in which every gradient is needed."""
     input, weight, bias = inputs["input"], inputs.get("weight"), inputs.get("bias")
-    n = math.prod(options["normalized_shape"])
-    input = input.reshape(-1, n)
-    weight, bias = (None if tensor is None else tensor.reshape(n) for tensor in (weight, bias))
+    n_dims = len(options["normalized_shape"])
+    weight, bias = row(weight), row(bias)
     with plan_only(device) as launches:
-        output, mean, rstd = _forward(input, weight, bias, 1e-5, input.dtype)
-        _backward(output, input, weight, bias, mean, rstd, [True, weight is not None, bias is not None])
+        output, mean, rstd = _forward(input, weight, bias, n_dims, 1e-5, input.dtype)
+        _backward(output, input, weight, bias, mean, rstd, n_dims, [True, weight is not None, bias is not None])
     return launches
 
 

@@ -58,7 +58,6 @@ from kernels.op import (
     pointers,
     refuse_transforms,
     register,
-    register_gradients,
     run,
     tl,
     triton,
@@ -279,10 +278,10 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, H), (V, H), int64 (N,), (V,), (V,) -> loss of `out_dtype`, what backward needs, and the workspace.
 
-    Backward needs the parts of lse, fp32 (N, 2), for "none"; for "mean" the number of rows that count, at least 1, fp32 (); and the
-    gradients that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32), before that division.
-    The products are in `dtype`, to which autocast may have set them. The workspace is of no use to anyone: it is
-    returned because memory trackers see what ops return and nothing else.
+    Backward needs the parts of lse, fp32 (N, 2), for "none"; for "mean" the number of rows that count, at least 1,
+    fp32 (); and the gradients that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32), before
+    that division. The products are in `dtype`, to which autocast may have set them. The workspace is of no use to
+    anyone: it is returned because memory trackers see what ops return and nothing else.
     """
     (n_rows, hidden), n_classes = input.shape, linear_weight.shape[0]
     if CHECK_TARGETS and not target.is_meta:
@@ -429,8 +428,7 @@ def _gradients(ctx, grad, *_):
     return dinput, dweight, None, dbias, *[None] * 7
 
 
-forward = register("linear_cross_entropy", _forward, _fake_forward)
-register_gradients(forward, _gradients, _save)
+forward = register("linear_cross_entropy", _forward, _fake_forward, _gradients, _save)
 scale = register("linear_cross_entropy_scale", _scale, _fake_scale)
 backward = register("linear_cross_entropy_backward", _backward, _fake_backward)
 

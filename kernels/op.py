@@ -42,10 +42,6 @@ class Spec(NamedTuple):
     dtype: torch.dtype
     aligned: bool  # the first element lies on a 16-byte boundary
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Spec":
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -69,6 +65,7 @@ Plan = Callable[[Specs, Mapping[str, Any], Device], list[Launch]]
 _pretended: Device | None = None  # plan for this device instead of the tensors' own
 _planned: list[Launch] | None = None  # collect launches here instead of launching
 _counters: list[collections.Counter] = []
+_nothing = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -132,39 +129,68 @@ def _interpreting() -> Iterator[None]:
         interpreter._patch_lang = replace
 
 
+class _Ready:
+    """A planned launch and, once it has run on a GPU, its compiled kernel, started without asking Triton again.
+
+    Triton finds a compiled kernel by the types, alignment and divisibility of all arguments, at every launch anew. All
+    of that is in the Specs and options that the launch was planned from.
+    """
+
+    def __init__(self, launch: Launch):
+        self.launch = launch
+        arguments = enumerate(launch.arguments.items())
+        self._tensors = [(i, name.removesuffix("_ptr")) for i, (name, value) in arguments if isinstance(value, Spec)]
+        self._values = [None if isinstance(value, Spec) else value for value in launch.arguments.values()]
+        self._constants = [launch.constexprs[name] for name in launch.kernel.arg_names[len(self._values) :]]
+        self._compiled: dict[int | None, Callable] = {}
+
+    def start(self, tensors: Mapping[str, torch.Tensor | None], index: int | None) -> None:
+        """Launch on the tensors, which lie on the current GPU, number `index`."""
+        arguments = self._values.copy()
+        for place, name in self._tensors:
+            arguments[place] = tensors[name]
+        if index in self._compiled:
+            self._compiled[index](*arguments, *self._constants)
+            return
+        launch = self.launch
+        with _interpreting() if devices.INTERPRETED else _nothing:
+            compiled = launch.kernel[launch.grid](
+                *arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
+            )
+        if not devices.INTERPRETED:
+            self._compiled[index] = compiled[(*launch.grid, 1, 1)[:3]]
+
+
 @functools.lru_cache(maxsize=4096)
-def _launches(plan: Plan, specs: tuple, options: tuple, device: Device) -> list[Launch]:
-    return [launch for launch in plan(dict(specs), dict(options), device) if 0 not in launch.grid]
+def _launches(plan: Plan, names: tuple, specs: tuple, options: tuple, device: Device) -> list[_Ready]:
+    known = {
+        name: None if spec is None else Spec(tuple(spec[0]), *spec[1:]) for name, spec in zip(names, specs, strict=True)
+    }
+    return [_Ready(launch) for launch in plan(known, dict(options), device) if 0 not in launch.grid]
 
 
 def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) -> None:
     """Launch what `plan` makes of the tensors. They must lie on one device; None is an absent tensor."""
     first = next(iter(tensors.values()))
-    specs = tuple((name, None if tensor is None else Spec.of(tensor)) for name, tensor in tensors.items())
-    launches = _launches(plan, specs, tuple(options.items()), facts_of(first))
+    specs = tuple(  # Specs without their names, which take longer to make than all the rest
+        [
+            None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
+            for tensor in tensors.values()
+        ]
+    )
+    launches = _launches(plan, tuple(tensors), specs, tuple(options.items()), facts_of(first))
     if _planned is not None:
-        _planned.extend(launches)
+        _planned.extend(ready.launch for ready in launches)
         return
-    refusal = devices.why_not(first.device)
-    if refusal:
+    device = first.device
+    if refusal := devices.why_not(device):
         raise RuntimeError(refusal)
-    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
-    for launch in launches:
-        context = contextlib.nullcontext()
-        if devices.INTERPRETED:
-            context = _interpreting()
-        elif elsewhere:
-            context = torch.cuda.device(first.device)
-        with context:
-            arguments = [
-                tensors[name.removesuffix("_ptr")] if isinstance(value, Spec) else value
-                for name, value in launch.arguments.items()
-            ]
-            launch.kernel[launch.grid](
-                *arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
-            )
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else _nothing:
+        for ready in launches:
+            ready.start(tensors, device.index)
             for counter in _counters:
-                counter[launch.name] += 1
+                counter[ready.launch.name] += 1
 
 
 def facts_of(tensor: torch.Tensor) -> Device:
@@ -179,29 +205,79 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def register(name: str, function: Callable, fake: Callable) -> Any:
-    """`function` as the custom op kernels::name; `fake` allocates what it returns, strides too."""
-    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
-    op.register_fake(fake)
+_LIBRARY = torch.library.Library("kernels", "FRAGMENT")
+IMPLEMENTATIONS: dict[str, Callable] = {}  # what the ops run, by name
+
+
+def register(
+    name: str,
+    function: Callable,
+    fake: Callable,
+    gradients: Callable | None = None,
+    save: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """`function`, which overwrites nothing and returns new tensors, as the op torch.ops.kernels.`name`.
+
+    The schema is read off its annotations. `fake` allocates what it returns, strides too. `save(ctx, inputs, outputs)`
+    keeps what `gradients(ctx, *grads)` needs for one gradient or None an input; an output without a gradient has
+    None there. Without `gradients`, differentiating raises. This is torch.library.custom_op with half its time a call:
+    nothing looks for aliases in the results (opcheck does, in the tests) or fills in defaults, as there are none.
+    """
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kernels::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.kernels, name).default
+    _LIBRARY.impl(name, _autograd(op, function, gradients, save), "Autograd", with_keyset=True)
+    IMPLEMENTATIONS[name] = function
     return op
 
 
-def register_gradients(op: Any, gradients: Callable, save: Callable) -> None:
-    """Give a custom op its autograd formula, in which an output without a gradient has None.
+def _autograd(
+    op: torch._ops.OpOverload, function: Callable, gradients: Callable | None, save: Callable | None
+) -> Callable:
+    """The autograd kernel of `op`: runs it below autograd, and records the formula if an input requires a gradient."""
 
-    Autograd by itself makes zeros for these, saved statistics among them, at a launch each.
-    """
+    def below(keys, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            if keys.highestPriorityTypeId() in _PLAIN:  # no mode, no subclass: the dispatcher would call just this
+                return function(*inputs)
+            return op.redispatch(keys, *inputs)
 
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        save(ctx, inputs, output)
+    class Gradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs_and_keys):
+            *inputs, keys = inputs_and_keys
+            outputs = below(keys, *inputs)
+            # autograd would make zeros for outputs without a gradient, saved statistics too, at a launch each
+            ctx.set_materialize_grads(False)
+            if save is not None:
+                save(ctx, inputs, outputs)
+            return outputs
 
-    def formula(ctx, *grads):
-        if all(grad is None for grad in grads):  # what follows may have none to give
-            return (None,) * len(ctx.needs_input_grad)
-        return gradients(ctx, *grads)
+        @staticmethod
+        def backward(ctx, *grads):
+            if gradients is None:
+                raise NotImplementedError(f"{op.name()} has no derivative: second derivatives are not implemented")
+            if all(grad is None for grad in grads):  # what follows may have none to give
+                return (None,) * len(ctx.needs_input_grad)
+            made = gradients(ctx, *grads)
+            return (*made, None) if isinstance(made, tuple) else (made, None)
 
-    op.register_autograd(formula, setup_context=setup_context)
+    Gradients.__name__ = Gradients.__qualname__ = f"{op._opname}_gradients"
+
+    def kernel(keys, *inputs):
+        keys = keys & _BELOW_AUTOGRAD
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Gradients.apply(*inputs, keys)
+        return below(keys, *inputs)
+
+    return kernel
+
+
+_KEY = torch._C.DispatchKey
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset - torch._C.DispatchKeySet(_KEY.ADInplaceOrView)
+_PLAIN = (_KEY.CPU, _KEY.CUDA)
 
 
 def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:

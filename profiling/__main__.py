@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from minigpt.errors import door
-from profiling import memory, resources, trace
+from profiling import host, memory, resources, trace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line, of every command."""
     parser = _Parser(prog="python -m profiling", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (resources, memory, trace):
+    for command in (resources, memory, trace, host):
         command.add_to(commands)
     return parser
 

@@ -14,10 +14,9 @@ from unittest import mock
 import numpy
 import torch
 from parity import as_tuple
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.op import Launch, Spec, _interpreting, plan_only
+from kernels.op import IMPLEMENTATIONS, Launch, Spec, _interpreting, plan_only
 
 APART = 1 << 50  # bytes between tensors
 TRIPS = 2  # of a loop: the first and the last
@@ -180,5 +179,5 @@ def launches_of(op, inputs: dict[str, torch.Tensor], options: dict, grad, device
     assert noted.calls, "no custom op was called"
     with plan_only(device) as launches, torch.no_grad():  # as custom ops are run: products with out= need it
         for function, args in noted.calls:
-            OPDEFS[function.name()]._init_fn(*args)
+            IMPLEMENTATIONS[function._opname](*args)
     return launches

@@ -249,7 +249,7 @@ def test_double_backward_raises(frozen, reduction, device):
     wanted = [tensor.requires_grad_() for name, tensor in leaves.items() if name != frozen]
     loss = linear_cross_entropy(target=target, **leaves, reduction=reduction)
     gradients = torch.autograd.grad(loss, wanted, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         (loss + sum(gradient.square().sum() for gradient in gradients)).backward()
 
 
@@ -544,16 +544,14 @@ def test_opcheck(reduction, chunked, device):
     leaves = [tensor.requires_grad_() for tensor in (x, w, bias)]
     weight = draw(20, seed=5, device=device).abs()
     arguments = (*leaves[:2], target, leaves[2], weight, 3, reduction, 0.1, x.dtype, x.dtype)
-    torch.library.opcheck(module.forward._opoverload, (*arguments, [True, True, True]))
+    torch.library.opcheck(module.forward, (*arguments, [True, True, True]))
     torch.library.opcheck(
-        module.forward._opoverload,
+        module.forward,
         (*(a.detach() if torch.is_tensor(a) else a for a in arguments), [False] * 3),
     )
     with torch.no_grad():
         loss, _, count, *gradients, _ = module.forward(*arguments, [True, True, True])
-    torch.library.opcheck(
-        module.scale._opoverload, (loss, count, *gradients, *[torch.bfloat16] * 3, [True, False, True])
-    )
+    torch.library.opcheck(module.scale, (loss, count, *gradients, *[torch.bfloat16] * 3, [True, False, True]))
 
 
 def test_a_gradient_that_forward_did_not_make_is_told(device):

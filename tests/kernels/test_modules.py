@@ -98,6 +98,46 @@ def test_cross_entropy_loss(options, device):
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", LOSSES, ids=lambda options: "-".join(options) or "plain")
+def test_linear_cross_entropy_loss(options, bias, device):
+    ours = kernels.LinearCrossEntropyLoss(6, 9, bias=bias, **options).to(device)
+    head, loss = nn.Linear(6, 9, bias=bias).to(device), nn.CrossEntropyLoss(**options).to(device)
+    head.load_state_dict(ours.linear.state_dict())
+    target = torch.tensor([[0, 3, 8], [3, 5, 3]], device=device)
+    inputs = [draw(2, 3, 6).to(device).requires_grad_() for _ in range(2)]
+    with count_launches() as launched:
+        result = ours(inputs[0], target)
+    expected = loss(head(inputs[1]).flatten(0, 1), target.flatten())
+    expected = expected.view(target.shape) if options.get("reduction") == "none" else expected
+    assert launched.total() == 1
+    torch.testing.assert_close(result, expected)
+    for one in (result, expected):
+        one.backward(draw(*one.shape, seed=3).to(device))
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(getattr(ours.linear, name).grad, parameter.grad)
+
+
+def test_linear_cross_entropy_loss_is_pytorchs_own():
+    theirs = getattr(nn, "LinearCrossEntropyLoss", None)
+    if theirs is None:  # before PyTorch 2.13
+        names = ["linear.weight", "linear.bias", "weight"]
+    else:
+        assert [*inspect.signature(theirs).parameters] == [
+            *inspect.signature(kernels.LinearCrossEntropyLoss).parameters
+        ]
+        names = list(theirs(4, 3, bias=True, weight=torch.ones(3)).state_dict())
+    made = kernels.LinearCrossEntropyLoss(4, 3, bias=True, weight=torch.ones(3))
+    assert sorted(made.state_dict()) == sorted(names)
+    with pytest.raises(RuntimeError, match="3 classes"):
+        kernels.LinearCrossEntropyLoss(4, 3, weight=torch.ones(2))
+    with pytest.raises(RuntimeError, match="label_smoothing"):
+        kernels.LinearCrossEntropyLoss(4, 3, label_smoothing=1.5)
+    with pytest.raises(NotImplementedError, match="out_features"):
+        kernels.LinearCrossEntropyLoss(4, 3, out_features=(2,))
+
+
 def test_a_model_trained_with_one_loads_into_the_other(device):
     class Net(nn.Module):
         def __init__(self, norm):
