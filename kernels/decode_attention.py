@@ -163,20 +163,19 @@ def _decode_group(
     """A program owns one split of BLOCK_H query heads of a key head's group; most groups are one such block."""
     split = tl.program_id(0) % n_splits
     blocks = tl.cdiv(group, BLOCK_H)
-    key_head = tl.program_id(0) // n_splits // blocks
+    key_head = tl.program_id(0) // n_splits // blocks  # the group's first head of all is key_head * group
     member = tl.program_id(0) // n_splits % blocks * BLOCK_H
-    head = (
-        key_head.to(tl.int64) * group
-    )  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
-    filled, chunk, valid = _share(lengths_ptr, head // n_head, length_stride, t_max, n_splits, BLOCK_K)
+    n_key_head = n_head // group
+    batch, place_in_batch = key_head // n_key_head, key_head % n_key_head
+    filled, chunk, valid = _share(lengths_ptr, batch, length_stride, t_max, n_splits, BLOCK_K)
     first = split * chunk
     if partial_ptr is not None:
         if first >= filled:
             return
     end = tl.minimum(first + chunk, filled)
-    query_ptr = _head(query_ptr, head, n_head, 1, q_stride_b, q_stride_h)
-    key_ptr = _head(key_cache_ptr, head, n_head, group, k_stride_b, k_stride_h)
-    value_ptr = _head(value_cache_ptr, head, n_head, group, v_stride_b, v_stride_h)
+    query_ptr += batch.to(tl.int64) * q_stride_b + (place_in_batch * group).to(tl.int64) * q_stride_h
+    key_ptr = key_cache_ptr + batch.to(tl.int64) * k_stride_b + place_in_batch.to(tl.int64) * k_stride_h
+    value_ptr = value_cache_ptr + batch.to(tl.int64) * v_stride_b + place_in_batch.to(tl.int64) * v_stride_h
     k_offsets = _offsets(BLOCK_K, BLOCK_D, k_stride)
     v_offsets = _offsets(BLOCK_K, BLOCK_D, v_stride)
 
@@ -189,12 +188,12 @@ def _decode_group(
     for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         acc, peak, total = _attend(
             acc, peak, total, q, members, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-            group, end, 0, exponent_scale, 0, head, 0,
+            group, end, 0, exponent_scale, 0, 0, 0,
             D, BLOCK_K, BLOCK_D, False, False, PRECISION, True,
         )  # fmt: skip
 
     if partial_ptr is not None:
-        place = head * n_splits + split
+        place = key_head.to(tl.int64) * group * n_splits + split
         offsets = _offsets(BLOCK_H, BLOCK_D, n_splits * D)
         _store(partial_ptr + place * D, member, offsets, n_splits * D, group, acc, D, BLOCK_H, BLOCK_D)
         places = place + members.to(tl.int64) * n_splits
@@ -203,7 +202,7 @@ def _decode_group(
     else:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out = tl.where(valid, out, float("nan"))
-        out_ptr += head * D
+        out_ptr += key_head.to(tl.int64) * group * D
         _store(out_ptr, member, _offsets(BLOCK_H, BLOCK_D, D), D, group, out, D, BLOCK_H, BLOCK_D)
 
 

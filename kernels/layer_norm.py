@@ -77,9 +77,13 @@ def _layer_norm_forward(
         x = x.to(tl.float32)  # the norm is that of the sum as it was rounded
     mean = tl.sum(x, axis=1) / N
     centred = tl.where(in_row, x - mean[:, None], 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps))
+    # what rounding left out of the mean: without it 1 / sqrt(eps) would make something of a constant row
+    rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
+    variance = tl.maximum(tl.sum(centred * centred, axis=1) / N - rest * rest, 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    mean += rest
 
-    y = centred * rstd[:, None]
+    y = (centred - rest[:, None]) * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -116,9 +120,11 @@ def _layer_norm_forward_long(
         size = tl.minimum(N - start, BLOCK_N).to(tl.float32)
         chunk_mean = tl.sum(x, axis=0) / size
         centred = tl.where(mask, x - chunk_mean, 0.0)
+        rest = tl.div_rn(tl.sum(centred, axis=0), size)  # as above
         share = size / (start + size)
-        step = chunk_mean - mean
-        deviations += tl.sum(centred * centred, axis=0) + step * step * start * share
+        step = chunk_mean + rest - mean
+        around = tl.maximum(tl.sum(centred * centred, axis=0) - rest * rest * size, 0.0)
+        deviations += around + step * step * start * share
         mean += step * share
     rstd = tl.div_rn(1.0, tl.sqrt_rn(deviations / N + eps))
 

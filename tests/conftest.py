@@ -1,11 +1,13 @@
 """What every test shares: the interpreter's choice, the device, the skips that are allowed, the parity table."""
 
 import fnmatch
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks and profiling run from the checkout, they are not installed
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # what is cached knows nothing of a fake that changed
 
 import kernels  # noqa: E402, I001 - before anything that imports Triton
 

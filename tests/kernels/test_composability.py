@@ -1,6 +1,7 @@
 """The ops inside PyTorch: registration, torch.compile, fake tensors, FLOP counts, launches."""
 
 import collections
+from functools import partial
 
 import pytest
 import torch
@@ -81,15 +82,15 @@ def test_meta_tensors(op):
 # ---------------------------------------------------------------- torch.compile
 
 
-def _chain(x, weight, bias, target):
+def _chain(x, weight, bias, target, ops=kernels):
     """Ops one after another, and nothing else that computes."""
     b, t, width = x.shape
-    y = kernels.layer_norm(x, (width,), weight, bias)
-    y, x = kernels.add_layer_norm(y, x, (width,), weight, bias)
-    y, _ = kernels.add_layer_norm(y, x, (width,))
+    y = ops.layer_norm(x, (width,), weight, bias)
+    y, x = ops.add_layer_norm(y, x, (width,), weight, bias)
+    y, _ = ops.add_layer_norm(y, x, (width,))
     query = y.view(b, t, 2, width // 2).transpose(1, 2)
-    y = kernels.scaled_dot_product_attention(query, query, query, is_causal=True)
-    return kernels.cross_entropy(y.transpose(1, 2).reshape(b * t, width), target, label_smoothing=0.1)
+    y = ops.scaled_dot_product_attention(query, query, query, is_causal=True)
+    return ops.cross_entropy(y.transpose(1, 2).reshape(b * t, width), target, label_smoothing=0.1)
 
 
 def _chain_inputs(device, dtype=torch.float32, t=9):
@@ -116,12 +117,21 @@ def fresh_compiler():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whole_it_is_eager(backend, dtype, device):
-    """Bit for bit; but inductor adds the gradients of query, key and value in fp32 where eager rounds in between."""
+    """Bit for bit; but inductor adds the gradients of query, key and value in fp32 where eager rounds in between, and
+    is held to the truth as the ops are, with eager in PyTorch's place.
+    """
     inputs = _chain_inputs(device, dtype)
-    compiled = torch.compile(_chain, fullgraph=True, backend=backend)
-    tolerance = {} if backend == "inductor" else {"rtol": 0.0, "atol": 0.0}
-    for eager, ours in zip(_loss_and_gradients(_chain, inputs), _loss_and_gradients(compiled, inputs), strict=True):
-        torch.testing.assert_close(ours, eager, **tolerance)
+    eager = _loss_and_gradients(_chain, inputs)
+    ours = _loss_and_gradients(torch.compile(_chain, fullgraph=True, backend=backend), inputs)
+    if backend != "inductor":
+        assert all(torch.equal(*pair) for pair in zip(ours, eager, strict=True))
+        return
+    doubles = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    truth = _loss_and_gradients(partial(_chain, ops=kernels.reference), doubles)
+    for exact, one, other in zip(truth, ours, eager, strict=True):
+        floor = torch.finfo(dtype).eps * exact.square().mean().sqrt()
+        for measure in (lambda error: error.abs().max(), lambda error: error.square().mean().sqrt()):
+            assert measure(one.double() - exact) <= 2 * measure(other.double() - exact) + floor
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

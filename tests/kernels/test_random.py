@@ -161,7 +161,10 @@ def _residue(op, inputs: dict, options: dict, grad) -> dict[str, float]:
     eps = torch.finfo(torch.float32).eps
     one = 8 * eps * terms.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
     queries = math.sqrt(query.shape[-2] * sharing)
-    output = {"output": 4 * eps, "dvalue": 4 * eps}
+    # p = exp(s - lse), where lse is one fp32 number: its rounding is a relative error of p
+    scores = query.abs() @ key.abs().repeat_interleave(sharing, 1).transpose(-2, -1)
+    peak = scores.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
+    output = {"output": 4 * eps, "dvalue": eps * (4 + peak * queries * grad.float().abs().max().item())}
     return output | {"dquery": one * key.abs().max().item(), "dkey": one * queries * query.abs().max().item()}
 
 
