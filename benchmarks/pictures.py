@@ -16,7 +16,7 @@ from minigpt.plots import GRID, INK, QUIET, STYLE
 COLORS = {
     "triton": "#d4572a", "torch": "#2f6fbb", "eager": "#8a939d", "compile": "#2a9d74", "torch-flash": "#5b4db7",
     "torch-cudnn": "#b0479b", "flex": "#c08a1e", "liger": "#1b9aaa", "cce": "#7a5c3e", "flash_attn": "#4f7942",
-    "quack": "#a23b3b",
+    "quack": "#a23b3b", "torch-chunked": "#6d9bd1",
 }  # fmt: skip
 MARKERS = "osD^vP<>X*h"
 

@@ -87,18 +87,17 @@ class Problem:
         self._draw_gradients(0)
 
     def _draw(self, seed: int) -> dict[str, torch.Tensor]:
-        """As Op.inputs, every floating one in `dtype`, and normal numbers drawn where they are needed."""
+        """As Op.inputs, and normal numbers drawn where they are needed."""
         generator = torch.Generator().manual_seed(seed)
         at_device = torch.Generator(self.device).manual_seed(seed)
         tensors = {}
         for name, shape in self.case.shapes.items():
-            tensor = None
             if self.op.draw(name, (1,) * len(shape), self.case, torch.Generator()) is not None:
                 tensor = self.op.draw(name, shape, self.case, generator).to(self.device)
-                tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            tensors[name] = tensor
-            if tensor is None:
-                tensors[name] = torch.randn(shape, generator=at_device, device=self.device).to(self.dtype)
+            else:
+                tensor = torch.randn(shape, generator=at_device, device=self.device)
+            dtype = self.case.dtypes.get(name, self.dtype) if tensor.is_floating_point() else tensor.dtype
+            tensors[name] = tensor.to(dtype)
         return tensors
 
     def _draw_gradients(self, seed: int) -> None:
@@ -112,6 +111,11 @@ class Problem:
             self.inputs[name].copy_(tensor)
         self._draw_gradients(seed)
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the incoming gradients, in place: those of the inputs are to become so many times as large."""
+        for gradient in self.gradients:
+            gradient.mul_(factor)
+
     def copy(self) -> "Problem":
         """The same problem in memory of its own."""
         twin = object.__new__(Problem)
@@ -119,6 +123,11 @@ class Problem:
         twin.inputs = {name: tensor.clone() for name, tensor in self.inputs.items()}
         twin.gradients = tuple(gradient.clone() for gradient in self.gradients)
         return twin
+
+    @property
+    def output_names(self) -> list[str]:
+        """The names of its outputs, in order."""
+        return [name_of_output(index, self.gradients) for index in range(len(self.gradients))]
 
     @property
     def nbytes(self) -> int:
@@ -259,15 +268,13 @@ class Checker:
                     ratios[name] = max(ratios.get(name, 0.0), ratio)
         return ratios
 
-    def check_outputs(self, outputs: Any, seed: int, factor: float = 1.0) -> None:
-        """Hold outputs alone to the truth of `seed`: what a timed call left behind. Nothing is said of dropout."""
+    def check_again(self, given: dict[str, torch.Tensor], seed: int, factor: float = 1.0, scale: float = 1.0) -> None:
+        """Hold what a timed call left behind to `scale` times the truth of `seed`; nothing is said of dropout."""
         if self.problem.case.options.get("dropout_p"):
             return
-        outputs = as_tuple(outputs)
-        for index, output in enumerate(outputs):
-            name = name_of_output(index, outputs)
-            high, _ = errors(output.detach(), self.truths[seed][name])
-            if not high <= factor * self.allowed[name][0]:
+        for name, tensor in given.items():
+            high, _ = errors(tensor.detach(), self.truths[seed][name] * scale)
+            if not high <= factor * abs(scale) * self.allowed[name][0]:
                 raise Wrong(f"{name} is wrong after timing: maximum error {high:.3g}")
 
 
