@@ -166,9 +166,7 @@ def _decode_group(
     blocks = tl.cdiv(group, BLOCK_H)
     key_head = tl.program_id(0) // n_splits // blocks
     member = tl.program_id(0) // n_splits % blocks * BLOCK_H
-    head = (
-        key_head.to(tl.int64) * group
-    )  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
+    head = key_head.to(tl.int64) * group  # the group's first: batch * n_head + h, as key_head is batch * n_key_head + h // group
     filled, chunk, valid = _share(lengths_ptr, head // n_head, length_stride, t_max, n_splits, BLOCK_K)
     first = split * chunk
     if partial_ptr is not None:
