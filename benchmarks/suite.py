@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, problems, providers, results, timing
+from benchmarks import machine, noise, problems, providers, results, timing
+from benchmarks.noise import AGAIN
 from benchmarks.problems import DTYPES, PEER_FACTOR, Checker, Problem, Wrong
 from benchmarks.providers import Provider, Unavailable
 from minigpt.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
-AGAIN = " again"
 SCALE = -2.0  # of incoming gradients, exact in every dtype
 INTERPRETED = "Triton's interpreter shows what is right, not how fast"
 
@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     results.write(path.with_suffix(".md"), report.markdown(document))
     pictures.draw(document, path)
     print(report.markdown(document))
+    if said := noise.warning(document):
+        print(f"warning: {said}")
     return int(any(row["provider"] == "triton" and row["status"] in ("wrong", "error") for row in document["rows"]))
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, results
+from benchmarks import machine, noise, results
 from minigpt.errors import UserError
 
 
@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     results.write(path.with_suffix(".md"), text)
     pictures.draw(document, path)
     print(text)
+    if said := noise.warning(document):
+        print(f"warning: {said}")
     return int(any(row["status"] in ("wrong", "error") for row in document["rows"]))
 
 
