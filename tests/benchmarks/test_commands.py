@@ -19,6 +19,8 @@ WRONG = {
     "unknown kernels 'cuda'": ["train", "--rung", "cuda"],
     "--steps must be at least 1": ["train", "--steps", "0"],
     "is no checkout of nanoGPT": ["train", "--nanogpt", "{folder}", "--out", "{folder}"],
+    "{folder}/text": ["train", "--data", "{folder}/text", "--out", "{folder}"],
+    "{folder} is a folder": ["report", "{folder}"],
     "invalid choice": ["kernels", "--dtype", "int8"],
     "there is no": ["compare", "{folder}/a.json", "{folder}/b.json"],
     "there is no {folder}": ["report", "{folder}/a.json"],
