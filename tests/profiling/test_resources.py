@@ -243,7 +243,18 @@ def test_a_flag_given_twice_adds_to_itself():
     assert {use["arch"] for use in uses} == {"sm_80", "sm_90"}
 
 
-@pytest.mark.parametrize(("arguments", "says"), [(("--op", "softmax"), "layer_norm"), (("--arch", "sm_70"), "sm_80")])
-def test_unknown_names_are_told_with_the_right_ones(arguments, says):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--op", "softmax"), "unknown op softmax: choose from scaled_dot_product_attention"),
+        (("--arch", "sm_70"), "unknown arch sm_70: choose from sm_80"),
+        (("--op", "layer_norm", "--case", "gpt2"), "unknown case gpt2: choose from"),
+        (("--workers", "0"), "--workers must be at least 1"),
+        (("--workers", "many"), "invalid int value"),
+        (("--json", "no/such/folder/a.json"), "no such folder"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_anything_is_compiled(arguments, says):
     done = _run(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: no ") and says in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and says in done.stderr and not done.stdout
