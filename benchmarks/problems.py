@@ -373,13 +373,17 @@ def dropout_mask(problem: Problem, call: Call) -> torch.Tensor:
 
 
 def all_cases(op: Op, on_gpu: bool, quick: bool) -> Iterator[Case]:
-    """The cases to measure, the most important first: on a GPU Op.sizes, of which --quick takes MAIN or the first."""
+    """The cases to measure, the most important first: on a GPU Op.sizes and MORE; with `quick` MAIN, or two."""
     if not on_gpu:
         cases = small_cases(op)
         yield from cases[:1] if quick else cases
         return
     main = MAIN.get(op.name)
-    yield from (c for c in op.sizes if c.name in main) if quick and main else op.sizes[:2] if quick else op.sizes
+    if quick:
+        yield from (case for case in op.sizes if case.name in main) if main else op.sizes[:2]
+        return
+    yield from op.sizes
+    yield from MORE.get(op.name, ())
 
 
 MAIN = {
@@ -387,3 +391,26 @@ MAIN = {
     "layer_norm": ("384", "768", "4096"),
     "cross_entropy": ("v65", "v50304"),
 }
+
+
+def _causal(size: int, length: int) -> Case:
+    shape = (16384 // length, 2048 // size, length, size)
+    return Case(f"d{size}-{length}", dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True})
+
+
+def _rows(n: int) -> Case:
+    return Case(str(n), {"input": (2**26 // n, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
+
+
+MORE = {
+    "scaled_dot_product_attention": (
+        *(_causal(64, length) for length in (1024, 4096, 16384)),
+        *(_causal(128, length) for length in (256, 1024, 16384)),
+    ),
+    "layer_norm": tuple(map(_rows, (32768, 65536))),
+    "cross_entropy": tuple(
+        Case(f"v{v}", {"input": (2**27 // v, v), "target": (2**27 // v,)}) for v in (4096, 32768, 65536)
+    ),
+}
+"""Lengths that peers publish figures of: 16k tokens of width 2048 for attention, as many elements for the others. They
+run the kernels that Op.sizes run, so that nothing is compiled for them alone."""

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import machine, suite, timing
+from benchmarks import machine, problems, suite, timing
 from kernels import catalogue
+from kernels.device import TARGETS
 from kernels.op import Case, Cost
 
 OPS = {op.name: op for op in catalogue.OPS}
@@ -42,6 +43,30 @@ def test_cross_entropy_by_hand():
     forward, backward = cost("cross_entropy", {"input": (2, 10), "target": (2,)}, {})
     assert forward == Cost(100, 40 + 16 + 32)
     assert backward == Cost(120, 80 + 16 + 16)
+
+
+def _kernels(op, cases, device, dtype):
+    launches = [x for case in cases for x in op.plan(op.inputs(case, dtype, "meta"), case.options, device)]
+    return {(x.name, str(x.constexprs), x.num_warps, x.num_stages) for x in launches}
+
+
+@pytest.mark.parametrize("name", problems.MORE)
+def test_cases_for_benchmarks_alone_need_no_kernel_of_their_own(name):
+    op, more = OPS[name], problems.MORE[name]
+    assert not {case.name for case in more} & {case.name for case in op.sizes}
+    assert [case.name for case in problems.all_cases(op, on_gpu=True, quick=False)][-len(more) :] == [
+        c.name for c in more
+    ]
+    for device in TARGETS.values():
+        for dtype in (torch.bfloat16, torch.float32):
+            assert _kernels(op, more, device, dtype) <= _kernels(op, op.sizes, device, dtype)
+
+
+def test_attention_is_measured_from_256_to_16384_tokens():
+    cases = list(problems.all_cases(OPS["scaled_dot_product_attention"], on_gpu=True, quick=False))
+    for size in (64, 128):
+        causal = [case for case in cases if case.options == {"is_causal": True} and case.shapes["query"][3] == size]
+        assert {256, 1024, 4096, 16384} <= {case.shapes["query"][2] for case in causal}
 
 
 def test_rates_by_hand():
