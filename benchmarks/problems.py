@@ -34,33 +34,44 @@ class Wrong(Exception):
     """The answer is not right, and so its time is of no interest: one line that says what is wrong."""
 
 
-# Cases beside Op.sizes for a CPU, where those are too large: small multiples of what the mini-GPT runs there.
+def _attention(name: str, *shape: int) -> Case:
+    return Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True})
+
+
+def _norm(rows: int, n: int, *more: str) -> Case:
+    shapes = dict.fromkeys(("input", *more), (rows, n)) | {"weight": (n,), "bias": (n,)}
+    return Case(str(n), shapes, {"normalized_shape": (n,)})
+
+
+def _loss(rows: int, v: int) -> Case:
+    return Case(f"v{v}", {"input": (rows, v), "target": (rows,)})
+
+
+def _head(rows: int, n: int, v: int) -> Case:
+    return Case(f"v{v}", {"input": (rows, n), "linear_weight": (v, n), "target": (rows,)})
+
+
+def _cache(name: str, batch: int, heads: int, length: int, size: int) -> Case:
+    whole = (batch, heads, length, size)
+    shapes = {"query": (batch, heads, 1, size), "key_cache": whole, "value_cache": whole, "lengths": (batch,)}
+    return Case(name, shapes)
+
+
 _SMALL = {
-    "scaled_dot_product_attention": {"heads": (12, 4, 64, 32), "longer": (2, 4, 256, 64)},
-    "layer_norm": {"128": (768, 128), "768": (1024, 768)},
-    "add_layer_norm": {"128": (768, 128), "768": (1024, 768)},
-    "cross_entropy": {"v65": (768, 65), "v8192": (256, 8192)},
+    "scaled_dot_product_attention": (_attention("heads", 12, 4, 64, 32), _attention("longer", 2, 4, 256, 64)),
+    "decode_attention": (_cache("heads", 12, 4, 64, 32), _cache("longer", 2, 4, 1024, 64)),
+    "layer_norm": (_norm(768, 128), _norm(1024, 768)),
+    "add_layer_norm": (_norm(768, 128, "residual"), _norm(1024, 768, "residual")),
+    "cross_entropy": (_loss(768, 65), _loss(256, 8192)),
+    "linear_cross_entropy": (_head(768, 128, 65), _head(256, 128, 8192)),
 }
+"""Cases for a CPU, where Op.sizes are too large: what the mini-GPT runs there, and something larger."""
 
 
 def small_cases(op: Op) -> tuple[Case, ...]:
     """Cases of `op` for a CPU; of an op that is not known here, the two largest of its tests."""
-    sizes = _SMALL.get(op.name)
-    if not sizes:
-        elements = {case.name: sum(math.prod(shape) for shape in case.shapes.values()) for case in op.cases}
-        return tuple(sorted(op.cases, key=lambda case: elements[case.name])[-2:])
-    cases = []
-    for name, shape in sizes.items():
-        if op.name == "scaled_dot_product_attention":
-            cases.append(Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True}))
-        elif op.name == "cross_entropy":
-            cases.append(Case(name, {"input": shape, "target": shape[:1]}))
-        else:
-            shapes = {"input": shape, "residual": shape, "weight": shape[1:], "bias": shape[1:]}
-            known = op.cases[0].shapes
-            shapes = {key: value for key, value in shapes.items() if key in known or key in ("weight", "bias")}
-            cases.append(Case(name, shapes, {"normalized_shape": shape[1:]}))
-    return tuple(cases)
+    elements = {case.name: sum(math.prod(shape) for shape in case.shapes.values()) for case in op.cases}
+    return _SMALL.get(op.name) or tuple(sorted(op.cases, key=lambda case: elements[case.name])[-2:])
 
 
 def ops_named(names: list[str]) -> list[Op]:
@@ -393,24 +404,14 @@ MAIN = {
 }
 
 
-def _causal(size: int, length: int) -> Case:
-    shape = (16384 // length, 2048 // size, length, size)
-    return Case(f"d{size}-{length}", dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True})
-
-
-def _rows(n: int) -> Case:
-    return Case(str(n), {"input": (2**26 // n, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
-
-
 MORE = {
-    "scaled_dot_product_attention": (
-        *(_causal(64, length) for length in (1024, 4096, 16384)),
-        *(_causal(128, length) for length in (256, 1024, 16384)),
+    "scaled_dot_product_attention": tuple(
+        _attention(f"d{size}-{length}", 16384 // length, 2048 // size, length, size)
+        for size, lengths in ((64, (1024, 4096, 16384)), (128, (256, 1024, 16384)))
+        for length in lengths
     ),
-    "layer_norm": tuple(map(_rows, (32768, 65536))),
-    "cross_entropy": tuple(
-        Case(f"v{v}", {"input": (2**27 // v, v), "target": (2**27 // v,)}) for v in (4096, 32768, 65536)
-    ),
+    "layer_norm": tuple(_norm(2**26 // n, n) for n in (32768, 65536)),
+    "cross_entropy": tuple(_loss(2**27 // v, v) for v in (4096, 32768, 65536)),
 }
 """Lengths that peers publish figures of: 16k tokens of width 2048 for attention, as many elements for the others. They
 run the kernels that Op.sizes run, so that nothing is compiled for them alone."""

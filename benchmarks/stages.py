@@ -67,7 +67,7 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 1 if a step failed or timed out."""
-    if arguments.minutes <= 0:
+    if not arguments.minutes > 0:
         raise UserError(f"--minutes must be above 0, not {arguments.minutes:g}")
     archive = arguments.out / f"stage-{arguments.stage}.tar.gz"
     results.prepare(archive)
