@@ -2,24 +2,15 @@
 
 import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
 
-import argparse
 import sys
-from typing import NoReturn
 
 from benchmarks import comparison, report, stages, suite, train, tune
 from minigpt import errors
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line, as every program here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise errors.UserError(f"{message} (see {self.prog} --help)")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> errors.CommandParser:
     """The command line of every command."""
-    parser = _Parser(prog="python -m benchmarks", description=__doc__)
+    parser = errors.CommandParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (suite, train, tune, comparison, report, stages):
         module.add_to(commands)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results, stats
+from benchmarks import noise, results, stats
 from minigpt.errors import UserError
 
 
@@ -52,7 +52,7 @@ def compare(
         {
             results.key_of(document, row): row["samples_ms"]
             for row in document["rows"]
-            if row["status"] == "ok" and not row.get("provider", "").endswith(" again")
+            if row["status"] == "ok" and not row.get("provider", "").endswith(noise.AGAIN)
         }
         for document in (a, b)
     ]
@@ -75,6 +75,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         x, y = a["ceilings"].get(copy), b["ceilings"].get(copy)
         if x and y and abs(x / y - 1.0) > 0.05:
             found.append(f"a plain copy moved {x:,.4g} GB/s in A and {y:,.4g} in B: the device itself was not the same")
+    for name, document in (("A", a), ("B", b)):
+        if said := noise.warning(document):
+            found.append(f"{name}: {said}")
     return found
 
 

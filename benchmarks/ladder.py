@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, results, stats, timing
+from benchmarks import machine, results, stats, suite, timing
 from minigpt import backends, config, corpora
 from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
@@ -26,6 +26,7 @@ MFU_FORMULA = (
 INTERPRETED = "Triton's interpreter runs the kernels here, which says nothing about speed"
 TOLERANCES = {"fp32": 5e-3, "bf16": 5e-2, "fp16": 5e-2}
 """By dtype: how far, in nats per token, the mean loss of the last tenth of the steps may be from that of `torch`."""
+STEPS_A_SAMPLE = 5
 DROPOUT_TOLERANCE = 0.1
 """The same for models with dropout, where every backend draws masks of its own."""
 
@@ -69,7 +70,7 @@ def chosen(names: list[str]) -> list[Rung]:
 
 
 def finish(rows: list[dict[str, Any]]) -> None:
-    """Enter each timed row's time over ours: that of all kernels, compiled if that ran; beside nanoGPT whatever ran."""
+    """Enter each timed row's time over ours: all kernels, compiled if that ran; beside nanoGPT at least `torch`."""
     timed = {row["configuration"]: row for row in rows if row["status"] == "ok"}
     candidates = ("triton+compile", "triton", *(("torch",) if "nanoGPT" in timed else ()))
     ours = next((timed[name] for name in candidates if name in timed), None)
@@ -143,17 +144,19 @@ def mfu_percent(tokens_per_second: float, flops: int, device_name: str, dtype: t
 
 @dataclass
 class StepTimer:
-    """A step of one training by the clock, the device's work included."""
+    """Steps of one training by the clock, the device's work included; on a GPU several, as training does not wait."""
 
     training: Training
     method: str = "perf_counter"
 
     def sample(self) -> float:
+        steps = STEPS_A_SAMPLE if self.training.device.type == "cuda" else 1
         wait(self.training.device)
         began = time.perf_counter()
-        self.training.step()
+        for _ in range(steps):
+            self.training.step()
         wait(self.training.device)
-        return (time.perf_counter() - began) * 1e3
+        return (time.perf_counter() - began) * 1e3 / steps
 
 
 def wait(device: torch.device) -> None:
@@ -162,18 +165,33 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+Keep = Callable[[list[dict[str, Any]]], None]
+
+
 def measure(
-    settings: TrainConfig,
-    rungs: list[Rung],
-    device: torch.device,
-    steps: int,
-    rounds: int,
-    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-) -> list[dict[str, Any]]:
+    settings: TrainConfig, rungs: list[Rung], device: torch.device, steps: int, rounds: int,
+    keep: Keep = lambda rows: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of the rungs: losses over `steps` steps first, then `rounds` timed steps of those that agree, in turns.
 
     `keep` is given the rows as they stand whenever there is news.
     """
+    rows, trainings = trained(settings, rungs, device, steps, keep)
+    timers = {name: StepTimer(training) for name, training in trainings.items()}
+    samples, failed = timing.interleaved(timers, rounds, seconds=240.0)
+    for row in rows:
+        name = row["configuration"]
+        if name in failed:
+            row |= failure(failed[name])
+        elif name in samples:
+            enter_speed(row, samples[name], trainings[name])
+    return rows
+
+
+def trained(
+    settings: TrainConfig, rungs: list[Rung], device: torch.device, steps: int, keep: Keep
+) -> tuple[list[dict[str, Any]], dict[str, Training]]:
+    """Rows of the rungs after `steps` steps, none timed yet; and by name the trainings whose losses agree."""
     rows, trainings = [], {}
     dtype_name = next(n for n, known in config.DTYPES.items() if known == config.pick_dtype(settings.dtype, device))
     for rung in rungs:
@@ -182,50 +200,33 @@ def measure(
         if device.type == "cpu" and rung.has_triton:
             row |= {"status": "skipped", "reason": INTERPRETED}
             continue
-        training = None
         try:
-            training, found = _first_steps(settings, rung, device, steps)
-            row |= found
-            trainings[rung.name] = training
+            trainings[rung.name], found = _first_steps(settings, rung, device, steps)
+            row |= found | {"status": "untimed", "reason": "the run ended before this was timed"}
         except Exception as error:
-            row |= _failure(error)
-            training = None
+            row |= failure(error)
             gc.collect()
-        if training is not None:
-            row |= {"status": "untimed", "reason": "the run ended before this was timed"}
         print(f"{rung.name}: {row.get('last_loss', row.get('reason'))}", flush=True)
         keep(rows)
     agree(rows, settings)
-    timers = {row["configuration"]: StepTimer(trainings[row["configuration"]]) for row in _agreed(rows, trainings)}
-    _, failed = timing.interleaved(timers, 1)  # with every model in memory, once without a clock
-    timers = {name: timer for name, timer in timers.items() if name not in failed}
-    samples, broken = timing.interleaved(timers, rounds, seconds=240.0)
-    failed |= broken
-    for row in rows:
-        name = row["configuration"]
-        if name in failed:
-            row |= _failure(failed[name])
-        elif name in samples:
-            row.pop("reason")
-            training = trainings[name]
-            row |= speed(samples[name], training.tokens_per_step)
-            flops = flops_per_token(training.model, training.batches.window)
-            mfu = mfu_percent(row["tokens_per_second"], flops, machine.here().name, training.dtype)
-            row["mfu_percent"] = None if mfu is None else float(f"{mfu:.4g}")
-    return rows
+    agreed = {row["configuration"] for row in rows if row["status"] == "untimed"}
+    return rows, {name: training for name, training in trainings.items() if name in agreed}
 
 
-def _agreed(rows: list[dict[str, Any]], trainings: dict[str, Training]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["status"] == "untimed" and row["configuration"] in trainings]
+def enter_speed(row: dict[str, Any], samples_ms: list[float], training: Training) -> None:
+    """Make a row that waits for its times one that has them."""
+    row.pop("reason")
+    row |= speed(samples_ms, training.tokens_per_step)
+    flops = flops_per_token(training.model, training.batches.window)
+    mfu = mfu_percent(row["tokens_per_second"], flops, machine.here().name, training.dtype)
+    row["mfu_percent"] = None if mfu is None else float(f"{mfu:.4g}")
 
 
-def _failure(error: Exception) -> dict[str, str]:
-    text = " ".join(str(error).split())[:200]
-    if isinstance(error, torch.OutOfMemoryError):
-        return {"status": "memory", "reason": f"out of memory: {text}"}
+def failure(error: Exception) -> dict[str, str]:
+    """The fields of a row whose configuration threw."""
     if isinstance(error, UserError):
-        return {"status": "skipped", "reason": text}
-    return {"status": "error", "reason": f"{type(error).__name__}: {text}"}
+        return {"status": "skipped", "reason": " ".join(str(error).split())[:200]}
+    return suite.failure(error)
 
 
 def _first_steps(settings: TrainConfig, rung: Rung, device: torch.device, steps: int) -> tuple[Training, dict]:
@@ -237,7 +238,10 @@ def _first_steps(settings: TrainConfig, rung: Rung, device: torch.device, steps:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     training = Training(settings, rung, device)
-    losses = torch.stack([training.step() for _ in range(steps)]).tolist()
+    losses = [training.step() for _ in range(min(2, steps))]
+    if device.type == "cuda" and steps > 2:  # compiling is not training: its memory does not count
+        torch.cuda.reset_peak_memory_stats()
+    losses = torch.stack([*losses, *(training.step() for _ in range(steps - len(losses)))]).tolist()
     tenth = max(1, steps // 10)
     found = {
         "first_loss": losses[0], "last_loss": statistics.fmean(losses[-tenth:]), "losses": losses,

@@ -134,8 +134,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> dict[str, str | bool | None]:
-    """The commit checked out and whether files differ from it; None and False where there is no git to ask."""
-    return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+    """The commit checked out and whether files differ from it; None and False where there is no git to ask.
+
+    Results do not count: those of one command must not make the next one's look like measured with changes.
+    """
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changes)}
 
 
 def kernels_hash() -> str:

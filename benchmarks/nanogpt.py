@@ -1,7 +1,7 @@
-"""A checkout of nanoGPT, run as it is and in turns with our training: the same model, batch, context and precision.
+"""A checkout of nanoGPT, run as it is and in turns with our ladder: the same model, batch, context and precision.
 
-nanoGPT prints the time of each iteration, batch and loss included and evaluation excluded; ours is timed as training
-runs it, with the loss fetched each step, as nanoGPT does. The first iterations of each turn do not count.
+nanoGPT prints the time of each iteration, batch and loss included and evaluation excluded; our steps are timed with the
+loss fetched after each, as nanoGPT does. The first iterations of each turn do not count.
 """
 
 import re
@@ -74,7 +74,7 @@ def _theirs(folder: Path, settings: TrainConfig, device: torch.device, iteration
     times = parse(done.stdout)
     if done.returncode or not times:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise UserError(f"nanoGPT in {folder} ended with status {done.returncode}: {said}")
+        raise RuntimeError(f"nanoGPT in {folder} ended with status {done.returncode}: {said}")
     return times
 
 
@@ -88,31 +88,52 @@ def _ours(training: ladder.Training, iterations: int) -> list[float]:
     return times[DROPPED:]
 
 
-def measure(folder: Path, settings: TrainConfig, device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Rows of nanoGPT and of ours, timed in turns. Raises UserError where nanoGPT cannot run."""
+def measure(
+    folder: Path, settings: TrainConfig, rungs: list[ladder.Rung], device: torch.device, steps: int, quick: bool,
+    keep: ladder.Keep = lambda rows: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of nanoGPT and of the rungs whose losses agree after `steps` steps, timed in turns; one that fails says why.
+
+    Raises UserError where `folder` is no checkout that could run, or cannot train what the preset does.
+    """
+    settings = prepared(folder, settings)
+    name = "nanoGPT"
+    rows, trainings = ladder.trained(settings, rungs, device, steps, keep)
+    dtype = next(row["dtype"] for row in rows)
+    theirs: dict[str, Any] = {"preset": settings.preset, "configuration": name, "dtype": dtype}
+    rows.insert(0, theirs | {"status": "untimed", "reason": "the run ended before this was timed"})
+    turns, iterations = (2, 20) if quick else (4, 60)
+    samples: dict[str, list[float]] = {name: [], **{rung: [] for rung in trainings}}
+    failed: dict[str, Exception] = {}
+    for turn in range(turns):
+        for variant in list(samples) if turn % 2 == 0 else reversed(list(samples)):
+            if variant in failed:
+                continue
+            try:
+                if variant == name:
+                    samples[name] += _theirs(folder, settings, device, iterations)
+                else:
+                    samples[variant] += _ours(trainings[variant], iterations + 1)
+            except Exception as error:  # one that fails must not end the others
+                failed[variant] = error
+            print(f"turn {turn + 1} of {turns}: {variant}", flush=True)
+    tokens = settings.batch_size * settings.block_size * settings.grad_accumulation
+    for row in rows:
+        variant = row["configuration"]
+        if variant in failed:
+            row |= ladder.failure(failed[variant])
+        elif variant in trainings:
+            ladder.enter_speed(row, samples[variant], trainings[variant])
+        elif variant == name:
+            row.pop("reason")
+            row |= ladder.speed(samples[name], tokens) | {"note": "its own train.py, as it is", "mfu_percent": None}
+    return rows
+
+
+def prepared(folder: Path, settings: TrainConfig) -> TrainConfig:
+    """`settings` with nanoGPT's text, whose vocabulary sizes the last layer. Raises UserError where it cannot run."""
     check(folder)
-    if settings.dropout == 0.0 and settings.window not in (0, settings.block_size):
+    if settings.window not in (0, settings.block_size):
         raise UserError(f"preset {settings.preset} trains on windows shorter than its context, which nanoGPT does not")
     text = folder / "data" / DATA / "input.txt"
-    if text.is_file():
-        settings = replace(settings, data=str(text))  # the vocabulary sizes the last layer
-    turns, iterations = (2, 20) if quick else (4, 60)
-    on_gpu = device.type == "cuda"
-    rungs = [ladder.Rung("torch"), *([ladder.Rung("triton"), ladder.Rung("triton", True)] if on_gpu else [])]
-    trainings = {rung.name: ladder.Training(settings, rung, device) for rung in rungs}
-    samples: dict[str, list[float]] = {"nanoGPT": [], **{name: [] for name in trainings}}
-    for turn in range(turns):
-        for name in list(samples) if turn % 2 == 0 else reversed(list(samples)):
-            if name == "nanoGPT":
-                samples[name] += _theirs(folder, settings, device, iterations)
-            else:
-                samples[name] += _ours(trainings[name], iterations + 1)
-            print(f"turn {turn + 1} of {turns}: {name}", flush=True)
-    dtype = str(pick_dtype(settings.dtype, device)).removeprefix("torch.")
-    tokens = settings.batch_size * settings.block_size * settings.grad_accumulation
-    rows = []
-    for name, times in samples.items():
-        row = {"preset": settings.preset, "configuration": name, "dtype": dtype, "mfu_percent": None}
-        note = "its own train.py, as it is" if name == "nanoGPT" else ""
-        rows.append(row | {"note": note} | ladder.speed(times, tokens))
-    return rows
+    return replace(settings, data=str(text)) if text.is_file() else settings

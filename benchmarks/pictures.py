@@ -10,20 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from benchmarks.noise import AGAIN
 from minigpt.errors import writing
 from minigpt.plots import GRID, INK, QUIET, STYLE
 
 COLORS = {
     "triton": "#d4572a", "torch": "#2f6fbb", "eager": "#8a939d", "compile": "#2a9d74", "torch-flash": "#5b4db7",
     "torch-cudnn": "#b0479b", "flex": "#c08a1e", "liger": "#1b9aaa", "cce": "#7a5c3e", "flash_attn": "#4f7942",
-    "quack": "#a23b3b",
+    "quack": "#a23b3b", "torch-chunked": "#6d9bd1",
 }  # fmt: skip
 MARKERS = "osD^vP<>X*h"
 
 
 def draw(document: dict[str, Any], path: Path) -> list[Path]:
     """Draw what the document has rows for, beside `path`; the files that were written."""
-    rows = [row for row in document["rows"] if row["status"] == "ok" and not row.get("provider", "").endswith(" again")]
+    rows = [row for row in document["rows"] if row["status"] == "ok" and not row.get("provider", "").endswith(AGAIN)]
     drawn = []
     if not rows:
         return drawn
@@ -154,7 +155,7 @@ def _roofline(document: dict[str, Any], rows: list[dict[str, Any]], dtype: str) 
     ops = list(dict.fromkeys(row["op"] for row in rows))
     names = [name for name in COLORS if any(row["provider"] == name for row in rows)]
     figure = Figure(figsize=(9.6, 6), dpi=130)
-    warm = any(row["l2"] == "warm" for row in rows)
+    warm = any(row.get("l2") == "warm" for row in rows)
     _title(figure, document, f"Roofline, {dtype}" + (", caches warm: no roof for what fits into them" if warm else ""))
     axes = figure.subplots()
     figure.subplots_adjust(left=0.1, right=0.71, top=0.86, bottom=0.11)

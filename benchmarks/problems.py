@@ -34,33 +34,44 @@ class Wrong(Exception):
     """The answer is not right, and so its time is of no interest: one line that says what is wrong."""
 
 
-# Cases beside Op.sizes for a CPU, where those are too large: small multiples of what the mini-GPT runs there.
+def _attention(name: str, *shape: int) -> Case:
+    return Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True})
+
+
+def _norm(rows: int, n: int, *more: str) -> Case:
+    shapes = dict.fromkeys(("input", *more), (rows, n)) | {"weight": (n,), "bias": (n,)}
+    return Case(str(n), shapes, {"normalized_shape": (n,)})
+
+
+def _loss(rows: int, v: int) -> Case:
+    return Case(f"v{v}", {"input": (rows, v), "target": (rows,)})
+
+
+def _head(rows: int, n: int, v: int) -> Case:
+    return Case(f"v{v}", {"input": (rows, n), "linear_weight": (v, n), "target": (rows,)})
+
+
+def _cache(name: str, batch: int, heads: int, length: int, size: int) -> Case:
+    whole = (batch, heads, length, size)
+    shapes = {"query": (batch, heads, 1, size), "key_cache": whole, "value_cache": whole, "lengths": (batch,)}
+    return Case(name, shapes)
+
+
 _SMALL = {
-    "scaled_dot_product_attention": {"heads": (12, 4, 64, 32), "longer": (2, 4, 256, 64)},
-    "layer_norm": {"128": (768, 128), "768": (1024, 768)},
-    "add_layer_norm": {"128": (768, 128), "768": (1024, 768)},
-    "cross_entropy": {"v65": (768, 65), "v8192": (256, 8192)},
+    "scaled_dot_product_attention": (_attention("heads", 12, 4, 64, 32), _attention("longer", 2, 4, 256, 64)),
+    "decode_attention": (_cache("heads", 12, 4, 64, 32), _cache("longer", 2, 4, 1024, 64)),
+    "layer_norm": (_norm(768, 128), _norm(1024, 768)),
+    "add_layer_norm": (_norm(768, 128, "residual"), _norm(1024, 768, "residual")),
+    "cross_entropy": (_loss(768, 65), _loss(256, 8192)),
+    "linear_cross_entropy": (_head(768, 128, 65), _head(256, 128, 8192)),
 }
+"""Cases for a CPU, where Op.sizes are too large: what the mini-GPT runs there, and something larger."""
 
 
 def small_cases(op: Op) -> tuple[Case, ...]:
     """Cases of `op` for a CPU; of an op that is not known here, the two largest of its tests."""
-    sizes = _SMALL.get(op.name)
-    if not sizes:
-        elements = {case.name: sum(math.prod(shape) for shape in case.shapes.values()) for case in op.cases}
-        return tuple(sorted(op.cases, key=lambda case: elements[case.name])[-2:])
-    cases = []
-    for name, shape in sizes.items():
-        if op.name == "scaled_dot_product_attention":
-            cases.append(Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True}))
-        elif op.name == "cross_entropy":
-            cases.append(Case(name, {"input": shape, "target": shape[:1]}))
-        else:
-            shapes = {"input": shape, "residual": shape, "weight": shape[1:], "bias": shape[1:]}
-            known = op.cases[0].shapes
-            shapes = {key: value for key, value in shapes.items() if key in known or key in ("weight", "bias")}
-            cases.append(Case(name, shapes, {"normalized_shape": shape[1:]}))
-    return tuple(cases)
+    elements = {case.name: sum(math.prod(shape) for shape in case.shapes.values()) for case in op.cases}
+    return _SMALL.get(op.name) or tuple(sorted(op.cases, key=lambda case: elements[case.name])[-2:])
 
 
 def ops_named(names: list[str]) -> list[Op]:
@@ -87,18 +98,17 @@ class Problem:
         self._draw_gradients(0)
 
     def _draw(self, seed: int) -> dict[str, torch.Tensor]:
-        """As Op.inputs, every floating one in `dtype`, and normal numbers drawn where they are needed."""
+        """As Op.inputs, and normal numbers drawn where they are needed."""
         generator = torch.Generator().manual_seed(seed)
         at_device = torch.Generator(self.device).manual_seed(seed)
         tensors = {}
         for name, shape in self.case.shapes.items():
-            tensor = None
             if self.op.draw(name, (1,) * len(shape), self.case, torch.Generator()) is not None:
                 tensor = self.op.draw(name, shape, self.case, generator).to(self.device)
-                tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            tensors[name] = tensor
-            if tensor is None:
-                tensors[name] = torch.randn(shape, generator=at_device, device=self.device).to(self.dtype)
+            else:
+                tensor = torch.randn(shape, generator=at_device, device=self.device)
+            dtype = self.case.dtypes.get(name, self.dtype) if tensor.is_floating_point() else tensor.dtype
+            tensors[name] = tensor.to(dtype)
         return tensors
 
     def _draw_gradients(self, seed: int) -> None:
@@ -112,6 +122,11 @@ class Problem:
             self.inputs[name].copy_(tensor)
         self._draw_gradients(seed)
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the incoming gradients, in place: those of the inputs are to become so many times as large."""
+        for gradient in self.gradients:
+            gradient.mul_(factor)
+
     def copy(self) -> "Problem":
         """The same problem in memory of its own."""
         twin = object.__new__(Problem)
@@ -119,6 +134,11 @@ class Problem:
         twin.inputs = {name: tensor.clone() for name, tensor in self.inputs.items()}
         twin.gradients = tuple(gradient.clone() for gradient in self.gradients)
         return twin
+
+    @property
+    def output_names(self) -> list[str]:
+        """The names of its outputs, in order."""
+        return [name_of_output(index, self.gradients) for index in range(len(self.gradients))]
 
     @property
     def nbytes(self) -> int:
@@ -259,15 +279,13 @@ class Checker:
                     ratios[name] = max(ratios.get(name, 0.0), ratio)
         return ratios
 
-    def check_outputs(self, outputs: Any, seed: int, factor: float = 1.0) -> None:
-        """Hold outputs alone to the truth of `seed`: what a timed call left behind. Nothing is said of dropout."""
+    def check_again(self, given: dict[str, torch.Tensor], seed: int, factor: float = 1.0, scale: float = 1.0) -> None:
+        """Hold what a timed call left behind to `scale` times the truth of `seed`; nothing is said of dropout."""
         if self.problem.case.options.get("dropout_p"):
             return
-        outputs = as_tuple(outputs)
-        for index, output in enumerate(outputs):
-            name = name_of_output(index, outputs)
-            high, _ = errors(output.detach(), self.truths[seed][name])
-            if not high <= factor * self.allowed[name][0]:
+        for name, tensor in given.items():
+            high, _ = errors(tensor.detach(), self.truths[seed][name] * scale)
+            if not high <= factor * abs(scale) * self.allowed[name][0]:
                 raise Wrong(f"{name} is wrong after timing: maximum error {high:.3g}")
 
 
@@ -366,13 +384,17 @@ def dropout_mask(problem: Problem, call: Call) -> torch.Tensor:
 
 
 def all_cases(op: Op, on_gpu: bool, quick: bool) -> Iterator[Case]:
-    """The cases to measure, the most important first: on a GPU Op.sizes, of which --quick takes MAIN or the first."""
+    """The cases to measure, the most important first: on a GPU Op.sizes and MORE; with `quick` MAIN, or two."""
     if not on_gpu:
         cases = small_cases(op)
         yield from cases[:1] if quick else cases
         return
     main = MAIN.get(op.name)
-    yield from (c for c in op.sizes if c.name in main) if quick and main else op.sizes[:2] if quick else op.sizes
+    if quick:
+        yield from (case for case in op.sizes if case.name in main) if main else op.sizes[:2]
+        return
+    yield from op.sizes
+    yield from MORE.get(op.name, ())
 
 
 MAIN = {
@@ -380,3 +402,16 @@ MAIN = {
     "layer_norm": ("384", "768", "4096"),
     "cross_entropy": ("v65", "v50304"),
 }
+
+
+MORE = {
+    "scaled_dot_product_attention": tuple(
+        _attention(f"d{size}-{length}", 16384 // length, 2048 // size, length, size)
+        for size, lengths in ((64, (1024, 4096, 16384)), (128, (256, 1024, 16384)))
+        for length in lengths
+    ),
+    "layer_norm": tuple(_norm(2**26 // n, n) for n in (32768, 65536)),
+    "cross_entropy": tuple(_loss(2**27 // v, v) for v in (4096, 32768, 65536)),
+}
+"""Lengths that peers publish figures of: 16k tokens of width 2048 for attention, as many elements for the others. They
+run the kernels that Op.sizes run, so that nothing is compiled for them alone."""

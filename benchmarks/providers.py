@@ -7,6 +7,7 @@ that nothing here needs a peer.
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,11 +156,29 @@ def _torch_cudnn(problem: Problem) -> Call:
     return _sdpa(problem, SDPBackend.CUDNN_ATTENTION)
 
 
+@provider("torch-chunked", "linear_cross_entropy")
+def _torch_chunked(problem: Problem) -> Call:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unavailable("this version of torch has no chunks")
+    _refuse(problem, "label_smoothing")  # with which it would not be chunked
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)  # backward alone is timed with its graph kept
+    return functools.partial(problem.op.torch, options=options)
+
+
+def _compiled(function: Callable) -> Callable:
+    torch._functorch.config.donated_buffer = False  # backward alone is timed with its graph kept
+    return torch.compile(function, dynamic=False)
+
+
+def forget_compilations() -> None:
+    """Make room for a new problem: the compilations of one after another would reach dynamo's limit."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @provider("compile")
 def _compile(problem: Problem) -> Call:
-    torch._dynamo.reset()  # or the compilations of one case after another would reach dynamo's limit
-    torch._functorch.config.donated_buffer = False  # backward alone is timed with its graph kept
-    return torch.compile(problem.op.reference, dynamic=False)
+    return _compiled(problem.op.reference)
 
 
 # ---------------------------------------------------------------- peers
@@ -177,7 +196,7 @@ def _flex(problem: Problem) -> Call:
         mask = create_block_mask(
             lambda batch, head, query, key: key <= query + offset, None, None, *places, device=problem.device
         )
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = _compiled(flex_attention)
     more = {"block_mask": mask, "scale": options.get("scale"), "enable_gqa": options.get("enable_gqa", False)}
     return lambda query, key, value, **_: compiled(query, key, value, **more)
 

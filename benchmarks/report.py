@@ -1,4 +1,4 @@
-"""`python -m benchmarks report FILE`: the tables of a results file, as Markdown; the README holds them as they are."""
+"""`python -m benchmarks report FILE`: the tables of a results file, as Markdown, and the README's section of it."""
 
 import argparse
 import re
@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, results
+from benchmarks import machine, noise, results
+from benchmarks.noise import AGAIN
 from minigpt.errors import UserError
 
-MARKERS = re.compile(r"<!-- benchmarks: (\S+) -->\n(.*?)<!-- /benchmarks -->", re.DOTALL)
-"""A section of the README: the path of the file it shows, from the root of the checkout, and the tables."""
+MARKERS = re.compile(r"<!-- benchmarks ([^:\n]+): (\S+) -->\n(.*?)<!-- /benchmarks -->", re.DOTALL)
+"""A section of the README: what was measured, the file it shows, from the root of the checkout, and its tables."""
+CHAPTER = "## Benchmarks\n"
 
 
 def add_to(commands: Any) -> None:
@@ -18,6 +20,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("report", help="print the tables of a results file", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--pictures", action="store_true", help="draw its pictures beside it again, too")
+    parser.add_argument("--readme", action="store_true", help="show it in README.md, in the place of one like it")
     parser.set_defaults(run=run)
 
 
@@ -29,37 +32,97 @@ def run(arguments: argparse.Namespace) -> int:
 
         for path in pictures.draw(document, arguments.file):
             print(f"drawn: {path}")
+    if arguments.readme:
+        readme, file = machine.ROOT / "README.md", arguments.file.resolve()
+        if not file.is_relative_to(machine.ROOT):
+            raise UserError(
+                f"{file} is not in {machine.ROOT}: put it under benchmarks/results, where README can show it"
+            )
+        results.write(
+            readme, with_section(readme.read_text(encoding="utf-8"), file.relative_to(machine.ROOT).as_posix())
+        )
+        print(f"written: {readme}")
     print(markdown(document))
     return 0
 
 
 def markdown(document: dict[str, Any]) -> str:
     """The file's tables. They end with what could not be measured, and why."""
-    parts = [_heading(document)]
+    return _joined(_opening(document), _body(document))
+
+
+def _joined(*parts: list[str]) -> str:
+    return "\n\n".join(text for part in parts for text in part if text) + "\n"
+
+
+def _opening(document: dict[str, Any]) -> list[str]:
+    return [_heading(document), noise.warning(document)]
+
+
+def _body(document: dict[str, Any]) -> list[str]:
+    tables = _kernel_tables(document) if document["kind"] == "kernels" else _train_tables(document)
+    return [*tables, *_reasons(document)]
+
+
+# ---------------------------------------------------------------- the README's sections
+
+
+def title(document: dict[str, Any]) -> str:
+    """What a file measured: two of one title and one device take each other's place in the README."""
     if document["kind"] == "kernels":
-        parts += _kernel_tables(document)
-    else:
-        parts += _train_tables(document)
-    parts += _reasons(document)
-    return "\n\n".join(part for part in parts if part) + "\n"
+        ops = _unique(row["op"] for row in document["rows"])
+        return f"kernels {ops[0]}" if len(ops) == 1 else "kernels"
+    peer = " beside nanoGPT" * any(row["configuration"] == "nanoGPT" for row in document["rows"])
+    return f"train {' '.join(_unique(row['preset'] for row in document['rows']))}{peer}"
 
 
 def section(path: str) -> str:
-    """The README's section for a results file: the markers, and the tables between them."""
-    return f"<!-- benchmarks: {path} -->\n{markdown(results.load(machine.ROOT / path))}<!-- /benchmarks -->"
+    """The README's section for a results file: between markers, its tables (many are folded away) and its pictures."""
+    document = results.load(machine.ROOT / path)
+    return f"<!-- benchmarks {title(document)}: {path} -->\n{_content(document, path)}<!-- /benchmarks -->"
+
+
+def _content(document: dict[str, Any], path: str) -> str:
+    file = machine.ROOT / path
+    drawn = sorted(file.parent.glob(f"{file.stem}-*.png"))
+    shown = [f"![{p.stem.removeprefix(file.stem + '-')}]({p.relative_to(machine.ROOT).as_posix()})" for p in drawn]
+    if document["kind"] != "kernels":
+        return _joined(_opening(document), _body(document), shown)
+    fold = "<details><summary>Every op, pass and provider</summary>"
+    return _joined(_opening(document), [fold], _body(document), shown, ["</details>"])
+
+
+def with_section(text: str, path: str) -> str:
+    """The README's text with the section of a results file: where one of its title and device is, else a new one.
+
+    A new one goes to the end of the chapter on benchmarks. Raises UserError where there is no such chapter.
+    """
+    new, about = section(path), title(results.load(machine.ROOT / path))
+    for found in MARKERS.finditer(text):
+        if found[1] == about and Path(found[2]).parent == Path(path).parent:
+            return text[: found.start()] + new + text[found.end() :]
+    _, chapter, rest = text.partition(CHAPTER)
+    if not chapter:
+        raise UserError(f"README.md has no line {CHAPTER.strip()!r}, under which results are shown: write one")
+    end = rest.find("\n## ")
+    place = len(text) - len(rest) + (end if end >= 0 else len(rest))
+    return f"{text[:place].rstrip()}\n\n{new}\n{text[place:]}"
 
 
 def stale_sections(text: str) -> list[str]:
     """The results files whose section in `text` differs from what the file says, or which cannot be read."""
     stale = []
-    for path, shown in MARKERS.findall(text):
+    for found in MARKERS.finditer(text):
         try:
-            same = shown == markdown(results.load(machine.ROOT / path))
+            same = found[0] == section(found[2])
         except UserError:
             same = False
         if not same:
-            stale.append(path)
+            stale.append(found[2])
     return stale
+
+
+# ---------------------------------------------------------------- what all tables share
 
 
 def _heading(document: dict[str, Any]) -> str:
@@ -77,6 +140,8 @@ def _heading(document: dict[str, Any]) -> str:
         ]
         line += f" Measured in the same run: a copy moves {ceilings['copy_gbps']:,.4g} GB/s"
         line += f", a matrix product computes {' and '.join(rates)}." if rates else "."
+    if here["type"] == "cpu":
+        line += " There was no GPU: **the Triton kernels are not timed here**, and no number says how fast they are."
     return line
 
 
@@ -99,32 +164,33 @@ def number(value: float) -> str:
 
 def _kernel_tables(document: dict[str, Any]) -> list[str]:
     parts = []
-    rows = [row for row in document["rows"] if row["status"] == "ok"]
+    rows, marked = [row for row in document["rows"] if row["status"] == "ok"], noise.disturbed(document)
+    ours = any("over_ours" in row for row in rows)
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
         mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
-        names = [name for name in _unique(row["provider"] for row in mine) if not name.endswith(" again")]
+        names = [name for name in _unique(row["provider"] for row in mine) if not name.endswith(AGAIN)]
         table = []
         for case, name in dict.fromkeys((row["case"], row["pass"]) for row in mine):
             cells = {row["provider"]: row for row in mine if (row["case"], row["pass"]) == (case, name)}
             shape = next(iter(cells.values())).get("shape", "")
-            noise = [
-                cells[other]["median_ms"] / cells[other.removesuffix(" again")]["median_ms"]
+            ratios = [
+                cells[other]["median_ms"] / cells[other.removesuffix(AGAIN)]["median_ms"]
                 for other in cells
-                if other.endswith(" again") and other.removesuffix(" again") in cells
+                if other.endswith(AGAIN) and other.removesuffix(AGAIN) in cells
             ]
-            again = f"{noise[0]:.3f}" if noise else ""
-            table.append([case, shape, name, *(_cell(cells.get(provider)) for provider in names), again])
-        caption = (
-            f"**{op}, {dtype}**: milliseconds a call, median (20th to 80th percentile); x1.2 is 1.2 times our time, "
-            "% the share of the roofline. The last column is one variant's second median over its first."
-        )
+            again = f"{ratios[0]:.3f}" if ratios else ""
+            mark = {provider: "~" * (results.key_of(document, row) in marked) for provider, row in cells.items()}
+            shown = [mark[provider] + _cell(cells[provider]) if provider in cells else "" for provider in names]
+            table.append([case, shape, name, *shown, again])
+        caption = f"**{op}, {dtype}**: milliseconds a call, median (20th to 80th percentile)"
+        caption += "; x1.2 is 1.2 times our time" * ours
+        caption += "; % the share of the roofline" * any("roofline_percent" in row for row in mine)
+        caption += ". The last column is one variant's second median over its first."
         parts += [caption, _table(["case", "shape", "pass", *names, "again"], table)]
     return parts
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
+def _cell(row: dict[str, Any]) -> str:
     text = f"{number(row['median_ms'])} ({number(row['p20_ms'])} to {number(row['p80_ms'])})"
     if "over_ours" in row and row["provider"] != "triton":
         text += f" x{row['over_ours']:.2f}"
@@ -138,13 +204,16 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def _reasons(document: dict[str, Any]) -> list[str]:
-    """A line for each thing that has no number: who, where, and why."""
+    """A line for each reason why something has no number: who, where, and why."""
     name, place = ("provider", "op") if document["kind"] == "kernels" else ("configuration", "preset")
     where: dict[tuple[str, str], dict[str, None]] = {}
     for row in document["rows"]:
         if row["status"] != "ok":
             where.setdefault((row[name], row["reason"]), {})[row[place]] = None
-    lines = [f"- {who}, {', '.join(places)}: {reason}" for (who, reason), places in where.items()]
+    who: dict[tuple[str, str], list[str]] = {}
+    for (name, reason), places in where.items():
+        who.setdefault((", ".join(places), reason), []).append(name)
+    lines = [f"- {', '.join(names)} ({places}): {reason}" for (places, reason), names in who.items()]
     return ["Not measured, and why:", "\n".join(lines)] if lines else []
 
 
@@ -153,31 +222,28 @@ def _reasons(document: dict[str, Any]) -> list[str]:
 
 def _train_tables(document: dict[str, Any]) -> list[str]:
     parts = []
-    rows = [row for row in document["rows"] if row["status"] == "ok"]
+    rows, marked = [row for row in document["rows"] if row["status"] == "ok"], noise.disturbed(document)
     for preset in _unique(row["preset"] for row in rows):
         mine = [row for row in rows if row["preset"] == preset]
-        table = [
-            [
-                row["configuration"],
-                f"{number(row['tokens_per_second'])} ({number(row['p20_tokens_per_second'])} to "
-                f"{number(row['p80_tokens_per_second'])})",
-                f"{row['over_ours']:.2f}" if "over_ours" in row else "",
-                f"{row['mfu_percent']:.1f}%" if row.get("mfu_percent") is not None else "unknown",
-                f"{row['peak_memory_mib']:,.0f}" if row.get("peak_memory_mib") is not None else "unknown",
-                f"{row['last_loss']:.4f}" if row.get("last_loss") is not None else "",
-                row.get("note", ""),
-            ]
-            for row in mine
-        ]
-        header = [
-            "configuration",
-            "tokens/s (20th to 80th)",
-            f"time / {mine[0].get('ours', 'ours')}",
-            "MFU",
-            "peak MiB",
-            "loss",
-            "note",
-        ]
+        columns = {
+            "configuration": [row["configuration"] for row in mine],
+            "tokens/s (20th to 80th)": [
+                f"{'~' * (results.key_of(document, row) in marked)}{number(row['tokens_per_second'])} "
+                f"({number(row['p20_tokens_per_second'])} to {number(row['p80_tokens_per_second'])})"
+                for row in mine
+            ],
+            f"time / {mine[0].get('ours')}": [f"{row['over_ours']:.2f}" if "over_ours" in row else "" for row in mine],
+            "MFU": [_known(row.get("mfu_percent"), "{:.1f}%") for row in mine],
+            "peak MiB": [_known(row.get("peak_memory_mib"), "{:,.0f}") for row in mine],
+            "loss": [f"{row['last_loss']:.4f}" if row.get("last_loss") is not None else "" for row in mine],
+            "note": [row.get("note", "") for row in mine],
+        }
+        shown = {heading: cells for heading, cells in columns.items() if any(cells)}
         about = f"**{preset}**, {mine[0]['dtype']}, {mine[0]['tokens_per_step']:,} tokens a step, training alone."
-        parts += [f"{about} {document.get('mfu_formula', '')}".strip(), _table(header, table)]
+        table = _table([*shown], [list(cells) for cells in zip(*shown.values(), strict=True)])
+        parts += [f"{about} {document.get('mfu_formula', '')}".strip(), table]
     return parts
+
+
+def _known(value: float | None, form: str) -> str:
+    return "unknown" if value is None else form.format(value)

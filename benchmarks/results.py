@@ -21,6 +21,11 @@ KEYS = {
 }
 """By kind of file: what names a row."""
 
+_TIMES = ("median_ms", "p20_ms", "p80_ms")
+_SPEEDS = ("tokens_per_second", "p20_tokens_per_second", "p80_tokens_per_second", "tokens_per_step")
+NUMBERS = {"kernels": (*_TIMES, "gbps", "tflops", "intensity"), "train": (*_TIMES, *_SPEEDS)}
+"""By kind of file: the numbers that every timed row has."""
+
 STATUSES = ("ok", "untimed", "skipped", "wrong", "error", "memory")
 """ok: right, and timed. untimed: right, but not timed here. skipped: cannot run this or is not here. wrong: red check.
 error: it threw. memory: it ran out of memory. Every status but ok comes with a reason, and only ok with a number."""
@@ -83,6 +88,8 @@ def load(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: name one of the .json files in it") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a results file ({error})") from None
     if not isinstance(document, dict) or "schema" not in document:
@@ -94,14 +101,18 @@ def load(path: Path) -> dict[str, Any]:
     for name, type_ in (("machine", dict), ("rows", list), ("versions", dict), ("ceilings", dict)):
         if not isinstance(document.get(name), type_):
             raise UserError(f"{path} is damaged: {name} is missing or of another type")
-    if not isinstance(document["machine"].get("slug"), str):
-        raise UserError(f"{path} is damaged: the machine has no slug")
+    for name in ("slug", "name", "type"):
+        if not isinstance(document["machine"].get(name), str):
+            raise UserError(f"{path} is damaged: the machine has no {name}")
+    if not isinstance(document.get("date"), str) or not isinstance(document["versions"].get("torch"), str):
+        raise UserError(f"{path} is damaged: it has no date, or no version of torch")
     for number, row in enumerate(document["rows"]):
-        _check_row(row, KEYS[document["kind"]], f"{path}: row {number}")
+        _check_row(row, document["kind"], f"{path}: row {number}")
     return document
 
 
-def _check_row(row: Any, keys: tuple[str, ...], where: str) -> None:
+def _check_row(row: Any, kind: str, where: str) -> None:
+    keys = KEYS[kind]
     if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in keys):
         raise UserError(f"{where} lacks one of {', '.join(keys)}")
     if row.get("status") not in STATUSES:
@@ -112,6 +123,9 @@ def _check_row(row: Any, keys: tuple[str, ...], where: str) -> None:
         raise UserError(f"{where}: samples above 0 must stand beside the status ok, and there alone")
     if row["status"] != "ok" and not row.get("reason"):
         raise UserError(f"{where} has the status {row['status']} and no reason")
+    missing = [name for name in NUMBERS[kind] if not isinstance(row.get(name), int | float)]
+    if row["status"] == "ok" and missing:
+        raise UserError(f"{where} is timed and lacks {', '.join(missing)}")
 
 
 def key_of(document: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 1  versions; one kernel forward and backward, stop if wrong; every plan compiled; parity; the losses of short trainings;
    quick kernel benchmarks; the memory of one step of gpt2
 2  parity; the tile sweep
-3  parity; every kernel benchmark; the ladder
+3  parity; every kernel benchmark; the ladder; a trace of each backend
 
 Each step is a process of its own with a time limit; a step that fails ends nothing but itself. What there is is packed
 into DIR/stage-N.tar.gz after every step, and while one runs: the machine may go at any time. Without a GPU the same
@@ -67,7 +67,7 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 1 if a step failed or timed out."""
-    if arguments.minutes <= 0:
+    if not arguments.minutes > 0:
         raise UserError(f"--minutes must be above 0, not {arguments.minutes:g}")
     archive = arguments.out / f"stage-{arguments.stage}.tar.gz"
     results.prepare(archive)
@@ -103,7 +103,8 @@ def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
         preset, steps = ("shakespeare", "100") if on_gpu else ("tiny", "3")
         rungs = ["torch", "triton"] if on_gpu else ["eager", "torch"]
         losses = ["--preset", preset, "--steps", steps, "--rounds", "6", "--rung", *rungs]
-        memory = ["--preset", "gpt2" if on_gpu else "tiny", "--steps", "2", "--rounds", "6", "--rung", "torch"]
+        memory = ["--preset", "gpt2" if on_gpu else "tiny", "--kernels", "torch", "triton", "--batch-size", "8"]
+        memory += [f"--{kind}={work / 'memory'}.{kind}" for kind in ("json", "png", "html")]
         return [
             versions,
             first,
@@ -111,7 +112,7 @@ def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
             parity(150, "float32 or bfloat16"),
             ours("losses", 120, "train", "--quick", *losses),
             ours("kernels", 180, "kernels", "--quick", *([] if on_gpu else _REHEARSED)),
-            ours("memory", 90, "train", "--quick", *memory, *(["triton"] if on_gpu else [])),
+            Step("memory", [*python, "profiling", "memory", *memory], 120),
         ]
     if stage == 2:
         tiles = ["--out", str(work / "tiles"), *([] if on_gpu else ["--dry-run", "--quick"])]
@@ -130,7 +131,22 @@ def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
         ours("kernels", 330, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
         ours("ladder", 240, "train", *preset, *more),
     ]
-    return [*steps, ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick")] if on_gpu else steps
+    if on_gpu:
+        steps.append(ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick"))
+    traced = ["--preset", "gpt2" if on_gpu else "tiny", "--batch-size", "8", "--steps", "2"]
+    for backend in ("torch", "triton"):
+        command = [
+            *python,
+            "profiling",
+            "trace",
+            *traced,
+            "--kernels",
+            backend,
+            "--out",
+            str(work / f"trace-{backend}"),
+        ]
+        steps.append(Step(f"trace-{backend}", command, 90))
+    return steps
 
 
 # compilation for a CPU takes longest of all, and is not what is rehearsed

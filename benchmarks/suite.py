@@ -6,6 +6,7 @@ kernels, which the interpreter runs there, are checked and not timed.
 """
 
 import argparse
+import contextlib
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, problems, providers, results, timing
+from benchmarks import machine, noise, problems, providers, results, timing
+from benchmarks.noise import AGAIN
 from benchmarks.problems import DTYPES, PEER_FACTOR, Checker, Problem, Wrong
 from benchmarks.providers import Provider, Unavailable
 from minigpt.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
-AGAIN = " again"
+SCALE = -2.0  # of incoming gradients, exact in every dtype
 INTERPRETED = "Triton's interpreter shows what is right, not how fast"
 
 
@@ -73,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     results.write(path.with_suffix(".md"), report.markdown(document))
     pictures.draw(document, path)
     print(report.markdown(document))
+    if said := noise.warning(document):
+        print(f"warning: {said}")
     return int(any(row["provider"] == "triton" and row["status"] in ("wrong", "error") for row in document["rows"]))
 
 
@@ -93,18 +97,16 @@ def _say(rows: list[dict[str, Any]]) -> None:
 
 def measure(op, case, dtype, who: list[Provider], ceilings: dict, rounds: int) -> list[dict[str, Any]]:
     """Rows of one problem: each provider in each pass."""
+    providers.forget_compilations()
     key = {"op": op.name, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
     passes = PASSES if op.differentiable else PASSES[:1]
     try:
         problem = Problem(op, case, dtype, machine.here().torch_device)
         checker = Checker(problem)
     except Exception as error:  # no truth, no row with a number; the other problems go on
-        memory = isinstance(error, torch.OutOfMemoryError)
-        what = "the problem and its truth do not fit into memory" if memory else "its truth is not known"
-        fields = {
-            "status": "memory" if memory else "error",
-            "reason": f"{what}: {type(error).__name__}: {_line(error)}",
-        }
+        fields = failure(error)
+        what = "the problem and its truth do not fit" if fields["status"] == "memory" else "its truth is not known"
+        fields["reason"] = f"{what}: {fields['reason']}"
         free()
         return [key | {"pass": name, "provider": p.name} | fields for name in passes for p in who]
     key["shape"] = problem.shape
@@ -116,7 +118,13 @@ def measure(op, case, dtype, who: list[Provider], ceilings: dict, rounds: int) -
         free()
     rows = []
     for name in passes:
-        rows += _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds)
+        try:
+            rows += _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds)
+        except Exception as error:  # there was no room for the copies, or a provider has left the device unusable
+            failed = {
+                provider: fields if provider not in right else failure(error) for provider, fields in outcome.items()
+            }
+            rows += [key | {"pass": name, "provider": provider} | fields for provider, fields in failed.items()]
         free()
     return rows
 
@@ -131,16 +139,21 @@ def judge(entry: Provider, problem: Problem, checker: Checker) -> tuple[dict[str
         return {"status": "skipped", "reason": str(reason)}, None
     except Wrong as reason:
         return {"status": "wrong", "reason": f"wrong: {reason}"}, None
-    except torch.OutOfMemoryError as error:
-        return {"status": "memory", "reason": f"out of memory: {_line(error)}"}, None
     except NotImplementedError as error:
         return {"status": "skipped", "reason": f"cannot do this: {_line(error)}"}, None
     except Exception as error:  # whatever a provider throws is its row
-        return {"status": "error", "reason": f"{type(error).__name__}: {_line(error)}"}, None
+        return failure(error), None
     error = {"error_over_allowed": float(f"{max(ratios.values(), default=0.0):.3g}")}
     if entry.name == "triton" and problem.device.type == "cpu":
         return error | {"status": "untimed", "reason": INTERPRETED}, None
     return error, call
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """The fields of a row whose provider threw. A CPU's allocator has no type of error of its own."""
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = "out of memory" if memory else type(error).__name__
+    return {"status": "memory" if memory else "error", "reason": f"{said}: {_line(error)}"}
 
 
 def _line(error: Exception) -> str:
@@ -151,20 +164,22 @@ def free() -> None:
     """Give back what the last variant held."""
     gc.collect()
     if machine.here().type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # where a provider has broken the device, every row says so by itself
+            torch.cuda.empty_cache()
 
 
 def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) -> list[dict[str, Any]]:
     timers: dict[str, timing.Timer] = {}
     extra: dict[str, dict[str, Any]] = {}
     failed: dict[str, Exception] = {}
+    used: dict[str, Problem] = {}
     problem.redraw(problems.SEEDS[0])
     copies = copies_of(problem)
     first = next(iter(right), None)  # ours where it is timed: once more, to see what differs by chance alone
     for variant, call in [*right.items(), *([(first + AGAIN, right[first])] if first else [])]:
         try:
-            entry = providers.PROVIDERS.get(variant.removesuffix(AGAIN))
-            own = [copy.copy() for copy in copies] if entry and entry.overwrites else copies
+            own = [copy.copy() for copy in copies] if _overwrites(variant) else copies
+            used[variant] = own[0]
             timers[variant], extra[variant] = prepare(name, problem, own, call)
         except Exception as error:
             failed[variant] = error
@@ -176,16 +191,16 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     for variant in [*outcome, *([first + AGAIN] if first else [])]:
         row = key | {"pass": name, "provider": variant} | outcome.get(variant, {})
         if variant in failed:
-            error = failed[variant]
-            memory = isinstance(error, torch.OutOfMemoryError)
-            row |= {"status": "memory" if memory else "error", "reason": f"{type(error).__name__}: {_line(error)}"}
+            row |= failure(failed[variant])
         elif variant in samples:
             try:
-                after_timing(problem, checker, right[variant.removesuffix(AGAIN)], variant)
+                after_timing(name, used[variant], checker, timers[variant], variant)
                 row |= results.timed(samples[variant]) | extra[variant]
                 row |= rates(cost, row["median_ms"], row["dtype"], ceilings if row["l2"] == "cold" else {})
             except Wrong as error:
                 row |= {"status": "wrong", "reason": f"wrong: {error}"}
+            except Exception as error:  # with the inputs drawn anew it may throw all the same
+                row |= failure(error)
         rows.append(row)
     ours = next((row for row in rows if row["provider"] == "triton" and row["status"] == "ok"), None)
     for row in rows:
@@ -194,13 +209,34 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     return rows
 
 
-def after_timing(problem: Problem, checker: Checker, call: Callable, variant: str) -> None:
-    """Hold the provider to the truth once more, with other inputs at the same addresses. Raises Wrong."""
-    seed = problems.SEEDS[1]
-    problem.redraw(seed)
-    outputs = call(**problem.leaves(), **problem.case.options)
-    checker.check_outputs(outputs, seed, 1.0 if variant.startswith("triton") else PEER_FACTOR)
-    problem.redraw(problems.SEEDS[0])
+def _overwrites(variant: str) -> bool:
+    entry = providers.PROVIDERS.get(variant.removesuffix(AGAIN))
+    return entry is not None and entry.overwrites
+
+
+def after_timing(name: str, problem: Problem, checker: Checker, timer: timing.Timer, variant: str) -> None:
+    """Hold what was timed to the truth once more, with other numbers at the same addresses. Raises Wrong.
+
+    A CUDA graph is replayed: what a provider did where the capture did not see it is not in there. Backward alone keeps
+    the inputs that its forward pass saw; its incoming gradients are scaled, and the truth with them. What overwrites
+    its inputs has nothing right to give once its backward pass has run, and was held to the truth before.
+    """
+    factor = 1.0 if variant.startswith("triton") else PEER_FACTOR
+    if name != "forward" and _overwrites(variant):
+        return
+    if name != "backward":
+        seed = problems.SEEDS[1]
+        problem.redraw(seed)
+        found = problems.as_tuple(timer.outputs())
+        names = problem.output_names if name == "forward" else [f"d{name}" for name in problem.wanted]
+        checker.check_again(dict(zip(names, found, strict=True)), seed, factor)
+        problem.redraw(problems.SEEDS[0])
+    else:
+        problem.scale_gradients(SCALE)
+        found = problems.as_tuple(timer.outputs())
+        names = [f"d{name}" for name in problem.wanted]
+        checker.check_again(dict(zip(names, found, strict=True)), problems.SEEDS[0], factor, SCALE)
+        problem.scale_gradients(1 / SCALE)
 
 
 def copies_of(problem: Problem) -> list[Problem]:
@@ -248,7 +284,7 @@ def prepare(name: str, problem: Problem, copies: list[Problem], call: Callable) 
     host = timing.host_microseconds(functions[0])
     timer = timing.cuda_timer(functions, stream)
     swept = len(functions) if timer.method == "graph" else len(timer.functions)
-    cold = swept * problem.nbytes >= timing.COLD_FACTOR * machine.here().l2
+    cold = swept * problem.nbytes >= timing.COLD_FACTOR * (machine.here().l2 or timing.LARGEST_L2)
     return timer, {
         "method": timer.method, "l2": "cold" if cold else "warm", "copies": swept,
         "host_us": float(f"{host:.4g}"), "peak_memory_mib": round(peak / 2**20, 1),

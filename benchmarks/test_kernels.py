@@ -14,7 +14,7 @@ from kernels import catalogue
 HERE = machine.here()
 ON_GPU = HERE.type == "cuda"
 # on two cores a compilation by inductor takes longer than all the rest: without a GPU it is left to the command
-NAMES = [name for name in providers.PROVIDERS if ON_GPU or name in ("triton", "eager", "torch")]
+NAMES = [name for name in providers.PROVIDERS if ON_GPU or name in ("triton", "eager", "torch", "torch-chunked")]
 PARAMETERS = [
     pytest.param(op, case, name, which, id=f"{op.name}-{case.name}-{which}-{name}")
     for op in catalogue.OPS
@@ -54,6 +54,8 @@ def test_kernel(op, case, name, which, dtype, ceilings, benchmark, ran):
     function = suite.closure(which, problem, call)
     benchmark._timer = synchronised
     benchmark.pedantic(function, warmup_rounds=2, rounds=30 if ON_GPU else 8, iterations=1)
+    if benchmark.stats is None:
+        pytest.skip("--benchmark-disable: nothing is timed")
     ran.append(benchmark.name)
     milliseconds = benchmark.stats.stats.median * 1e3
     known = ceilings if ON_GPU else {}

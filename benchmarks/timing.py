@@ -4,6 +4,7 @@ A Timer is one variant, ready to run: `sample` gives one time per call. `interle
 so that a clock that drifts, or a neighbour who wakes up, meets them all.
 """
 
+import collections
 import math
 import random
 import statistics
@@ -15,8 +16,12 @@ from typing import Protocol
 import torch
 
 COLD_FACTOR = 5  # the copies that calls rotate among exceed the L2 cache this many times
+LARGEST_L2 = 128 << 20  # bytes, taken where PyTorch does not say how large the cache is
 MOST_COPIES = 512
+MOST_CALLS = 2048  # in one CUDA graph
+GRAPH_MS = 1.0  # a graph is to take so long, so that what its launch costs does not count
 LATE_SECONDS = 100e-6
+CYCLES = 2e9  # a second, of a kernel that spins: no GPU's clock is above that by much
 
 
 class Late(Exception):
@@ -30,6 +35,9 @@ class Timer(Protocol):
 
     def sample(self) -> float:
         """Milliseconds per call, by one measurement."""
+
+    def outputs(self) -> object:
+        """What the first function gives when that which is timed is run once more, inputs as they are now."""
 
 
 @dataclass
@@ -53,34 +61,61 @@ class CpuTimer:
             self.function()
         return (time.perf_counter() - began) * 1e3 / self.calls
 
+    def outputs(self) -> object:
+        return self.function()
+
 
 class GraphTimer:
-    """One CUDA graph that calls every function once, each on its own copy of the inputs; a sample is one replay.
+    """One CUDA graph that calls every function, each on its own copy of the inputs; a sample is one replay.
 
+    A graph that is done in less than GRAPH_MS goes through the functions several times. What the calls return is kept
+    for as long as it takes to come round again, or all of them would write to the same memory, which the L2 cache has.
     What autograd runs goes to the stream of its forward pass: `functions` are made on `stream`, which captures too.
     """
 
     method = "graph"
 
     def __init__(self, functions: Sequence[Callable[[], object]], stream: torch.cuda.Stream):
-        self.calls = len(functions)
+        self.functions, self.stream = list(functions), stream
         with torch.cuda.stream(stream):
-            for function in functions[:2]:
+            for function in self.functions[:2]:
                 function()
+        self._capture(1)
+        once = self.sample() * self.calls
+        rounds = min(math.ceil(GRAPH_MS / max(once, 1e-6)), MOST_CALLS // len(self.functions))
+        if rounds > 1:
+            self._capture(rounds)
+
+    def _capture(self, rounds: int) -> None:
         torch.cuda.synchronize()
+        self.graph = self.first = None  # gone before the capture of the next
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            for function in functions:
-                function()
+        self.calls = rounds * len(self.functions)
+        kept: collections.deque = collections.deque(maxlen=len(self.functions))
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.first = detached(self.functions[0]())
+            for number in range(1, self.calls):
+                kept.append(self.functions[number % len(self.functions)]())
+        kept.clear()
         self.graph.replay()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        self.graph.replay()
+        self.spin = _spin(time.perf_counter() - began)
         torch.cuda.synchronize()
 
     def sample(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self.spin)
         start.record()
         self.graph.replay()
         end.record()
         return _elapsed(start, end) / self.calls
+
+    def outputs(self) -> object:
+        self.graph.replay()
+        torch.cuda.synchronize()
+        return self.first
 
 
 class EventTimer:
@@ -99,21 +134,38 @@ class EventTimer:
                 function()
             torch.cuda.synchronize()
             began = time.perf_counter()
-            for function in self.functions:
-                function()
-            queued = time.perf_counter() - began
+            kept = [function() for function in self.functions]
+            self.spin = _spin(time.perf_counter() - began)
+            del kept
         torch.cuda.synchronize()
-        self.spin = int(min(1.5 * queued + 50e-6, 0.5) * 2e9)  # cycles: no GPU's clock is above 2 GHz by much
 
     def sample(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):
             torch.cuda._sleep(self.spin)
             start.record()
-            for function in self.functions:
-                function()
+            kept = [function() for function in self.functions]  # or all would write to the same memory
             end.record()
+        del kept
         return _elapsed(start, end) / len(self.functions)
+
+    def outputs(self) -> object:
+        with torch.cuda.stream(self.stream):
+            found = detached(self.functions[0]())
+        self.stream.synchronize()
+        return found
+
+
+def _spin(queued: float) -> int:
+    """Cycles to spin while the host queues what took it `queued` seconds."""
+    return int(min(1.5 * queued + 50e-6, 0.5) * CYCLES)
+
+
+def detached(result: object) -> object:
+    """A call's tensors without the graph that made them, and so without what that keeps."""
+    if isinstance(result, torch.Tensor):
+        return result.detach()
+    return tuple(map(detached, result)) if isinstance(result, tuple | list) else result
 
 
 def _elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -157,20 +209,20 @@ def _waits(function: Callable[[], object], stream: torch.cuda.Stream) -> bool:
 
 def copies_needed(problem_bytes: int, l2: int, free: int) -> int:
     """How many copies of a problem of so many bytes to rotate among; limited by `free` bytes and MOST_COPIES."""
-    wanted = math.ceil(COLD_FACTOR * l2 / max(1, problem_bytes)) + 1
+    wanted = math.ceil(COLD_FACTOR * (l2 or LARGEST_L2) / max(1, problem_bytes)) + 1
     return max(1, min(wanted, MOST_COPIES, free // max(1, problem_bytes)))
 
 
 def host_microseconds(function: Callable[[], object], repeats: int = 3) -> float:
     """What a call costs the host on a GPU, in microseconds: the least of several means, with the queue empty before.
 
-    A mean is over 50 calls, or as many as the device does in 20 ms: beyond that it is the device that is timed.
+    A mean is over 20 calls, or as many as the device does in 20 ms: a longer queue would be full, and the device timed.
     """
     torch.cuda.synchronize()
     began = time.perf_counter()
     function()
     torch.cuda.synchronize()
-    calls = max(3, min(50, int(0.02 / (time.perf_counter() - began))))
+    calls = max(3, min(20, int(0.02 / (time.perf_counter() - began))))
     best = math.inf
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -187,15 +239,16 @@ def interleaved(
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Samples in milliseconds, one per round of each timer, the order drawn anew for each round; and what failed.
 
-    Stops early once `seconds` have passed and there are samples enough to say anything. A sample that is Late does not
-    count; where a third of them are, the timer has failed.
+    One round before them does not count: it finds clocks low and caches full of something else. Stops early once
+    `seconds` have passed and there are samples enough to say anything. A sample that is Late does not count; where a
+    third of them are, the timer has failed.
     """
     order, draw = list(timers), random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in order}
     failed: dict[str, Exception] = {}
     late = dict.fromkeys(order, 0)
     began = time.perf_counter()
-    for number in range(rounds):
+    for number in range(-1, rounds):
         if number >= min(rounds, 6) and time.perf_counter() - began > seconds:
             break
         draw.shuffle(order)
@@ -203,7 +256,9 @@ def interleaved(
             if name in failed:
                 continue
             try:
-                samples[name].append(timers[name].sample())
+                taken = timers[name].sample()
+                if number >= 0:
+                    samples[name].append(taken)
             except Late as error:  # once, it may have been the host that was late
                 late[name] += 1
                 if late[name] > max(2, rounds // 3):

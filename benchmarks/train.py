@@ -7,11 +7,12 @@ evaluation, saving and the first steps, which compile, are left out.
 """
 
 import argparse
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, results
+from benchmarks import machine, noise, results
 from minigpt.errors import UserError
 
 
@@ -27,7 +28,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--data", default="pydocs", help="the text (default: pydocs, which needs no network)")
     parser.add_argument("--quick", action="store_true", help="fewer steps, and no gradient accumulation")
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="time a checkout of nanoGPT in turns with ours")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, timed in turns with ours")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
     parser.set_defaults(run=run)
 
@@ -35,8 +36,8 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 1 if a rung's losses were wrong, or one threw."""
     try:
-        from benchmarks import ladder
-        from minigpt import config
+        from benchmarks import ladder, nanogpt
+        from minigpt import config, corpora
     except ModuleNotFoundError as error:  # the kernels' benchmarks do without what minigpt needs
         raise UserError(f"training needs the package {error.name}: pip install -r requirements.txt") from None
     for option in ("steps", "rounds"):
@@ -50,19 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         settings = replace(settings, grad_accumulation=1)
     rungs = ladder.chosen(arguments.rung)
+    if arguments.nanogpt:
+        settings = nanogpt.prepared(arguments.nanogpt, settings)
+    corpora.load(settings.data)  # what is wrong with the text is said before anything else
     command = {"name": "train", "preset": name, "quick": arguments.quick, "steps": steps}
     document = results.new("train", command) | {"mfu_formula": ladder.MFU_FORMULA}
     path = results.path_of(document, arguments.out)
     results.prepare(path)
     print(f"{here.name}: {name}, {len(rungs)} configurations; results go to {path}\n{ladder.MFU_FORMULA}", flush=True)
+    keep = functools.partial(_keep, document, path)
     if arguments.nanogpt:
-        from benchmarks import nanogpt
-
-        document["rows"] = nanogpt.measure(arguments.nanogpt, settings, here.torch_device, arguments.quick)
-    else:
-        document["rows"] = ladder.measure(
-            settings, rungs, here.torch_device, steps, rounds, lambda rows: _keep(document, rows, path)
+        document["rows"] = nanogpt.measure(
+            arguments.nanogpt, settings, rungs, here.torch_device, steps, arguments.quick, keep
         )
+    else:
+        document["rows"] = ladder.measure(settings, rungs, here.torch_device, steps, rounds, keep)
     document["clocks"]["end"] = machine.clocks()
     ladder.finish(document["rows"])
     results.save(document, path)
@@ -72,9 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
     results.write(path.with_suffix(".md"), text)
     pictures.draw(document, path)
     print(text)
+    if said := noise.warning(document):
+        print(f"warning: {said}")
     return int(any(row["status"] in ("wrong", "error") for row in document["rows"]))
 
 
-def _keep(document: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+def _keep(document: dict[str, Any], path: Path, rows: list[dict[str, Any]]) -> None:
     document["rows"] = rows
     results.save(document, path)

@@ -169,13 +169,21 @@ def _timed(entry: Entry, right: list[Candidate], base: Device) -> tuple[dict[str
             timers[name] = timing.cuda_timer([_planned(function, device) for function in functions], stream)
     samples, _ = timing.interleaved(timers, 12, seconds=8.0)
     medians = {name: stats.summarize(taken).median for name, taken in samples.items()}
+    default = Candidate(entry)
+    if not medians:
+        return {}, "nothing could be timed", default
     best = by_name[min(medians, key=medians.get)]
-    default = Candidate(entry).name
-    if not best.numbers or default not in timers:
-        return medians, "SAME" if not best.numbers else "FASTER", best
+    if not best.numbers:
+        return medians, "SAME", best
+    if default.name not in medians:
+        return medians, "FASTER", best
     # chosen for being fastest, it was lucky too: what counts is a second measurement
-    again, _ = timing.interleaved({name: timers[name] for name in (default, best.name)}, 40, seed=1, seconds=8.0)
-    return medians, stats.compare(again[default], again[best.name]).verdict, best
+    again, failed = timing.interleaved(
+        {name: timers[name] for name in (default.name, best.name)}, 40, seed=1, seconds=8.0
+    )
+    if failed:
+        return medians, "UNCLEAR", best
+    return medians, stats.compare(again[default.name], again[best.name]).verdict, best
 
 
 def _planned(function: Any, device: Device) -> Any:

@@ -1,5 +1,6 @@
 """What a person can get wrong, told in one line; and the door that every program of ours goes through."""
 
+import argparse
 import errno
 import io
 import os
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 # Errors of the system that a person can put right; any other OSError is a bug of ours and keeps its traceback.
 _REASONS = {
@@ -37,6 +39,13 @@ class Stopped(UserError):
     """A person stopped the program, and it has put its work in order: one line that says how to go on."""
 
     exit_status = 130
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command line whose mistakes are a UserError each, told in one line as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 @contextmanager

@@ -1,29 +1,22 @@
 """Where memory, time and registers go; `python -m profiling COMMAND --help` lists the options of each."""
 
-import argparse
 import sys
 
-from minigpt.errors import door
+from minigpt.errors import CommandParser, door
 from profiling import host, memory, resources, trace
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line, of every command."""
-    parser = _Parser(prog="python -m profiling", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = CommandParser(prog="python -m profiling", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (resources, memory, trace, host):
         command.add_to(commands)
     return parser
 
 
 def main() -> None:
+    """Run the command that the command line names. Raises UserError for what a person can put right."""
     arguments = parser().parse_args()
     sys.exit(arguments.run(arguments))
 

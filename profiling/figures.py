@@ -66,7 +66,9 @@ def store(uses: Iterable[Any], triton: str) -> Path:
     with path(triton).open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: [row[name] for name in ("arch", "dtype", "kernel", "cases", "tile")]))
+        writer.writerows(
+            sorted(rows, key=lambda row: [row[name] for name in ("arch", "dtype", "kernel", "cases", "tile")])
+        )
     return path(triton)
 
 

@@ -226,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     ops = {op.name: op for op in catalogue.OPS}
     if unknown := [name for name in arguments.op if name not in ops]:
-        raise UserError(f"no {', '.join(unknown)}; there are: {', '.join(ops)}")
+        raise UserError(f"unknown op {', '.join(unknown)}: choose from {', '.join(ops)}")
     if arguments.rounds < 1:
         raise UserError("--rounds must be 1 or more")
     if not gpu:

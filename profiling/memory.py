@@ -3,18 +3,19 @@
 The estimate takes one step (forward, backward, clipping, AdamW) under fake tensors and counts every allocation. The
 standard case is fp32 parameters under bf16 autocast, the optimizer's state present, no activation checkpointing.
 
-    python -m profiling memory --preset gpt2 --kernels eager,torch,triton --fit 24 80 --png memory.png
+    python -m profiling memory --preset gpt2 --kernels torch triton attention=triton,loss=torch --fit 24 80
 """
 
 import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 GB = 1e9
-ALL_KERNELS = "eager,torch,triton"
+ALL_KERNELS = ("eager", "torch", "triton")
 
 
 def add_to(commands) -> None:
@@ -24,8 +25,11 @@ def add_to(commands) -> None:
     parser.add_argument("--preset", default="gpt2", help="the model (default: gpt2)")
     parser.add_argument(
         "--kernels",
-        default=ALL_KERNELS,
-        help="backends to compare, with a comma between them; one per op is attention=triton+loss=torch",
+        nargs="+",
+        action="extend",
+        metavar="KERNELS",
+        help="what to compare, each as training's --kernels has it: torch triton attention=triton,loss=torch "
+        "(default: eager torch triton; between whole backends a comma will do, too)",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows a forward pass (default: the preset's)")
     parser.add_argument("--block-size", type=int, metavar="T", help="tokens a window (default: the preset's)")
@@ -74,7 +78,6 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from kernels.device import TARGETS, facts
-    from minigpt.backends import parse_request
     from minigpt.config import preset
     from minigpt.errors import UserError
 
@@ -93,12 +96,34 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
         overrides["batch_size"] = arguments.batch_size
     if arguments.block_size is not None:
         overrides |= {"block_size": arguments.block_size, "window": 0}
-    requests = [request.strip().replace("+", ",") for request in arguments.kernels.split(",")]
-    for request in requests:
-        if not request:
+    requests = _requests(arguments.kernels or ALL_KERNELS)
+    return {request: preset(arguments.preset, kernels=request, **overrides) for request in requests}
+
+
+def _requests(words: Sequence[str]) -> list[str]:
+    """What to compare, each once: a word with `=` is one choice per op, any other may hold several with a comma.
+
+    Raises UserError for a word that is neither, or names what there is not.
+    """
+    from minigpt.backends import parse_request
+    from minigpt.errors import UserError
+
+    found: dict[str, None] = {}
+    for word in words:
+        parts = [part.strip() for part in word.split(",")]
+        if not all(parts):
             raise UserError("--kernels has an empty name: write them as eager,torch,triton")
-        parse_request(request)
-    return {request: preset(arguments.preset, kernels=request, **overrides) for request in dict.fromkeys(requests)}
+        choices = ["=" in part for part in parts]
+        if any(choices) and not all(choices):
+            alone = next(part for part in parts if "=" not in part)
+            raise UserError(
+                f"--kernels {word}: {alone} is a whole backend, beside choices per op; put spaces between what is "
+                "to be compared, as in --kernels torch attention=triton,loss=torch"
+            )
+        for request in [",".join(parts)] if all(choices) else parts:
+            parse_request(request)
+            found[request] = None
+    return list(found)
 
 
 def _document(arguments: argparse.Namespace, configs: dict[str, Any], measuring: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ every backend, whatever its number of allocations, so that the parts lie above o
 """
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ COLOURS = {
     "activations": "#f28e2b",
     "temporaries": "#e15759",
 }
-LINES = ("#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#f28e2b", "#76b7b2", "#9c755f", "#edc948")
+BACKENDS = {"eager": "#9aa3ad", "torch": "#2f6fbb", "triton": "#d4572a"}
+OTHERS = ("#2a9d74", "#b0479b", "#c08a1e", "#5b4db7", "#7a5c3e", "#1b9aaa")
+DASHES = (3.5, 2.0)
+"""Of the line that is drawn last, on and off, in units of its width: what lies below it shows in the gaps."""
 WIDTHS = {"forward": 4.0, "backward": 5.0, "clipping": 0.7, "AdamW": 0.7}
 
 
@@ -30,6 +34,24 @@ class Line(NamedTuple):
     @property
     def totals(self) -> list[int]:
         return [sum(values) for values in zip(*self.bytes.values(), strict=True)]
+
+
+class Stroke(NamedTuple):
+    """How the line of one backend among several is drawn: those further down are wider, and are seen on both sides."""
+
+    colour: str
+    width: float
+    dashes: tuple[float, ...]
+
+
+def strokes(names: Sequence[str]) -> list[Stroke]:
+    """One for each of several lines that may lie on one another, in the order that they are drawn in."""
+    others, made = iter(OTHERS * len(names)), []
+    for index, name in enumerate(names):
+        width = 1.4 + 2.2 * (len(names) - 1 - index) / max(1, len(names) - 1)
+        dashes = DASHES if 0 < index == len(names) - 1 else ()
+        made.append(Stroke(BACKENDS.get(name) or next(others), width, dashes))
+    return made
 
 
 def aligned(row: dict[str, Any]) -> Line:
@@ -60,20 +82,33 @@ def memory_png(document: dict[str, Any], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     rows = document["kernels"]
-    figure = Figure(figsize=(9, 3.4 + 1.9 * len(rows)), dpi=80, layout="constrained")
+    figure = Figure(figsize=(9, 3.4 + 1.9 * len(rows)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows) + 1, 1, sharex=True, height_ratios=[1.6] + [1.0] * len(rows))
     lines = [aligned(row) for row in rows]
-    top = 1.08 * max(row["peak"] for row in rows) / 1e9
-    for row, line, colour in zip(rows, lines, LINES * len(rows), strict=False):
+    measured = [row.get("measured", {}) for row in rows]
+    top = (
+        1.08 * max(max(row["peak"], found.get("allocated", 0)) for row, found in zip(rows, measured, strict=True)) / 1e9
+    )
+    for row, line, stroke in zip(rows, lines, strokes([row["kernels"] for row in rows]), strict=True):
         label = f"{row['kernels']}: peak {row['peak'] / 1e9:.2f} GB"
-        axes[0].plot(line.x, [total / 1e9 for total in line.totals], label=label, color=colour, drawstyle="steps-mid")
-    axes[0].legend(loc="upper right", fontsize=9, framealpha=0.9)
+        axes[0].plot(
+            line.x, [total / 1e9 for total in line.totals], label=label, color=stroke.colour, drawstyle="steps-mid",
+            linewidth=stroke.width, linestyle=(0, stroke.dashes) if stroke.dashes else "solid",
+        )  # fmt: skip
+    axes[0].legend(loc="upper right", fontsize=9, framealpha=0.9, handlelength=3.5)
     axes[0].set_title(title, fontsize=10, loc="left")
     for axis, row, line in zip(axes[1:], rows, lines, strict=True):
         values = [[size / 1e9 for size in line.bytes[name]] for name in COLOURS]
         axis.stackplot(line.x, values, colors=COLOURS.values(), labels=COLOURS, step="mid", linewidth=0)
         axis.set_title(row["kernels"], fontsize=10, loc="left")
+    for axis, found in zip(axes[1:], measured, strict=True):
+        if "timeline" in found:
+            line = aligned(found)
+            axis.plot(
+                line.x, [total / 1e9 for total in line.totals], color="black", linewidth=0.9, label="as a GPU did it"
+            )
+            axis.axhline(found["allocated"] / 1e9, color="black", linewidth=0.9, linestyle=":", label="measured peak")
     for axis in axes:
         axis.set_ylim(0, top)
         axis.set_xlim(0, 1)
@@ -96,10 +131,12 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1000, 260, 60, 24
 def totals_svg(lines: list[tuple[str, Line]], top: float) -> str:
     """The totals of several backends in one picture; `top` is the highest value in bytes."""
     parts = _frame(lines[0][1], top)
-    for index, (name, line) in enumerate(lines):
-        colour = LINES[index % len(LINES)]
+    for index, ((name, line), (colour, width, dashes)) in enumerate(
+        zip(lines, strokes([name for name, _ in lines]), strict=True)
+    ):
+        dashed = f' stroke-dasharray="{" ".join(f"{width * part:g}" for part in dashes)}"' * bool(dashes)
         points = " ".join(f"{_x(x)},{_y(total, top)}" for x, total in zip(line.x, line.totals, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width:g}"{dashed}/>')
         y = 18 + 18 * index
         label = html.escape(f"{name}: peak {max(line.totals) / 1e9:.2f} GB")
         parts.append(f'<text x="{_WIDTH - 8}" y="{y}" text-anchor="end" fill="{colour}">{label}</text>')

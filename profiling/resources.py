@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from profiling import figures
 from profiling.compile import Source, begin_worker, compile_source, source_of
 from profiling.limits import occupancy, roofline
 
@@ -162,30 +163,49 @@ def add_to(commands) -> None:
     parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
     parser.add_argument("--json", type=Path, help="write the table here as JSON, `-` for stdout instead of the table")
     parser.add_argument("--workers", type=int, help="compile in this many processes (default: the number of cores)")
+    parser.add_argument("--store", action="store_true", help="keep the figures, in place of those in profiling/figures")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command. Returns 1 if a kernel does not compile or asks for more shared memory than there is."""
+    """The command. Returns 1 if a kernel does not compile, asks for more shared memory than there is, or has become
+    worse than its stored figures.
+
+    Raises UserError for what a person can put right.
+    """
     if os.environ.get("TRITON_INTERPRET") != "0":
         # with the interpreter chosen, @triton.jit functions cannot be compiled: start over without it
         os.environ["TRITON_INTERPRET"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "profiling", *sys.argv[1:]])
     from kernels import catalogue
-    from kernels.device import TARGETS
+    from kernels.device import HAS_TRITON, TARGETS
+    from minigpt.errors import UserError, writing
 
+    if not HAS_TRITON:
+        raise UserError("compiling kernels needs Triton, which is not installed: pip install triton")
     ops = {op.name: op for op in catalogue.OPS}
     archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch or ["sm_90"]
-    for asked, there in ((arguments.op, ops), (archs, TARGETS)):
+    chosen = [ops[name] for name in arguments.op if name in ops] or list(ops.values())
+    cases = dict.fromkeys(case.name for op in chosen for case in getattr(op, arguments.cases))
+    for what, asked, there in (("op", arguments.op, ops), ("arch", archs, TARGETS), ("case", arguments.case, cases)):
         unknown = [name for name in asked if name not in there]
         if unknown:
-            print(f"error: no {', '.join(unknown)}; there are: {', '.join(there)}", file=sys.stderr)
-            return 2
-    chosen = [ops[name] for name in arguments.op] or list(ops.values())
+            raise UserError(f"unknown {what} {', '.join(unknown)}: choose from {', '.join(there)}")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {arguments.workers}")
+    to_file = arguments.json not in (None, Path("-"))
+    if to_file and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"{arguments.json.absolute().parent}: no such folder; create it, or choose another place")
+    if arguments.store and (arguments.case or arguments.cases != "sizes"):
+        raise UserError("--store keeps whole ops: leave out --case and --cases")
     found = uses(chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case)
     table = measure(found, arguments.workers)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
     document["rooflines"] = rooflines(chosen, table, arguments.cases)
+    if arguments.store:
+        figures.store(table, document["versions"]["triton"])
+    worse = figures.moved(table, document["versions"]["triton"]) if arguments.cases == "sizes" else []
+    document["moved"] = worse
     if arguments.json == Path("-"):
         json.dump(document, sys.stdout, indent=1)
         print()
@@ -194,9 +214,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         print_table(table, versions())
         print_rooflines(document["rooflines"])
-        if arguments.json:
-            from minigpt.errors import writing
-
+        for line in worse:
+            print(line)
+        if to_file:
             with writing(arguments.json):
                 arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    return int(any(use.error or use.shared_memory > use.shared_memory_limit for use in table))
+    return int(bool(worse) or any(use.error or use.shared_memory > use.shared_memory_limit for use in table))

@@ -1,10 +1,14 @@
 """Providers that cheat or fail: each must end as a row without a number, and one that is right as one with."""
 
+import random
+import threading
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import machine, problems, suite, timing
+from benchmarks import machine, problems, stats, suite, timing
 from benchmarks.problems import Wrong
 from benchmarks.providers import PROVIDERS, Provider, Unavailable
 from kernels import catalogue
@@ -113,11 +117,20 @@ def _throw(error):
     return call
 
 
+def test_a_cpu_that_has_no_memory_left_is_a_row_that_says_so(norm, checker):
+    def greedy(input, normalized_shape, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias) + torch.empty(1 << 50)[0]
+
+    fields, call = suite.judge(entry(greedy), norm, checker)
+    assert fields["status"] == "memory" and fields["reason"].startswith("out of memory: ") and call is None
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (RuntimeError("no such\nthing"), "error", "RuntimeError: no such thing"),
         (torch.OutOfMemoryError("too big"), "memory", "out of memory: too big"),
+        (MemoryError(), "memory", "out of memory: MemoryError"),
         (NotImplementedError("not that"), "skipped", "cannot do this: not that"),
     ],
 )
@@ -161,24 +174,143 @@ def test_a_provider_that_goes_wrong_while_it_is_timed_gets_no_number(norm):
     assert rows[0]["status"] == "wrong" and "after timing" in rows[0]["reason"] and "median_ms" not in rows[0]
 
 
+def in_a_thread(input, normalized_shape, weight, bias):
+    """Gives its answer before it has it, as work on another stream does."""
+    right = F.layer_norm(input, normalized_shape, weight, bias)
+    output = right * 0.0
+    done = right.detach().clone()
+    threading.Timer(0.05, lambda: output.data.copy_(done)).start()
+    return output
+
+
+def test_an_answer_that_comes_late_is_wrong(norm, checker):
+    assert suite.judge(entry(in_a_thread), norm, checker)[0]["status"] == "wrong"
+
+
 @pytest.mark.gpu
-def test_work_on_another_stream_is_not_believed(norm, checker):
-    """An answer that comes late is wrong where it is read, or its timing is refused."""
+@pytest.mark.parametrize("cycles", [0, 50_000_000])
+def test_work_on_another_stream_is_not_believed(cycles, norm, checker):
+    """An answer that comes late is wrong where it is read, its timing is refused, or its graph is found empty."""
     other = torch.cuda.Stream()
-    held = []
 
     def late(input, normalized_shape, weight, bias):
         with torch.cuda.stream(other):
-            torch.cuda._sleep(50_000_000)
-            held.append(F.layer_norm(input, normalized_shape, weight, bias))
-        return held[-1]
+            torch.cuda._sleep(cycles)
+            return F.layer_norm(input, normalized_shape, weight, bias)
 
-    fields, call = suite.judge(entry(late), norm, checker)
-    if call is not None:
+    rows = suite.measure(norm.op, norm.case, torch.float32, [entry(late)], CEILINGS, rounds=6)
+    assert all(row["status"] in ("wrong", "error") for row in rows), rows
+
+
+class _Event:
+    """A CUDA event by hand: its stream is done at once, 2 ms after it began."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    record = synchronize = lambda self: None
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sample_that_leaves_work_behind_is_no_sample(late, monkeypatch):
+    """What synchronising the whole device still waits for, once the timed stream is done, was not in the time."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.02 if late else 0.0))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if late:
         with pytest.raises(timing.Late):
-            timing.EventTimer([lambda: late(**norm.leaves(), **norm.case.options)]).sample()
+            timing._elapsed(start, end)
     else:
-        assert fields["status"] == "wrong"
+        assert timing._elapsed(start, end) == 2.0
+
+
+class _Replayed:
+    """A timer whose answers come from what was recorded, as a CUDA graph's do; it may have recorded nothing."""
+
+    method = "graph"
+
+    def __init__(self, function, empty):
+        self.function, self.before = function, function() if empty else None
+
+    def sample(self):
+        return 1.0
+
+    def outputs(self):
+        return self.before or self.function()
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_graph_that_does_not_do_the_work_gets_no_number(empty, norm, monkeypatch):
+    monkeypatch.setattr(timing, "CpuTimer", lambda function: _Replayed(function, empty))
+    rows = suite.measure(norm.op, norm.case, torch.float32, [entry(F.layer_norm)], CEILINGS, rounds=6)
+    assert {row["pass"] for row in rows} == set(suite.PASSES)
+    assert all(row["status"] == ("wrong" if empty else "ok") for row in rows), rows
+    assert not empty or all("after timing" in row["reason"] for row in rows)
+
+
+class _Busy:
+    """A clock on which a call takes its milliseconds, more at times, and the longer the later it is."""
+
+    def __init__(self, seed):
+        self.now, self.random = 0.0, random.Random(seed)
+
+    def read(self):
+        self.now += 1e-4
+        return self.now
+
+    def work(self, milliseconds):
+        slow = self.random.random() < 0.2
+        self.now += milliseconds / 1e3 * (1.0 + self.random.gauss(0.0, 0.01) + 0.3 * slow + self.now / 10.0)
+
+    def taking(self, milliseconds):
+        def call(input, normalized_shape, weight, bias):
+            self.work(milliseconds)
+            return F.layer_norm(input, normalized_shape, weight, bias)
+
+        return call
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.0, "SAME"), (1.15, "SLOWER"), (0.87, "FASTER")])
+@pytest.mark.parametrize("seed", range(3))
+def test_identical_providers_are_the_same_and_others_are_not(ratio, verdict, seed, norm, monkeypatch):
+    """From the provider to the verdict, on a machine that slows down while it measures."""
+    clock = _Busy(seed)
+    monkeypatch.setattr(timing.time, "perf_counter", clock.read)
+    who = [entry(clock.taking(2.0), "one"), entry(clock.taking(2.0 * ratio), "other")]
+    rows = suite.measure(norm.op, norm.case, torch.float32, who, CEILINGS, rounds=60)
+    taken = {row["provider"]: row["samples_ms"] for row in rows if row["pass"] == "forward"}
+    assert max(taken["one"]) > 1.3 * min(taken["one"])
+    assert stats.compare(taken["one"], taken["other"]).verdict == verdict
+    assert stats.compare(taken["one"], taken["one again"]).verdict == "SAME"
+
+
+def test_a_case_is_drawn_in_its_own_dtypes():
+    """An op may read one of its inputs in another dtype: the benchmark is of that, not of something like it."""
+    op = OPS["add_layer_norm"]
+    mixed = [case for case in op.sizes if case.dtypes]
+    assert mixed
+    for case in mixed:
+        small = Case(
+            "small", {name: (3,) * len(shape) for name, shape in case.shapes.items()}, {"normalized_shape": (3,)}
+        )
+        small = small._replace(dtypes=case.dtypes)
+        problem = problems.Problem(op, small, torch.bfloat16, machine.here().torch_device)
+        assert {name: tensor.dtype for name, tensor in problem.inputs.items()} == {
+            name: case.dtypes.get(name, torch.bfloat16) for name in case.shapes
+        }
+        assert suite.judge(PROVIDERS["eager"], problem, problems.Checker(problem))[1] is not None
+
+
+def test_where_there_is_no_room_for_the_copies_every_row_says_so(norm, monkeypatch):
+    def full(problem):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(suite, "copies_of", full)
+    rows = suite.measure(norm.op, norm.case, torch.float32, [entry(F.layer_norm), entry(nan, "nan")], CEILINGS, 6)
+    assert [(row["provider"], row["status"]) for row in rows] == [("suspect", "memory"), ("nan", "wrong")] * 3
 
 
 def test_dropout_that_is_ignored_is_wrong():

@@ -19,6 +19,8 @@ WRONG = {
     "unknown kernels 'cuda'": ["train", "--rung", "cuda"],
     "--steps must be at least 1": ["train", "--steps", "0"],
     "is no checkout of nanoGPT": ["train", "--nanogpt", "{folder}", "--out", "{folder}"],
+    "{folder}/text": ["train", "--data", "{folder}/text", "--out", "{folder}"],
+    "{folder} is a folder": ["report", "{folder}"],
     "invalid choice": ["kernels", "--dtype", "int8"],
     "there is no": ["compare", "{folder}/a.json", "{folder}/b.json"],
     "there is no {folder}": ["report", "{folder}/a.json"],
@@ -56,12 +58,30 @@ def test_the_door(tmp_path):
     assert done.stderr.startswith("error: unknown op 'softmax'") and done.stderr.count("\n") == 1
 
 
-def test_a_pytest_run_without_a_benchmark_fails():
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("-k", "layer_norm and liger or triton"),
+        ("-k", "nothing_is_called_so"),
+        ("-k", "layer_norm-128-forward-torch", "--benchmark-disable"),
+    ],
+)
+def test_a_pytest_run_without_a_benchmark_fails(chosen):
     """A session in which everything is skipped has measured nothing."""
-    done = run("-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", "layer_norm and liger or triton")
-    ran_one = torch.cuda.is_available()
+    done = run("-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *chosen)
+    ran_one = torch.cuda.is_available() and "triton" in chosen[1]
     assert (done.returncode == 0) == ran_one, done.stdout + done.stderr
     assert ("no benchmark ran at all" in done.stdout) != ran_one
+
+
+def test_a_pytest_run_with_one_passes():
+    chosen = (
+        "layer_norm-384-forward-torch and not add"
+        if torch.cuda.is_available()
+        else "layer_norm-128-forward-torch and not add"
+    )
+    done = run("-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", chosen)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_plain_pytest_does_not_collect_the_benchmarks():

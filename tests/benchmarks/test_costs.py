@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import machine, suite, timing
+from benchmarks import machine, problems, suite, timing
 from kernels import catalogue
+from kernels.device import TARGETS
 from kernels.op import Case, Cost
 
 OPS = {op.name: op for op in catalogue.OPS}
@@ -38,10 +39,34 @@ def test_layer_norm_by_hand():
 
 
 def test_cross_entropy_by_hand():
-    """2 rows of 10 in bf16: 40 bytes; targets 16; loss, its weight and lse of 2 rows 24."""
+    """2 rows of 10 in bf16: 40 bytes; targets 16; loss, its weight and the two parts of lse of 2 rows 32."""
     forward, backward = cost("cross_entropy", {"input": (2, 10), "target": (2,)}, {})
-    assert forward == Cost(100, 40 + 16 + 24)
-    assert backward == Cost(120, 80 + 16 + 8)
+    assert forward == Cost(100, 40 + 16 + 32)
+    assert backward == Cost(120, 80 + 16 + 16)
+
+
+def _kernels(op, cases, device, dtype):
+    launches = [x for case in cases for x in op.plan(op.inputs(case, dtype, "meta"), case.options, device)]
+    return {(x.name, str(x.constexprs), x.num_warps, x.num_stages) for x in launches}
+
+
+@pytest.mark.parametrize("name", problems.MORE)
+def test_cases_for_benchmarks_alone_need_no_kernel_of_their_own(name):
+    op, more = OPS[name], problems.MORE[name]
+    assert not {case.name for case in more} & {case.name for case in op.sizes}
+    assert [case.name for case in problems.all_cases(op, on_gpu=True, quick=False)][-len(more) :] == [
+        c.name for c in more
+    ]
+    for device in TARGETS.values():
+        for dtype in (torch.bfloat16, torch.float32):
+            assert _kernels(op, more, device, dtype) <= _kernels(op, op.sizes, device, dtype)
+
+
+def test_attention_is_measured_from_256_to_16384_tokens():
+    cases = list(problems.all_cases(OPS["scaled_dot_product_attention"], on_gpu=True, quick=False))
+    for size in (64, 128):
+        causal = [case for case in cases if case.options == {"is_causal": True} and case.shapes["query"][3] == size]
+        assert {256, 1024, 4096, 16384} <= {case.shapes["query"][2] for case in causal}
 
 
 def test_rates_by_hand():
@@ -59,6 +84,7 @@ def test_copies_exceed_five_times_the_cache():
     assert timing.copies_needed(100, l2, 2**40) == timing.MOST_COPIES
     assert timing.copies_needed(2**30, l2, 2**40) == 2
     assert timing.copies_needed(2**30, l2, 2**31) == 2 and timing.copies_needed(2**30, l2, 0) == 1
+    assert timing.copies_needed(2**21, 0, 2**40) > 5 * 126 // 2, "a cache of unknown size is a large one"
 
 
 def test_the_ceilings_are_finite_and_above_nothing():
@@ -86,7 +112,8 @@ def test_variants_take_turns():
     log = []
     samples, failed = timing.interleaved({name: _Clock(log, name) for name in "abc"}, 30)
     assert not failed and {name: len(taken) for name, taken in samples.items()} == dict.fromkeys("abc", 30)
-    rounds = [log[i : i + 3] for i in range(0, 90, 3)]
+    assert len(log) == 93, "a round to warm up, and thirty"
+    rounds = [log[i : i + 3] for i in range(0, 93, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len({tuple(turn) for turn in rounds}) > 3
 
 

@@ -121,28 +121,35 @@ for i in range(int(settings["max_iters"]) + 1):
 """
 
 
-def test_nanogpt_is_run_and_read(tmp_path, capsys):
-    folder = checkout(tmp_path / "nano", PROGRAM)
+def _beside(folder, rungs=("torch",)):
     settings = config.preset("shakespeare-cpu", **SMALL, block_size=16)
-    rows = nanogpt.measure(folder, settings, CPU, quick=True)
-    assert [r["configuration"] for r in rows] == ["nanoGPT", "torch"]
+    return nanogpt.measure(folder, settings, ladder.chosen(list(rungs)), CPU, steps=2, quick=True)
+
+
+def test_nanogpt_is_run_and_read_beside_the_ladder(tmp_path, capsys):
+    rows = _beside(checkout(tmp_path / "nano", PROGRAM), ["eager", "torch", "triton"])
+    assert [r["configuration"] for r in rows] == ["nanoGPT", "eager", "torch", "triton"]
     assert rows[0]["samples_ms"] == [40.5] * 32 and rows[0]["tokens_per_step"] == 32
-    assert len(rows[1]["samples_ms"]) == 32
-    turns = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert turns == ["nanoGPT", "torch", "torch", "nanoGPT"]
+    assert [len(r.get("samples_ms", [])) for r in rows] == [32, 32, 32, 0] and rows[3]["status"] == "skipped"
+    assert "last_loss" in rows[1] and "loss_apart" in rows[1]
+    turns = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("turn")]
+    assert turns == ["nanoGPT", "eager", "torch", "torch", "eager", "nanoGPT"]
 
 
 @pytest.mark.parametrize(
-    ("prepared", "program", "said"),
-    [
-        (False, "", "not prepared, data/shakespeare_char lacks train.bin"),
-        (True, "raise SystemExit('no CUDA')", "status 1: no CUDA"),
-        (True, "print('nothing')", "status 0: nothing"),
-    ],
+    ("program", "said"),
+    [("raise SystemExit('no CUDA')", "status 1: no CUDA"), ("print('nothing')", "status 0: nothing")],
 )
-def test_nanogpt_that_cannot_run_is_told(prepared, program, said, tmp_path):
-    folder = checkout(tmp_path / "nano", program, prepared)
-    with pytest.raises(UserError, match=said):
-        nanogpt.measure(folder, config.preset("shakespeare-cpu", **SMALL, block_size=16), CPU, quick=True)
+def test_nanogpt_that_fails_is_a_row_that_says_why(program, said, tmp_path):
+    theirs, ours = _beside(checkout(tmp_path / "nano", program))
+    assert theirs["status"] == "error" and said in theirs["reason"] and "median_ms" not in theirs
+    assert ours["status"] == "ok"
+
+
+def test_what_is_no_checkout_of_nanogpt_is_told(tmp_path):
     with pytest.raises(UserError, match=r"it has no train\.py"):
         nanogpt.check(tmp_path)
+    with pytest.raises(UserError, match=r"not prepared, data/shakespeare_char lacks train\.bin"):
+        _beside(checkout(tmp_path / "nano", "", prepared=False))
+    with pytest.raises(UserError, match="shorter than its context"):
+        nanogpt.prepared(checkout(tmp_path / "other"), config.preset("tiny"))

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+import benchmarks.__main__
+import profiling.__main__
 from benchmarks import stages
 from benchmarks.stages import Step
 
@@ -79,14 +81,10 @@ def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path, monk
     assert [s.name for s in steps[:2]] == ["versions", "one-kernel"] and steps[1].vital
     assert len({s.name for s in steps}) == len(steps) and all(s.seconds > 0 for s in steps)
     for s in steps:
-        if "benchmarks" in s.command:  # every command line of ours is one that there is
-            _parsed(s.command[s.command.index("benchmarks") + 1 :])
-
-
-def _parsed(arguments):
-    from benchmarks.__main__ import parser
-
-    return parser().parse_args(arguments)
+        for program in (benchmarks.__main__, profiling.__main__):  # every command line of ours is one that there is
+            name = program.__name__.split(".")[0]
+            if name in s.command:
+                program.parser().parse_args(s.command[s.command.index(name) + 1 :])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -80,6 +81,48 @@ def test_a_tile_that_is_wrong_is_found(monkeypatch):
 
     monkeypatch.setattr(module, "plan_forward", short)
     assert "wrong" in tune.judge(candidate, base, checker)
+
+
+class _Steady:
+    """A timer that always takes the same; or fails, from its nth sample on."""
+
+    def __init__(self, milliseconds, fails_at=10**9):
+        self.milliseconds, self.left = milliseconds, fails_at
+
+    def sample(self):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("gone")
+        return self.milliseconds
+
+
+@pytest.mark.parametrize(
+    ("timers", "winner", "verdict"),
+    [
+        ({"default": _Steady(2.0), "other": _Steady(1.0)}, (2, 8), "FASTER"),
+        ({"default": _Steady(1.0), "other": _Steady(2.0)}, None, "SAME"),
+        ({"other": _Steady(1.0)}, (2, 8), "FASTER"),
+        ({"default": _Steady(2.0, fails_at=20), "other": _Steady(1.0)}, None, "UNCLEAR"),
+        ({}, None, "nothing could be timed"),
+    ],
+)
+def test_only_what_is_faster_wins_and_what_cannot_be_timed_ends_nothing(timers, winner, verdict, tmp_path, monkeypatch):
+    tried = {"default": Candidate(NORM), "other": Candidate(NORM, (2, 8))}
+    made = iter(timers.get(name) for name in tried)
+
+    def timer(functions, stream):
+        if (found := next(made)) is None:
+            raise RuntimeError("cannot be launched")
+        return found
+
+    monkeypatch.setattr(tune, "problem_of", lambda entry, dry: None)
+    monkeypatch.setattr(tune.suite, "copies_of", lambda problem: [])
+    monkeypatch.setattr(tune.timing, "cuda_timer", timer)
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    partial = tune.Partial(tmp_path / "p.json")
+    best = tune.decide(NORM, list(tried.values()), BASE, partial)
+    assert (best and best.numbers) == winner and partial.known["decided"][NORM.name]["verdict"] == verdict
 
 
 def test_a_table_that_is_written_can_be_read(tmp_path, monkeypatch):

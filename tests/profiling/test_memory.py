@@ -1,6 +1,7 @@
 """The estimate of a step's memory against what is counted by hand, and against what a real step allocates."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from contextlib import nullcontext
@@ -469,7 +470,7 @@ def _document(**changes) -> dict:
 def test_the_command_writes_everything_it_is_asked_for(tmp_path, run):
     files = {name: tmp_path / f"memory.{name}" for name in ("json", "png", "html")}
     flags = [text for name, path in files.items() for text in (f"--{name}", str(path))]
-    asked = ("--preset", "tiny", "--kernels", "torch,attention=eager+loss=torch", "--estimate", "--fit", "0.03")
+    asked = ("--preset", "tiny", "--kernels", "torch", "attention=eager,loss=torch", "--estimate", "--fit", "0.03")
     status, out, err = run(*asked, *flags)
     assert status == 0, err
     document = json.loads(files["json"].read_text())
@@ -481,6 +482,18 @@ def test_the_command_writes_everything_it_is_asked_for(tmp_path, run):
     assert files["png"].read_bytes().startswith(b"\x89PNG") and "</html>" in files["html"].read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "requests"),
+    [
+        (["eager,torch,triton"], ["eager", "torch", "triton"]),
+        (["torch", "attention=triton, loss=torch", "torch"], ["torch", "attention=triton,loss=torch"]),
+        (["eager, torch", "loss=eager"], ["eager", "torch", "loss=eager"]),
+    ],
+)
+def test_what_is_compared_is_written_as_training_has_it(words, requests):
+    assert memory._requests(words) == requests
+
+
 def test_the_page_stands_alone_and_escapes_what_it_shows():
     document = _document()
     document["kernels"][0]["kernels"] = "<script>alert(1)</script>"
@@ -489,6 +502,35 @@ def test_the_page_stands_alone_and_escapes_what_it_shows():
     assert not [word for word in ("src=", "href=", "@import", "url(") if word in page]
     assert page.count("<svg") == page.count("</svg>") == 3
     assert page.count("<polygon") == 2 * len(CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    "names", [["torch"], ["eager", "torch", "triton"], ["triton", *(f"loss={n}" for n in "abcde")]]
+)
+def test_lines_that_lie_on_one_another_can_be_told_apart(names):
+    """What is drawn later is narrower, and the last of several has gaps."""
+    made = pictures.strokes(names)
+    assert len({s.width for s in made}) == len({s.colour for s in made}) == len(names)
+    assert all(below.width > above.width for below, above in itertools.pairwise(made))
+    assert [bool(s.dashes) for s in made] == [False] * (len(names) - 1) + [len(names) > 1]
+
+
+def test_one_backend_twice_is_two_lines_in_the_page():
+    document = _document()
+    document["kernels"][1] |= {key: document["kernels"][0][key] for key in ("timeline", "peak", "categories")}
+    page = memory_report.to_html(document)
+    assert (
+        page.count('stroke-width="3.6"/>') == 1 and page.count('stroke-width="1.4" stroke-dasharray="4.9 2.8"/>') == 1
+    )
+
+
+def test_a_picture_shows_what_a_gpu_did_above_the_estimate(tmp_path):
+    document = _document()
+    pictures.memory_png(document, tmp_path / "without.png", "")
+    row = document["kernels"][0]
+    row["measured"] = {name: row[name] for name in ("timeline", "categories")} | {"allocated": 2 * row["peak"]}
+    pictures.memory_png(document, tmp_path / "with.png", "")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
 def test_pictures_keep_the_peak():
@@ -504,6 +546,8 @@ def test_pictures_keep_the_peak():
         (("--kernels", "cuda"), "eager, torch, triton"),
         (("--kernels", "softmax=torch"), "attention"),
         (("--kernels", "torch,"), "empty name"),
+        (("--kernels", "torch,attention=eager"), "put spaces between"),
+        (("--kernels", "attention=eager,attention=torch"), "named twice"),
         (("--arch", "sm_70"), "sm_80"),
         (("--batch-size", "0"), "batch_size"),
         (("--batch-size", "many"), "--batch-size"),
@@ -516,4 +560,4 @@ def test_pictures_keep_the_peak():
 )
 def test_bad_input_is_told_in_one_line(arguments, says, run):
     status, _, complaint = run(*arguments)
-    assert status and complaint.count("\n") == 1 and complaint.startswith("error: ") and says in complaint
+    assert status == 1 and complaint.count("\n") == 1 and complaint.startswith("error: ") and says in complaint
