@@ -159,8 +159,10 @@ def _residue(op, inputs: dict, options: dict, grad) -> dict[str, float]:
     # dp and delta are sums over the head, taken in two ways; ds * k is scaled, ds * q is summed over queries as well
     terms = grad.float().abs() @ value.abs().repeat_interleave(sharing, 1).transpose(-2, -1)
     eps = torch.finfo(torch.float32).eps
-    # each rounds up to once a term, all in one direction where the terms are equal (a layout here)
-    one = (8 + query.shape[-1] / 8) * eps * terms.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
+    # each rounds up to once a term, all in one direction where the terms are equal (a layout here); and delta is made
+    # from the output as it was rounded to its dtype
+    rounding = (8 + query.shape[-1] / 8) * eps + torch.finfo(inputs["query"].dtype).eps / 2
+    one = rounding * terms.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
     queries = math.sqrt(query.shape[-2] * sharing)
     # p = exp(s - lse), where lse is one fp32 number: its rounding is a relative error of p
     scores = query.abs() @ key.abs().repeat_interleave(sharing, 1).transpose(-2, -1)
