@@ -136,6 +136,16 @@ def test_what_a_busy_machine_did_is_marked_and_told(what, document):
     assert "The machine was busy" in " ".join(comparison.differences(document, document))
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_picture_tells_of_a_busy_machine(busy, document, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(pictures.Figure, "text", lambda self, x, y, text, **_: said.append(text))
+    if busy:
+        document["rows"][0] |= results.timed([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    pictures.draw(document, tmp_path / "a.json")
+    assert (pictures.BUSY in said) == busy
+
+
 def test_a_quiet_run_is_not_marked(document):
     row = document["rows"][0]
     document["rows"] = [row, again(row, **results.timed([1.05] * 7)), part(row, "forward+backward", 2.0)]
