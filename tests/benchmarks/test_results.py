@@ -121,6 +121,7 @@ def part(row, which, ms):
 
 SPOILT = {
     "samples far apart": lambda row: [row | results.timed([1.0, 1.0, 1.0, 1.5, 1.6, 1.0, 1.7])],
+    "samples that agree, and had to wait": lambda row: [row | {"waited": 0.5}],
     "a second time that differs": lambda row: [row, again(row, **results.timed([1.3] * 7))],
     "a part that is longer than the whole": lambda row: [row, part(row, "forward+backward", 0.5)],
 }

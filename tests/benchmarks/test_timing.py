@@ -1,12 +1,17 @@
 """The timers of a GPU with a GPU by hand: calls are counted, and time is what they are said to take."""
 
 import contextlib
+import os
+import subprocess
+import sys
+import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import noise, timing
 
 
 class Device:
@@ -142,3 +147,51 @@ def test_the_hosts_time_is_of_few_enough_calls_for_the_queue(device, monkeypatch
     calls = Calls(device, 1)
     assert timing.host_microseconds(calls.functions[0]) > 0.0
     assert 3 * 3 < round(device.now / 0.01) <= 1 + 3 * 20
+
+
+def test_a_process_that_has_to_wait_is_seen(monkeypatch):
+    """Every call waits for 20 ms; what happens outside of the samples does not count."""
+    waited, clock = [0.0], iter(range(1000))
+
+    def hindered():
+        waited[0] += 0.02
+
+    monkeypatch.setattr(timing, "_waited", lambda: waited[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 0.01)
+    timer = timing.CpuTimer(hindered)
+    assert timer.calls == 1 and timer.waiting.share == 0.0
+    for _ in range(3):
+        timer.sample()
+        hindered()
+    assert timer.waiting.share == pytest.approx(0.06 / 0.09, abs=1e-4)
+
+
+def test_a_thread_that_shares_its_processor_waits():
+    """Two processes bound to one processor: each waits about as long as it runs."""
+    if not hasattr(os, "sched_setaffinity") or not Path("/proc/self/schedstat").exists():
+        assert timing._waited() == 0.0
+        return
+    there = os.sched_getaffinity(0)
+    one = {min(there)}
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            f"import os; os.sched_setaffinity(0, {one})\nprint(1, flush=True)\nwhile True: pass",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        other.stdout.read(1)
+        os.sched_setaffinity(0, one)
+        with (waiting := timing.Waiting()):
+            end = time.perf_counter() + 0.3
+            while time.perf_counter() < end:
+                pass
+    finally:
+        os.sched_setaffinity(0, there)
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert waiting.share > noise.WAITED
