@@ -113,8 +113,10 @@ class GraphTimer:
             for function in self.functions[:2]:
                 function()
         self._capture(1)
-        once = self.sample() * self.calls
-        rounds = min(math.ceil(GRAPH_MS / max(once, 1e-6)), MOST_CALLS // len(self.functions))
+        start, end = self._replay()
+        end.synchronize()
+        once = max(start.elapsed_time(end), 1e-6)
+        rounds = min(math.ceil(GRAPH_MS / once), MOST_CALLS // len(self.functions))
         if rounds > 1:
             self._capture(rounds)
 
@@ -136,13 +138,16 @@ class GraphTimer:
         self.spin = _spin(time.perf_counter() - began)
         torch.cuda.synchronize()
 
-    def sample(self) -> float:
+    def _replay(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(self.spin)
         start.record()
         self.graph.replay()
         end.record()
-        return _elapsed(start, end) / self.calls
+        return start, end
+
+    def sample(self) -> float:
+        return _elapsed(*self._replay()) / self.calls
 
     def outputs(self) -> object:
         self.graph.replay()
@@ -182,6 +187,7 @@ class EventTimer:
         return _elapsed(start, end) / len(self.functions)
 
     def outputs(self) -> object:
+        self.stream.wait_stream(torch.cuda.current_stream())  # which may be writing the inputs
         with torch.cuda.stream(self.stream):
             found = detached(self.functions[0]())
         self.stream.synchronize()

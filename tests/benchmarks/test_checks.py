@@ -198,7 +198,8 @@ def test_work_on_another_stream_is_not_believed(cycles, norm, checker):
             return F.layer_norm(input, normalized_shape, weight, bias)
 
     rows = suite.measure(norm.op, norm.case, torch.float32, [entry(late)], CEILINGS, rounds=6)
-    assert all(row["status"] in ("wrong", "error") for row in rows), rows
+    # autograd waits for every stream that it used, so that with a backward pass after it the work is done in time
+    assert all(row["status"] in ("wrong", "error") for row in rows if row["pass"] == "forward"), rows
 
 
 class _Event:

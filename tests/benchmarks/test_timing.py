@@ -68,8 +68,14 @@ class Event:
 
 
 class Stream:
+    def __init__(self):
+        self.waited_for = []
+
     def synchronize(self):
         pass
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
 
 
 @pytest.fixture
@@ -116,6 +122,13 @@ def test_what_is_looked_at_is_the_first_ones_answer_and_drags_nothing_along(made
     found = made(Calls(device, 3).functions, Stream()).outputs()
     assert found.tolist() == [0.0, 0.0] and not found.requires_grad
     assert made is timing.EventTimer or device.log[-1][0] == "replay"
+
+
+def test_events_look_at_an_answer_to_what_was_drawn_last(device):
+    """Inputs are drawn on the current stream, and the answer is computed on another."""
+    stream = Stream()
+    timing.EventTimer(Calls(device, 1).functions, stream).outputs()
+    assert len(stream.waited_for) == 1
 
 
 def test_what_waits_for_the_device_is_timed_by_events(device):
