@@ -165,11 +165,18 @@ def add_to(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def checked(arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
-    """The ops and architectures asked for. Raises UserError for what is wrong, before anything is compiled."""
+def run(arguments: argparse.Namespace) -> int:
+    """The command. Returns 1 if a kernel does not compile or asks for more shared memory than there is.
+
+    Raises UserError for what a person can put right.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "0":
+        # with the interpreter chosen, @triton.jit functions cannot be compiled: start over without it
+        os.environ["TRITON_INTERPRET"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "profiling", *sys.argv[1:]])
     from kernels import catalogue
     from kernels.device import HAS_TRITON, TARGETS
-    from minigpt.errors import UserError
+    from minigpt.errors import UserError, writing
 
     if not HAS_TRITON:
         raise UserError("compiling kernels needs Triton, which is not installed: pip install triton")
@@ -183,21 +190,9 @@ def checked(arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
             raise UserError(f"unknown {what} {', '.join(unknown)}: choose from {', '.join(there)}")
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers must be at least 1, not {arguments.workers}")
-    if arguments.json not in (None, Path("-")) and not arguments.json.absolute().parent.is_dir():
+    to_file = arguments.json not in (None, Path("-"))
+    if to_file and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"{arguments.json.absolute().parent}: no such folder; create it, or choose another place")
-    return chosen, archs
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """The command. Returns 1 if a kernel does not compile or asks for more shared memory than there is.
-
-    Raises UserError for what a person can put right.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "0":
-        # with the interpreter chosen, @triton.jit functions cannot be compiled: start over without it
-        os.environ["TRITON_INTERPRET"] = "0"
-        os.execv(sys.executable, [sys.executable, "-m", "profiling", *sys.argv[1:]])
-    chosen, archs = checked(arguments)
     found = uses(chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case)
     table = measure(found, arguments.workers)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
@@ -210,9 +205,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         print_table(table, versions())
         print_rooflines(document["rooflines"])
-        if arguments.json:
-            from minigpt.errors import writing
-
+        if to_file:
             with writing(arguments.json):
                 arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(any(use.error or use.shared_memory > use.shared_memory_limit for use in table))
