@@ -4,12 +4,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks import machine, results, stats, suite, timing
+from benchmarks import machine, noise, results, stats, suite, timing
 from minigpt import backends, config, corpora
 from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
@@ -148,15 +148,17 @@ class StepTimer:
 
     training: Training
     method: str = "perf_counter"
+    waiting: timing.Waiting = field(default_factory=timing.Waiting)
 
     def sample(self) -> float:
         steps = STEPS_A_SAMPLE if self.training.device.type == "cuda" else 1
         wait(self.training.device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.training.step()
-        wait(self.training.device)
-        return (time.perf_counter() - began) * 1e3 / steps
+        with self.waiting:
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.training.step()
+            wait(self.training.device)
+            return (time.perf_counter() - began) * 1e3 / steps
 
 
 def wait(device: torch.device) -> None:
@@ -185,6 +187,7 @@ def measure(
             row |= failure(failed[name])
         elif name in samples:
             enter_speed(row, samples[name], trainings[name])
+            row |= noise.waited(timers[name])
     return rows
 
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import ladder
+from benchmarks import ladder, noise, timing
 from minigpt.config import TrainConfig, pick_dtype
 from minigpt.errors import UserError
 
@@ -78,14 +78,22 @@ def _theirs(folder: Path, settings: TrainConfig, device: torch.device, iteration
     return times
 
 
-def _ours(training: ladder.Training, iterations: int) -> list[float]:
-    times = []
-    for _ in range(iterations):
-        ladder.wait(training.device)
-        began = time.perf_counter()
-        training.step().item()
-        times.append((time.perf_counter() - began) * 1e3)
-    return times[DROPPED:]
+@dataclass
+class _Turns:
+    """A training of ours, and how long its steps had to wait for other processes."""
+
+    training: ladder.Training
+    waiting: timing.Waiting = field(default_factory=timing.Waiting)
+
+    def take(self, iterations: int) -> list[float]:
+        times = []
+        for _ in range(iterations):
+            ladder.wait(self.training.device)
+            with self.waiting:
+                began = time.perf_counter()
+                self.training.step().item()
+                times.append((time.perf_counter() - began) * 1e3)
+        return times[DROPPED:]
 
 
 def measure(
@@ -102,6 +110,7 @@ def measure(
     dtype = next(row["dtype"] for row in rows)
     theirs: dict[str, Any] = {"preset": settings.preset, "configuration": name, "dtype": dtype}
     rows.insert(0, theirs | {"status": "untimed", "reason": "the run ended before this was timed"})
+    ours = {rung: _Turns(training) for rung, training in trainings.items()}
     turns, iterations = (2, 20) if quick else (4, 60)
     samples: dict[str, list[float]] = {name: [], **{rung: [] for rung in trainings}}
     failed: dict[str, Exception] = {}
@@ -113,7 +122,7 @@ def measure(
                 if variant == name:
                     samples[name] += _theirs(folder, settings, device, iterations)
                 else:
-                    samples[variant] += _ours(trainings[variant], iterations + 1)
+                    samples[variant] += ours[variant].take(iterations + 1)
             except Exception as error:  # one that fails must not end the others
                 failed[variant] = error
             print(f"turn {turn + 1} of {turns}: {variant}", flush=True)
@@ -124,6 +133,7 @@ def measure(
             row |= ladder.failure(failed[variant])
         elif variant in trainings:
             ladder.enter_speed(row, samples[variant], trainings[variant])
+            row |= noise.waited(ours[variant])
         elif variant == name:
             row.pop("reason")
             row |= ladder.speed(samples[name], tokens) | {"note": "its own train.py, as it is", "mfu_percent": None}

@@ -9,17 +9,28 @@ WIDE = 0.2
 APART = 0.1
 """How far one variant's two medians, or a part's and the whole's, may be from each other."""
 
+WAITED = 0.1
+"""Of the time on a CPU, that threads waited for a processor. A thread that waits for one that was put aside does so for
+a whole turn of the scheduler, every time: such samples agree with each other, and are wrong."""
+
 AGAIN = " again"
+
+
+def waited(timer: Any) -> dict[str, float]:
+    """The field of a row that tells how long a timer's samples had to wait for other processes; none on a GPU."""
+    counted = getattr(timer, "waiting", None)
+    return {} if counted is None else {"waited": counted.share}
 
 
 def disturbed(document: dict[str, Any]) -> set[tuple[str, ...]]:
     """The keys of the timed rows that are not to be relied on.
 
-    Those whose samples spread over more than WIDE, those whose second measurement is more than APART from the first,
-    and forward or backward passes that took longer than both together.
+    Those whose samples spread over more than WIDE or WAITED, those whose second measurement is more than APART
+    from the first, and forward or backward passes that took longer than both together.
     """
     timed = {results.key_of(document, row): row for row in document["rows"] if row["status"] == "ok"}
     found = {key for key, row in timed.items() if row["p80_ms"] - row["p20_ms"] > WIDE * row["median_ms"]}
+    found |= {key for key, row in timed.items() if row.get("waited", 0.0) > WAITED}
     if document["kind"] != "kernels":
         return found
     for (op, case, dtype, which, provider), row in timed.items():
@@ -38,6 +49,6 @@ def warning(document: dict[str, Any]) -> str:
     if not marked:
         return ""
     return (
-        f"The machine was busy: {marked} of {timed} timed rows, marked ~, spread widely or contradict each other. "
-        "Measure again when nothing else runs."
+        f"The machine was busy: {marked} of {timed} timed rows, marked ~, spread widely, contradict each other "
+        "or had to wait for other programs. Measure again when nothing else runs."
     )

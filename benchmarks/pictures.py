@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from benchmarks import noise
 from benchmarks.noise import AGAIN
 from minigpt.errors import writing
 from minigpt.plots import GRID, INK, QUIET, STYLE
@@ -20,6 +21,7 @@ COLORS = {
     "quack": "#a23b3b", "torch-chunked": "#6d9bd1",
 }  # fmt: skip
 MARKERS = "osD^vP<>X*h"
+BUSY = "the machine was busy: read the report's warning"
 
 
 def draw(document: dict[str, Any], path: Path) -> list[Path]:
@@ -70,6 +72,8 @@ def _title(figure: Figure, document: dict[str, Any], text: str) -> None:
     inch = 1 / figure.get_size_inches()[1]
     figure.text(0.012, 1 - 0.14 * inch, text, fontsize=13, fontweight="bold", color=INK, va="top")
     figure.text(0.012, 1 - 0.43 * inch, about, fontsize=10, color=QUIET, va="top")
+    if noise.disturbed(document):
+        figure.text(0.988, 1 - 0.43 * inch, BUSY, fontsize=10, color="#b00020", va="top", ha="right")
 
 
 def _log(axis: Any, formatter: Callable = _plain) -> None:

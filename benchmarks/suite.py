@@ -195,7 +195,7 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
         elif variant in samples:
             try:
                 after_timing(name, used[variant], checker, timers[variant], variant)
-                row |= results.timed(samples[variant]) | extra[variant]
+                row |= results.timed(samples[variant]) | extra[variant] | noise.waited(timers[variant])
                 row |= rates(cost, row["median_ms"], row["dtype"], ceilings if row["l2"] == "cold" else {})
             except Wrong as error:
                 row |= {"status": "wrong", "reason": f"wrong: {error}"}

@@ -5,12 +5,14 @@ so that a clock that drifts, or a neighbour who wakes up, meets them all.
 """
 
 import collections
+import contextlib
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -40,6 +42,34 @@ class Timer(Protocol):
         """What the first function gives when that which is timed is run once more, inputs as they are now."""
 
 
+class Waiting:
+    """How long threads of this process were ready to run and others ran instead, within blocks it is put around."""
+
+    def __init__(self):
+        self.waited, self.seconds = 0.0, 0.0
+
+    def __enter__(self):
+        self._before = _waited(), time.perf_counter()
+
+    def __exit__(self, *_):
+        self.waited += _waited() - self._before[0]
+        self.seconds += time.perf_counter() - self._before[1]
+
+    @property
+    def share(self) -> float:
+        """Of the blocks' time, all threads together, so that it may be above 1; 0 where the system does not tell."""
+        return round(self.waited / self.seconds, 4) if self.seconds else 0.0
+
+
+def _waited() -> float:
+    """Seconds that this process's threads have waited for a processor since they began."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended in the meantime
+            total += int(path.read_text().split()[1])
+    return total / 1e9
+
+
 @dataclass
 class CpuTimer:
     """Calls `function` often enough for one sample to take `target` seconds. Caches are warm: there is one problem."""
@@ -47,6 +77,7 @@ class CpuTimer:
     function: Callable[[], object]
     target: float = 2e-3
     method: str = field(default="perf_counter", init=False)
+    waiting: Waiting = field(default_factory=Waiting, init=False)
 
     def __post_init__(self):
         self.function()
@@ -56,10 +87,11 @@ class CpuTimer:
         self.calls = min(self.calls, 10_000)
 
     def sample(self) -> float:
-        began = time.perf_counter()
-        for _ in range(self.calls):
-            self.function()
-        return (time.perf_counter() - began) * 1e3 / self.calls
+        with self.waiting:
+            began = time.perf_counter()
+            for _ in range(self.calls):
+                self.function()
+            return (time.perf_counter() - began) * 1e3 / self.calls
 
     def outputs(self) -> object:
         return self.function()
@@ -81,8 +113,10 @@ class GraphTimer:
             for function in self.functions[:2]:
                 function()
         self._capture(1)
-        once = self.sample() * self.calls
-        rounds = min(math.ceil(GRAPH_MS / max(once, 1e-6)), MOST_CALLS // len(self.functions))
+        start, end = self._replay()
+        end.synchronize()
+        once = max(start.elapsed_time(end), 1e-6)
+        rounds = min(math.ceil(GRAPH_MS / once), MOST_CALLS // len(self.functions))
         if rounds > 1:
             self._capture(rounds)
 
@@ -104,13 +138,16 @@ class GraphTimer:
         self.spin = _spin(time.perf_counter() - began)
         torch.cuda.synchronize()
 
-    def sample(self) -> float:
+    def _replay(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(self.spin)
         start.record()
         self.graph.replay()
         end.record()
-        return _elapsed(start, end) / self.calls
+        return start, end
+
+    def sample(self) -> float:
+        return _elapsed(*self._replay()) / self.calls
 
     def outputs(self) -> object:
         self.graph.replay()
@@ -150,6 +187,7 @@ class EventTimer:
         return _elapsed(start, end) / len(self.functions)
 
     def outputs(self) -> object:
+        self.stream.wait_stream(torch.cuda.current_stream())  # which may be writing the inputs
         with torch.cuda.stream(self.stream):
             found = detached(self.functions[0]())
         self.stream.synchronize()

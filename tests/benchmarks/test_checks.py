@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 
 import pytest
 import torch
@@ -199,7 +198,8 @@ def test_work_on_another_stream_is_not_believed(cycles, norm, checker):
             return F.layer_norm(input, normalized_shape, weight, bias)
 
     rows = suite.measure(norm.op, norm.case, torch.float32, [entry(late)], CEILINGS, rounds=6)
-    assert all(row["status"] in ("wrong", "error") for row in rows), rows
+    # autograd waits for every stream that it used, so that with a backward pass after it the work is done in time
+    assert all(row["status"] in ("wrong", "error") for row in rows if row["pass"] == "forward"), rows
 
 
 class _Event:
@@ -218,7 +218,9 @@ class _Event:
 def test_a_sample_that_leaves_work_behind_is_no_sample(late, monkeypatch):
     """What synchronising the whole device still waits for, once the timed stream is done, was not in the time."""
     monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.02 if late else 0.0))
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + (0.02 if late else 1e-5)))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if late:
         with pytest.raises(timing.Late):

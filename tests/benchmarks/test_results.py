@@ -121,6 +121,7 @@ def part(row, which, ms):
 
 SPOILT = {
     "samples far apart": lambda row: [row | results.timed([1.0, 1.0, 1.0, 1.5, 1.6, 1.0, 1.7])],
+    "samples that agree, and had to wait": lambda row: [row | {"waited": 0.5}],
     "a second time that differs": lambda row: [row, again(row, **results.timed([1.3] * 7))],
     "a part that is longer than the whole": lambda row: [row, part(row, "forward+backward", 0.5)],
 }
@@ -134,6 +135,16 @@ def test_what_a_busy_machine_did_is_marked_and_told(what, document):
     text = report.markdown(document)
     assert "The machine was busy" in text and "| ~1" in text
     assert "The machine was busy" in " ".join(comparison.differences(document, document))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_picture_tells_of_a_busy_machine(busy, document, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(pictures.Figure, "text", lambda self, x, y, text, **_: said.append(text))
+    if busy:
+        document["rows"][0] |= results.timed([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    pictures.draw(document, tmp_path / "a.json")
+    assert (pictures.BUSY in said) == busy
 
 
 def test_a_quiet_run_is_not_marked(document):
