@@ -141,7 +141,7 @@ class _Ready:
         arguments = enumerate(launch.arguments.items())
         self._tensors = [(i, name.removesuffix("_ptr")) for i, (name, value) in arguments if isinstance(value, Spec)]
         self._values = [None if isinstance(value, Spec) else value for value in launch.arguments.values()]
-        self._constants = [launch.constexprs[name] for name in launch.kernel.arg_names[len(self._values) :]]
+        self._constants: list = []
         self._compiled: dict[int | None, Callable] = {}
 
     def start(self, tensors: Mapping[str, torch.Tensor | None], index: int | None) -> None:
@@ -158,6 +158,7 @@ class _Ready:
                 *arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
             )
         if not devices.INTERPRETED:
+            self._constants = [launch.constexprs[name] for name in launch.kernel.arg_names[len(arguments) :]]
             self._compiled[index] = compiled[(*launch.grid, 1, 1)[:3]]
 
 
