@@ -77,7 +77,10 @@ def title(document: dict[str, Any]) -> str:
 
 
 def section(path: str) -> str:
-    """The README's section for a results file: between markers, its tables (many are folded away) and its pictures."""
+    """The README's section for a results file: between markers, its tables (many are folded away) and its pictures.
+
+    Where the kernels were not timed, a link to the tables stands in their place.
+    """
     document = results.load(machine.ROOT / path)
     return f"<!-- benchmarks {title(document)}: {path} -->\n{_content(document, path)}<!-- /benchmarks -->"
 
@@ -88,6 +91,10 @@ def _content(document: dict[str, Any], path: str) -> str:
     shown = [f"![{p.stem.removeprefix(file.stem + '-')}]({p.relative_to(machine.ROOT).as_posix()})" for p in drawn]
     if document["kind"] != "kernels":
         return _joined(_opening(document), _body(document), shown)
+    if not any(row["provider"] == "triton" and "median_ms" in row for row in document["rows"]):
+        # PyTorch's functions by themselves are no news to a reader of the README
+        tables = file.with_suffix(".md").relative_to(machine.ROOT).as_posix()
+        return _joined(_opening(document), [f"[Every op, pass and provider]({tables}), the pictures beside them."])
     fold = "<details><summary>Every op, pass and provider</summary>"
     return _joined(_opening(document), [fold], _body(document), shown, ["</details>"])
 

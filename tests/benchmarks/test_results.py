@@ -192,6 +192,7 @@ def checkout(document, tmp_path, monkeypatch):
     """A checkout of a README and one results file."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("# A title\n\n## Benchmarks\n\nText.\n\n## Tests\n\nMore.\n")
+    document["rows"][2] = document["rows"][0] | {"provider": "triton", "median_ms": 1.3}
     stored(document, tmp_path)
     return tmp_path
 
@@ -218,6 +219,14 @@ def test_one_command_writes_the_section(document, checkout):
     assert after == text.replace("a.json", "b.json").replace("1.1 (1 to 1.18)", "1.15 (1 to 1.18)")
     (checkout / "b-layer_norm-float32.png").write_bytes(b"")
     assert report.stale_sections(after) == ["b.json"], "a picture that the section does not show"
+
+
+def test_what_says_nothing_of_our_kernels_is_a_link(document, checkout):
+    document["rows"].pop(2)
+    results.save(document, checkout / "a.json")
+    text = report.section("a.json")
+    assert "(a.md)" in text and "|" not in text and "1.1 (1 to" not in text
+    assert "1.1 (1 to" in report.markdown(document)
 
 
 def test_files_of_two_kinds_and_devices_have_a_section_each(document, checkout):
