@@ -163,7 +163,7 @@ def _residue(op, inputs: dict, options: dict, grad) -> dict[str, float]:
     # from the output as it was rounded to its dtype
     rounding = (8 + query.shape[-1] / 8) * eps + torch.finfo(inputs["query"].dtype).eps / 2
     one = rounding * terms.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
-    queries = math.sqrt(query.shape[-2] * sharing)
+    queries = query.shape[-2] * sharing  # not its root: in a layout of equal rows their errors are equal too
     # p = exp(s - lse), where lse is one fp32 number: its rounding is a relative error of p
     scores = query.abs() @ key.abs().repeat_interleave(sharing, 1).transpose(-2, -1)
     peak = scores.max().item() * options.get("scale", 1 / math.sqrt(query.shape[-1]))
