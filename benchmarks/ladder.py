@@ -15,9 +15,9 @@ from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
 from minigpt.config import TrainConfig
 from minigpt.errors import UserError
+from minigpt.learning import learning_rate, make_optimizer
 from minigpt.model import GPT
 from minigpt.tokenizers import CharTokenizer
-from minigpt.trainer import learning_rate, make_optimizer
 
 MFU_FORMULA = (
     "MFU = tokens/s x (6 N + 12 L C T) / peak, with N the parameters of the matrix products (embeddings left out, the "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import backends, checkpoint, corpora, sampling, showcase
+from . import backends, checkpoint, corpora, resume, sampling, showcase
 from .backends import Backends
 from .config import command_line, pick_device, pick_dtype
 from .errors import UserError
@@ -83,13 +83,13 @@ def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> No
     options = command_line(Generate, sys.argv[1:] if argv is None else argv, prog=prog)
     if options.prompt == "":
         raise UserError("the prompt is empty: give --prompt at least one character, or leave it out")
-    folder = checkpoint.find(options.run or checkpoint.newest_run())
+    found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
     ops, device = _ops(options)
-    model, tokenizer = checkpoint.load_model(folder, ops, device)
+    model = found.model(ops, device)
     prompt = options.prompt or ""
     pieces = sampling.stream(
         model,
-        tokenizer,
+        found.tokenizer,
         prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -99,7 +99,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> No
         stop=options.stop,
     )
     # Only the text itself goes to stdout, so that it can be piped on.
-    print(f"{folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
+    print(f"{found.folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
     print(prompt, end="", flush=True)
     began, characters = time.perf_counter(), 0
     try:
@@ -117,23 +117,22 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     options = command_line(Evaluate, sys.argv[1:] if argv is None else argv, prog=prog)
     if options.max_tokens < 0:
         raise UserError(f"max_tokens is {options.max_tokens}: it must be 0 or more")
-    folder = checkpoint.find(options.run or checkpoint.newest_run())
-    found = checkpoint.load(folder)
+    found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
     ops, device = _ops(options)
     corpus = corpora.load(options.data or found.config.data)
-    if options.data is None and corpus.sha256 != found.state.get("corpus"):
-        raise UserError(f"{folder} was trained on another text than {corpus.source}: name it with --data")
-    model, tokenizer = checkpoint.load_model(folder, ops, device)
+    if options.data is None:
+        resume.check_text(found.config.data, found, corpus)
+    model, tokenizer = found.model(ops, device), found.tokenizer
     _, text = corpus.split()
     if unknown := tokenizer.unknown(text):
         print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
     tokens = torch.from_numpy(tokenizer.encode(text)).to(device)
     began = time.perf_counter()
     if len(tokens) > 1:
-        print(f"evaluating {folder} on {corpus.source} ...", file=sys.stderr, flush=True)
+        print(f"evaluating {found.folder} on {corpus.source} ...", file=sys.stderr, flush=True)
     result = evaluate_model(model, tokens, max_tokens=options.max_tokens, dtype=pick_dtype(found.config.dtype, device))
     rows = {
-        "checkpoint": folder,
+        "checkpoint": found.folder,
         "kernels": _named(ops),
         "text": f"the last tenth of {corpus.source}",
         "tokens": f"{result.tokens:,}",
@@ -158,8 +157,12 @@ def _ops(options: Generate | Evaluate | Showcase) -> tuple[Backends, torch.devic
     device = pick_device(options.device)
     ops = backends.resolve(options.kernels or os.environ.get("MINIGPT_KERNELS"), device)
     if ops.warning:
-        Console(stderr=True).print(ops.warning, style="bold red", markup=False, highlight=False, soft_wrap=True)
+        _warn(ops.warning)
     return ops, device
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _named(ops: Backends) -> str:

@@ -115,6 +115,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the matrix products; auto: bf16 on a GPU that has it, else fp32."""
+    deterministic: bool = False
+    """Use only algorithms of PyTorch that give the same bits every time; on a GPU they can be slower."""
 
     n_layer: int = 4
     """Transformer blocks."""
@@ -164,6 +166,8 @@ class TrainConfig:
     """Steps between updates of the progress shown."""
     eval_interval: int = 250
     """Steps between evaluations, each followed by a checkpoint."""
+    keep: int = 1
+    """Checkpoints before the last one that stay, to go back to when it is damaged."""
     eval_tokens: int = 0
     """Validation tokens of each evaluation during training; 0: the whole validation split."""
     val_tokens: int = 0
@@ -177,7 +181,7 @@ class TrainConfig:
         self.model_config(max(1, self.vocab_size))
         for name in ("batch_size", "grad_accumulation", "max_steps", "log_interval", "eval_interval"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        whole = ("vocab_size", "window", "warmup_steps", "eval_tokens", "val_tokens", "sample_tokens")
+        whole = ("vocab_size", "window", "warmup_steps", "eval_tokens", "keep", "val_tokens", "sample_tokens")
         for name in (*whole, "weight_decay", "grad_clip", "min_learning_rate"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name} must be 0 or more, not {value}")
@@ -252,7 +256,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainCon
     if (run := _peek(argv, "resume")) is not None:
         from . import checkpoint  # it imports this module
 
-        default = checkpoint.load(Path(run) / "last").config
+        default = checkpoint.stored_config(Path(run))
         return command_line(
             TrainConfig, argv, prog=prog, default=dataclasses.replace(default, kernels=request or default.kernels)
         )
