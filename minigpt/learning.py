@@ -38,13 +38,16 @@ class Learner:
     def step(self, number: int) -> Tensor:
         """Optimizer step 0, 1, ...: the mean loss of its batches and the norm of their gradient before clipping, (2,).
 
-        Still on the device, which nothing waits for.
+        Still on the device, which nothing waits for. Where one of the two is not finite, weights and optimizer stay as
+        they are.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
         loss = self.backward(number)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
+        # The fused AdamW does nothing where this is 1, as the scaler would have it; under fp16 the scaler sets it anew.
+        self.optimizer.found_inf = (loss + norm).isfinite().logical_not().float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,10 @@
 """Going on with a run: what it may change, how far it is, and whether it repeats the run that was never stopped."""
 
+import json
+import math
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +20,8 @@ _CHANGEABLE = {
     "resume", "out", "data", "kernels", "device", "dtype", "deterministic", "max_steps", "log_interval",
     "eval_interval", "eval_tokens", "keep", "val_tokens", "sample_tokens", "prompt",
 }  # fmt: skip
+# Their product says which windows a step trains on; how it is cut up, the memory of the device.
+_CUTS = ("batch_size", "grad_accumulation")
 
 
 @dataclass
@@ -25,9 +31,9 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     initial_loss: float | None = None
-    """Training loss of the first step."""
+    """Training loss of the first step whose loss was finite."""
     train_loss: float | None = None
-    """Training loss of the last step."""
+    """Training loss of the last such step."""
     best_val_loss: float | None = None
     best_step: int = 0
     seconds: float = 0.0
@@ -36,14 +42,20 @@ class Progress:
     """Time in training steps alone, the first of each session left out."""
     train_tokens: int = 0
     """Tokens trained on in that time."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite, so that they changed nothing."""
+    skipped_in_a_row: int = 0
+    """Those of them just before this step."""
 
 
 def check(config: TrainConfig, found: Checkpoint) -> None:
     """Raise UserError where `config` is not that of the run in `found`, saying what differs."""
     if config.out is not None:
         raise UserError("--resume goes on in the folder that it names: leave out --out")
-    changed = []
-    for name in (field.name for field in fields(config) if field.name not in _CHANGEABLE):
+    changeable, changed = set(_CHANGEABLE), []
+    if _windows_per_step(config) == _windows_per_step(found.config):
+        changeable |= set(_CUTS)
+    for name in (field.name for field in fields(config) if field.name not in changeable):
         here, there = getattr(config, name), getattr(found.config, name)
         if here != there:
             changed.append(f"--{name.replace('_', '-')} ({there} there, {here} here)")
@@ -54,12 +66,25 @@ def check(config: TrainConfig, found: Checkpoint) -> None:
         raise UserError(f"{config.resume} has done {done} steps already, more than --max-steps {config.max_steps}")
 
 
+def _windows_per_step(config: TrainConfig) -> int:
+    return math.prod(getattr(config, name) for name in _CUTS)
+
+
+def finished(folder: Path, steps: int) -> dict[str, Any] | None:
+    """The summary in a run's folder if it is of so many steps, else None."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and summary.get("steps") == steps else None
+
+
 def surroundings(
     config: TrainConfig, ops: Backends, device: torch.device, dtype: torch.dtype, threads: int
 ) -> dict[str, str]:
     """All that decides how a run rounds and that `check` lets change: where it differs, so may the last bits."""
     found = {"device": device_name(device), "dtype": dtype_name(dtype), **ops.names}
-    found |= {"deterministic": str(config.deterministic), "max_steps": str(config.max_steps)}
+    found |= {name: str(getattr(config, name)) for name in ("deterministic", "max_steps", *_CUTS)}
     if device.type == "cpu":
         found["threads"] = str(threads)
     known = storage.versions()

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from . import backends, checkpoint, corpora, generators, plots, process, resume, sampling
+from . import backends, checkpoint, corpora, faults, generators, plots, process, resume, sampling
 from .allocator import keep_freed_memory
 from .batches import Batches
 from .checkpoint import BEST, LAST, Checkpoint
@@ -31,10 +32,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Writes to config.out, or a new folder runs/PRESET-N; or goes on in config.resume. Raises UserError for what a person
     can put right, and Stopped when Ctrl-C or SIGTERM ended it, once the last checkpoint is written.
     """
-    with process.deterministic(config.deterministic), Session(config) as session:
-        if (summary := session.finished()) is not None:
+    with faults.memory_told(), process.deterministic(config.deterministic), Session(config) as session:
+        done = session.progress.step
+        if done == config.max_steps and (summary := resume.finished(session.folder, done)):
             session.display.line(
-                f"nothing to do: all {session.progress.step} steps of {session.folder} are done, and it is evaluated; "
+                f"nothing to do: all {done} steps of {session.folder} are done, and it is evaluated; "
                 "a larger --max-steps goes on"
             )
             return summary
@@ -87,17 +89,6 @@ class Session:
         """Close the files, and let others into the folder."""
         self._held.close()
 
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has nothing left to do, else None."""
-        path = self.folder / "summary.json"
-        if self.progress.step < self.config.max_steps or not path.is_file():
-            return None
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return None
-        return summary if summary.get("steps") == self.progress.step else None
-
     def run(self, stop: StopRequest) -> None:
         """Train up to the last step, evaluating and saving on the way."""
         config, progress = self.config, self.progress
@@ -105,7 +96,7 @@ class Session:
         self.clock.start()
         since = first
         while progress.step < config.max_steps:
-            self.measures.add(self.learner.step(progress.step))
+            self.measures.add(self._step(progress.step))
             progress.step += 1
             if progress.step == first + 1 < config.max_steps:
                 # The first step compiles kernels and warms the caches up: it does not count in the speed.
@@ -161,6 +152,7 @@ class Session:
             "tokens_per_second": round(self.clock.rate, 1),
             "initial_loss": progress.initial_loss,
             "final_train_loss": progress.train_loss,
+            "skipped_steps": progress.skipped,
             "val_loss": final.loss,
             "val_tokens": final.tokens,
             "bits_per_character": final.bits_per_character,
@@ -168,7 +160,9 @@ class Session:
             "best_val_loss": progress.best_val_loss,
             "best_step": progress.best_step,
         }
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        # JSON has no number for what is not finite
+        summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         self.display.line(f"written to {self.folder}; more text: python generate.py --run {self.folder}")
         return summary
 
@@ -224,6 +218,15 @@ class Session:
                 self.learner.scaler.load_state_dict(scaler)
             self.progress = Progress(**found.state["progress"])
 
+    def _step(self, number: int) -> Tensor:
+        try:
+            return self.learner.step(number)
+        except (RuntimeError, MemoryError) as error:
+            if not faults.is_out_of_memory(error):
+                raise
+        # Only here, where nothing holds the failed step's tensors any more, is their memory free again.
+        raise UserError(f"{faults.what_fits(self.learner)}; --resume {self.folder} takes them too")
+
     def _evaluate(self, stop: StopRequest) -> None:
         """Report, evaluate where that is due, save, and raise Stopped where a stop was asked for."""
         progress = self.progress
@@ -236,11 +239,11 @@ class Session:
         self._report(rows, self.clock.rate)
         if due:
             mark = ""
-            if progress.best_val_loss is None or result.loss < progress.best_val_loss:
+            if result.loss < (math.inf if progress.best_val_loss is None else progress.best_val_loss):
                 progress.best_val_loss, progress.best_step, mark = result.loss, progress.step, ", the best so far"
                 self._save(BEST)
             self.display.line(
-                f"step {progress.step}: training loss {progress.train_loss:.4f}, validation loss {result.loss:.4f} "
+                f"step {progress.step}: training loss {rows[-1]['train_loss']:.4f}, validation loss {result.loss:.4f} "
                 f"({result.tokens:,} tokens{mark})"
             )
         self.metrics.sync()  # a checkpoint must not know of more steps than they
@@ -267,18 +270,15 @@ class Session:
         """Write rows down, and show the last one."""
         if not rows:
             return
-        if rows[0]["step"] == 1:
-            self.progress.initial_loss = rows[0]["train_loss"]
         rows[-1]["tokens_per_second"] = rate
         self.metrics.write(rows)
-        bad = next((row for row in rows if not math.isfinite(row["train_loss"])), None)
-        if bad:
-            raise UserError(
-                f"the training loss is {bad['train_loss']} at step {bad['step']}: take a lower --learning-rate, "
-                "a longer --warmup-steps or --dtype fp32"
-            )
-        self.progress.train_loss = rows[-1]["train_loss"]
-        self.display.update(self.progress.step, self.progress.train_loss, rate)
+        if warning := faults.count_skipped(rows, self.progress, fp16=self.dtype == torch.float16):
+            self._warn(warning)
+        if losses := [row["train_loss"] for row in rows if math.isfinite(row["train_loss"])]:
+            self.progress.train_loss = losses[-1]
+            if self.progress.initial_loss is None:
+                self.progress.initial_loss = losses[0]
+        self.display.update(self.progress.step, rows[-1]["train_loss"], rate)
 
     def _save(self, name: str) -> None:
         progress = self.progress

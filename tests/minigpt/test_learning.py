@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt.backends import resolve
 from minigpt.batches import Batches
@@ -62,3 +63,59 @@ def test_the_gradient_is_clipped_to_its_norm(clip, monkeypatch):
 
 def _norm(learner):
     return torch.cat([p.grad.flatten() for p in learner.parameters]).norm().item()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_never_waits_for_the_device(dtype):
+    learner = make(dtype)
+    learner.step(0)
+    with Waits() as waits:
+        learner.step(1)
+        assert waits.found == []
+        float(torch.ones(()))  # that the test would see one
+        assert len(waits.found) == 1
+
+
+def state(learner):
+    tensors = [*learner.parameters, *(t for s in learner.optimizer.state.values() for t in s.values())]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_a_step_without_a_finite_loss_changes_nothing(monkeypatch, dtype, clip, factor):
+    learner = make(dtype, grad_clip=clip, grad_accumulation=2)
+    for number in range(2):
+        learner.step(number)
+    before, loss = state(learner), learner.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "loss", lambda *batch: loss(*batch) * factor)
+        assert not learner.step(2).isfinite().any()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True))
+    assert learner.step(3).isfinite().all()
+    assert not any(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True) if a.dim() == 2)
+
+
+def test_a_step_whose_gradient_alone_is_not_finite_changes_nothing(monkeypatch):
+    learner = make(grad_clip=0.0)
+    learner.step(0)
+    before = state(learner)
+    handle = learner.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    loss, norm = learner.step(1).tolist()
+    handle.remove()
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True))

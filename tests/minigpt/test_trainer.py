@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses, rows
+from runs import StopAfter, assert_same_run, losses, rows
 
 from kernels.op import count_launches
 from minigpt import backends, checkpoint
-from minigpt.errors import StopRequest, UserError
+from minigpt.config import parse
+from minigpt.errors import Stopped, StopRequest, UserError
+from minigpt.learning import Learner
+from minigpt.model import GPT
 from minigpt.report import COLUMNS
 from minigpt.tokenizers import CharTokenizer
 from minigpt.trainer import Session, train
@@ -214,9 +217,124 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(small, options, said):
     assert "\n" not in str(raised.value) and sorted(map(str, Path().rglob("*"))) == before
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(small):
-    with pytest.raises(UserError, match=r"training loss is (nan|inf) at step .*--learning-rate"):
+def lose(monkeypatch, *steps, value=math.nan):
+    """Make the loss of these steps `value`."""
+    backward = Learner.backward
+
+    def broken(self, number):
+        if number not in steps:
+            return backward(self, number)
+        loss = backward(self, number)
+        for parameter in self.parameters:
+            parameter.grad *= value
+        return loss * value
+
+    monkeypatch.setattr(Learner, "backward", broken)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(small, monkeypatch, capsys):
+    lose(monkeypatch, 0, 6, 7)
+    summary = train(small(out=Path("r")))
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    what = "skipped, weights unchanged: loss nan, norm of the gradient nan;"
+    assert said == [
+        f"WARNING: step 1 {what} 1 skipped in all",
+        f"WARNING: 2 steps up to step 8 {what} 3 skipped in all",
+    ]
+    assert summary["skipped_steps"] == 3 and summary["final_train_loss"] < summary["initial_loss"]
+    table = rows(Path("r"))
+    assert [row["step"] for row in table if row["train_loss"] == "nan"] == ["1", "7", "8"] and len(table) == 12
+    assert summary["initial_loss"] == pytest.approx(float(table[1]["train_loss"]))
+
+
+def test_skipped_steps_are_resumed_to_the_last_bit_too(small, monkeypatch):
+    lose(monkeypatch, 3, 4, 8)
+    train(small(out=Path("whole")))
+    session = Session(small(out=Path("r")))
+    with session, pytest.raises(Stopped):
+        session.run(StopAfter(session, 4))
+    assert train(parse(["--resume", "r"]))["skipped_steps"] == 3
+    assert_same_run(Path("r"), Path("whole"))
+
+
+@pytest.mark.parametrize(("dtype", "most", "said"), [("fp32", 10, "--warmup-steps$"), ("fp16", 30, "bf16 or fp32$")])
+def test_many_skipped_steps_in_a_row_end_the_run(small, monkeypatch, dtype, most, said):
+    lose(monkeypatch, *range(3, 100), value=math.inf)
+    with pytest.raises(UserError, match=rf"^{most} steps in a row, up to step {most + 3}, .*--learning-rate.*{said}"):
+        train(small(out=Path("r"), max_steps=100, dtype=dtype))
+    assert checkpoint.load(Path("r/last"), to_resume=True).state["progress"]["step"] < most + 5
+    assert all(weight.isfinite().all() for weight in weights(Path("r/last")).values())
+
+
+def test_a_run_that_diverges_ends(small):
+    with pytest.raises(UserError, match=r"10 steps in a row.*lower --learning-rate"):
         train(small(learning_rate=1e30, max_steps=50, grad_clip=0.0, out=Path("r")))
+    assert (Path("r/last")).is_dir()
+
+
+WHOLE = Learner.loss
+
+
+def too_large(monkeypatch, limit, error):
+    """Make steps of more than `limit` windows run out of memory."""
+
+    def limited(self, inputs, targets):
+        if len(inputs) > limit:
+            raise error
+        return WHOLE(self, inputs, targets)
+
+    monkeypatch.setattr(Learner, "loss", limited)
+
+
+CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:130] . DefaultCPUAllocator: can't allocate memory: ...")
+
+
+@pytest.mark.parametrize(
+    ("error", "limit", "fits", "passes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 11, 6, 4),
+        (MemoryError(), 4, 4, 6),
+        (CPU_ERROR, 1, 1, 24),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_says_which_batch_fits(small, monkeypatch, error, limit, fits, passes):
+    too_large(monkeypatch, limit, error)
+    instead = ["--batch-size", str(fits), "--grad-accumulation", str(passes)]
+    with pytest.raises(UserError, match=f"--batch-size 12, and {fits} fits.*: {' '.join(instead)} trains.*--resume r"):
+        train(small(out=Path("r"), batch_size=12, grad_accumulation=2))
+    train(parse(["--resume", "r", *instead]))
+    monkeypatch.setattr(Learner, "loss", WHOLE)
+    train(small(out=Path("whole"), batch_size=12, grad_accumulation=2))
+    assert losses(Path("r")) == pytest.approx(losses(Path("whole")), abs=1e-4)
+
+
+def test_out_of_memory_with_one_window_or_before_any(small, monkeypatch):
+    too_large(monkeypatch, 0, torch.OutOfMemoryError())
+    with pytest.raises(UserError, match="with a single window too: take a smaller model"):
+        train(small(out=Path("r")))
+    with pytest.raises(UserError, match="out of memory: take a smaller model"):
+        monkeypatch.setattr(GPT, "to", lambda *_: torch.empty(2**60))
+        train(small(out=Path("s")))
+    assert not Path("s").exists()
+
+
+def test_other_errors_of_a_step_stay_what_they_are(small, monkeypatch):
+    too_large(monkeypatch, 0, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(small(out=Path("r")))
+
+
+def test_a_full_disk_is_told_before_any_training(small):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(UserError, match="r/last: the file would be larger"):
+            train(small(out=Path("r")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not Path("r").exists()
+    assert train(small(out=Path("r"), max_steps=1))["steps"] == 1
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(small):
