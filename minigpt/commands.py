@@ -1,4 +1,4 @@
-"""What a person does with a model once it is trained, as command lines: generate, evaluate, showcase.
+"""What a person does beside training, as command lines: generate, evaluate, compare, showcase.
 
 Each command is a dataclass of typed options, from which the flags and the --help come, and a function that carries it
 out. They raise UserError for whatever a person can put right.
@@ -10,15 +10,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from . import backends, checkpoint, corpora, resume, sampling, showcase
+from . import backends, checkpoint, compare, corpora, resume, sampling, showcase
 from .backends import Backends
-from .config import command_line, pick_device, pick_dtype
+from .config import command_line, default_preset, pick_device, pick_dtype, preset
 from .errors import UserError
 from .evaluate import evaluate as evaluate_model
+from .folder import new_folder, remove_if_empty
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,32 @@ class Evaluate:
     """Backend of the ops, as for training. Without one: the environment's MINIGPT_KERNELS, else auto."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train on two backends from the same seeds on the same data; exit status 0 if they agree, 1 if not."""
+
+    a: str = "triton"
+    """Backend of the ops: eager, torch, triton, or one per op, such as attention=triton,layer_norm=torch."""
+    b: str = "torch"
+    """The backend to compare it with."""
+    preset: str | None = None
+    """Settings, as for training. Without one: those that training would take."""
+    data: str | None = None
+    """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
+    steps: int = 50
+    """Optimizer steps of each run."""
+    seeds: int = 3
+    """Runs of each backend, at least 2: their spread says what seeds alone explain."""
+    seed: int = 1337
+    """The first seed; the others follow it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the matrix products; auto: bf16 on a GPU that has it, else fp32."""
+    out: Path | None = None
+    """Folder to write to: tables, a summary, a picture. Without one: a new runs/compare-N."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +172,43 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     }
     for name, value in rows.items():
         print(f"{name:<12}{value}")
+
+
+def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt compare") -> None:
+    """Print and write how two backends compare; UserError when they do not agree."""
+    options = command_line(Compare, sys.argv[1:] if argv is None else argv, prog=prog)
+    device = pick_device(options.device)
+    # what the interpreter takes, if either of the two would run there
+    slower = max((options.a, options.b), key=lambda kernels: backends.will_interpret(kernels, device))
+    settings = preset(
+        options.preset or default_preset(slower, device),
+        data=options.data,
+        max_steps=options.steps,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    for kernels in (options.a, options.b):
+        if warning := backends.resolve(kernels, device).warning:
+            _warn(warning)
+            break
+    folder = new_folder(options.out, "compare")
+    try:
+        result = compare.compare(options.a, options.b, settings, options.seeds)
+        compare.write(result, options.a, options.b, settings, folder)
+    finally:
+        remove_if_empty(folder)
+    table = Table(title=f"a: {options.a}, b: {options.b}", title_justify="left")
+    for heading in ("what", "found", "agrees up to", ""):
+        table.add_column(heading)
+    for check in result.checks:
+        table.add_row(check.what, f"{check.value:.2e}", f"{check.limit:.2e}", "ok" if check.passed else "DIFFERS")
+    Console().print(table)
+    for side, values in zip((options.a, options.b), result.validation, strict=True):
+        print(f"validation loss of {side}: {values.mean():.4f}, from seed to seed +- {values.std(ddof=1):.4f}")
+    print(f"written to {folder}")
+    if differing := [check.what for check in result.checks if not check.passed]:
+        raise UserError(f"{options.a} and {options.b} do not agree: {'; '.join(differing)}")
 
 
 def run_showcase(argv: Sequence[str] | None = None, prog: str = "python -m minigpt showcase") -> None:

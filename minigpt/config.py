@@ -228,6 +228,13 @@ def preset(name: str, **overrides: Any) -> TrainConfig:
     return TrainConfig(**({"preset": name} | PRESETS[name] | overrides))
 
 
+def default_preset(kernels: str | None, device: torch.device) -> str:
+    """The preset that suits a device, and Triton's interpreter where `kernels` (the flag's text) means it."""
+    if device.type != "cpu":
+        return "shakespeare"
+    return "tiny" if backends.will_interpret(kernels, device) else "shakespeare-cpu"
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it."""
     if name == "auto":
@@ -260,11 +267,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainCon
         return command_line(
             TrainConfig, argv, prog=prog, default=dataclasses.replace(default, kernels=request or default.kernels)
         )
-    device = pick_device(_peek(argv, "device") or "auto")
-    name = _peek(argv, "preset")
-    if name is None:
-        on_cpu = "tiny" if backends.will_interpret(request, device) else "shakespeare-cpu"
-        name = on_cpu if device.type == "cpu" else "shakespeare"
+    name = _peek(argv, "preset") or default_preset(request, pick_device(_peek(argv, "device") or "auto"))
     return command_line(TrainConfig, argv, prog=prog, default=preset(name, kernels=request or backends.AUTO))
 
 

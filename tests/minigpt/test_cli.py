@@ -277,6 +277,13 @@ def test_evaluate_with_wrong_input(call, trained, copy, tmp_path):
         (["--n-layers", "3"], ["--n-layers", "--n-layer"]),
         (["--max-steps", "many"], ["many"]),
         (["--max-steps"], ["max-steps"]),
+        (["--max-steps", "0"], ["max_steps must be at least 1"]),
+        (["--max-steps", "-5"], ["max_steps must be at least 1"]),
+        (["--eval-interval", "0"], ["eval_interval must be at least 1"]),
+        (["--grad-accumulation", "0"], ["grad_accumulation must be at least 1"]),
+        (["--batch-size", "-1"], ["batch_size must be at least 1"]),
+        (["--keep", "-1"], ["keep must be 0 or more"]),
+        (["--warmup-steps", "-1"], ["warmup_steps must be 0 or more"]),
         (["--dtype", "fp8"], ["fp8", "bf16"]),
         (["--block-size", "0"], ["block_size"]),
         (["--n-head", "3"], ["n_head", "n_embd"]),
@@ -314,7 +321,8 @@ def test_help_lists_every_command(call):
 def test_every_command_has_typed_help(call, name):
     status, out, error = call(command.main, name, "--help")
     assert status == 0 and error == ""
-    assert f"python -m minigpt {name}" in out and "--kernels" in out and "--device" in out
+    kernels = "--a " if name == "compare" else "--kernels "
+    assert f"python -m minigpt {name}" in out and kernels in out and "--device" in out
     assert "INT" in out
 
 
