@@ -172,9 +172,14 @@ class Display:
             yield
         self._bar = None
 
-    def update(self, step: int, loss: float, rate: float) -> None:
-        """Show that `step` steps are done, the latest loss (nats per token) and the speed (tokens per second)."""
+    def update(self, step: int, loss: float, rate: float, mfu: float | None, memory: int | None) -> None:
+        """Show that `step` steps are done, the latest loss (nats per token) and the speed (tokens per second).
+
+        With the MFU (percent) and the most memory in use so far (bytes), where they are known.
+        """
         shown = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        shown += "" if mfu is None else f"  MFU {mfu:.1f}%"
+        shown += "" if memory is None else f"  {memory / 1e9:.1f} GB"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown, refresh=True)
             return
@@ -182,7 +187,7 @@ class Display:
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._begun) / (step - self._first) * (self._steps - step)
-            self.line(f"step {step}/{self._steps}  {shown}  {left:.0f} s left")
+            self.line(f"step {step}/{self._steps}  {shown}  {_duration(left)} left")
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -191,6 +196,14 @@ class Display:
     def line(self, text: str, style: str | None = None) -> None:
         """Print a line that stays."""
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def write_text(path: Path, text: str) -> None:

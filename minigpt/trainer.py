@@ -1,6 +1,5 @@
 """Training: from settings to a folder with checkpoints, metrics, curves and a sample."""
 
-import json
 import math
 import time
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import backends, checkpoint, corpora, faults, generators, plots, process, resume, sampling
+from . import backends, checkpoint, corpora, faults, generators, plots, process, resume, summary, utilization
 from .allocator import keep_freed_memory
 from .batches import Batches
 from .checkpoint import BEST, LAST, Checkpoint
@@ -21,9 +20,11 @@ from .evaluate import Evaluation, evaluate
 from .folder import Lock, new_folder, remove_if_empty
 from .learning import Learner, learning_rate
 from .model import GPT
-from .report import Clock, Display, Measures, Metrics, write_text
+from .report import Clock, Display, Measures, Metrics
 from .resume import Progress
 from .tokenizers import CharTokenizer
+
+_SECONDS_BETWEEN_PICTURES = 30.0  # one takes about half a second
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -34,12 +35,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     with faults.memory_told(), process.deterministic(config.deterministic), Session(config) as session:
         done = session.progress.step
-        if done == config.max_steps and (summary := resume.finished(session.folder, done)):
+        if done == config.max_steps and (stored := resume.finished(session.folder, done)):
             session.display.line(
                 f"nothing to do: all {done} steps of {session.folder} are done, and it is evaluated; "
                 "a larger --max-steps goes on"
             )
-            return summary
+            return stored
         with process.threads(session.threads):
             with session.display.running(session.progress.step), stop_requests() as stop:
                 session.run(stop)
@@ -72,12 +73,13 @@ class Session:
             self.clock = Clock(self.device, self.progress.train_seconds, self.progress.train_tokens)
             self.reported = self.progress.step
             self.seconds_before = self.progress.seconds
+            self.drawn = self.began
             if not found:
                 self._hold_new_folder(held)
             self.metrics = Metrics(self.folder / "metrics.csv", self.progress.step)
             held.callback(self.metrics.close)
             self._held = held.pop_all()
-        self._introduce(found)
+        summary.introduce(self, found)
 
     def __enter__(self) -> "Session":
         return self
@@ -113,65 +115,14 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Evaluate the final weights, sample, draw the curves and write the summary, which is returned."""
         self.metrics.close()
-        config, progress = self.config, self.progress
-        final = self._evaluation(config.val_tokens)
-        self.display.line(
-            f"trained: {progress.step} steps in {self.clock.seconds:.1f} s, {self.clock.rate:,.0f} tokens/s, "
-            "evaluation and saving left out"
-        )
-        self.display.line(
-            f"validation: {final.loss:.4f} nats per character, {final.bits_per_character:.4f} bits, "
-            f"perplexity {final.perplexity:.3f}, over {final.tokens:,} tokens"
-        )
-        if config.sample_tokens:
-            text = sampling.complete(
-                self.model,
-                self.tokenizer,
-                config.prompt,
-                max_new_tokens=config.sample_tokens,
-                temperature=0.8,
-                seed=config.seed,
-            )
-            write_text(self.folder / "samples.txt", text + "\n")
-            self.display.line(f"sample:\n{text}")
-        plots.curves(self.metrics.path, self.folder / "curves.png", title=f"{config.preset} on {self.corpus.name}")
-        summary = {
-            "preset": config.preset,
-            "parameters": self.model.parameter_count(),
-            "vocab_size": self.model.config.vocab_size,
-            "corpus": self.corpus.name,
-            "seed": config.seed,
-            "kernels": self.ops.names,
-            "interpreted": self.ops.interpreted,
-            "device": str(self.device),
-            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
-            "dtype": resume.dtype_name(self.dtype),
-            "torch": torch.__version__,
-            "steps": progress.step,
-            "seconds": round(self.seconds_before + time.monotonic() - self.began, 3),
-            "tokens_per_second": round(self.clock.rate, 1),
-            "initial_loss": progress.initial_loss,
-            "final_train_loss": progress.train_loss,
-            "skipped_steps": progress.skipped,
-            "val_loss": final.loss,
-            "val_tokens": final.tokens,
-            "bits_per_character": final.bits_per_character,
-            "perplexity": final.perplexity,
-            "best_val_loss": progress.best_val_loss,
-            "best_step": progress.best_step,
-        }
-        # JSON has no number for what is not finite
-        summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        self.display.line(f"written to {self.folder}; more text: python generate.py --run {self.folder}")
-        return summary
+        return summary.conclude(self, self.evaluate(self.config.val_tokens))
 
     def _hold_run(self, held: ExitStack) -> Checkpoint:
         """The checkpoint to go on from, and the run's folder, until `held` lets go of it."""
         self.folder = self.config.resume
         checkpoint.stored_config(self.folder)  # where there is none, nothing is to be written either
         held.callback(Lock(self.folder).release)
-        found = checkpoint.resumable(self.folder, self._warn)
+        found = checkpoint.resumable(self.folder, self.warn)
         resume.check(self.config, found)
         return found
 
@@ -187,7 +138,7 @@ class Session:
 
     def _read_text(self, found: Checkpoint | None) -> Batches:
         config = self.config
-        self.corpus = corpora.load(config.data, announce=self._warn)
+        self.corpus = corpora.load(config.data, announce=self.warn)
         if found:
             resume.check_text(config.data, found, self.corpus)
         self.tokenizer = found.tokenizer if found else CharTokenizer.from_text(self.corpus.text)
@@ -210,6 +161,7 @@ class Session:
         if found:
             found.load_weights(self.model)
         self.model.to(self.device)
+        self.flops_per_token = utilization.flops_per_token(self.model, batches.window)
         self.learner = Learner(self.model, self.config, batches, self.dtype)
         self.progress = Progress()
         if found:
@@ -234,7 +186,7 @@ class Session:
         stopped = stop.requested and progress.step < self.config.max_steps
         due = progress.step % self.config.eval_interval == 0 or progress.step == self.config.max_steps
         if due:
-            result = self._evaluation(self.config.eval_tokens)
+            result = self.evaluate(self.config.eval_tokens)
             rows[-1] |= {"val_loss": result.loss, "perplexity": result.perplexity}
         self._report(rows, self.clock.rate)
         if due:
@@ -248,13 +200,16 @@ class Session:
             )
         self.metrics.sync()  # a checkpoint must not know of more steps than they
         self._save(LAST)
+        if time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
+            self.draw()
         if stopped:
             raise Stopped(
                 f"stopped after step {progress.step} of {self.config.max_steps}, and saved; "
                 f"to go on: python train.py --resume {self.folder}"
             )
 
-    def _evaluation(self, max_tokens: int) -> Evaluation:
+    def evaluate(self, max_tokens: int) -> Evaluation:
+        """The loss on the validation split, or on so many tokens of it (0: all)."""
         return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype)
 
     def _arrived(self, *, everything: bool = False) -> list[dict[str, float]]:
@@ -273,12 +228,24 @@ class Session:
         rows[-1]["tokens_per_second"] = rate
         self.metrics.write(rows)
         if warning := faults.count_skipped(rows, self.progress, fp16=self.dtype == torch.float16):
-            self._warn(warning)
+            self.warn(warning)
         if losses := [row["train_loss"] for row in rows if math.isfinite(row["train_loss"])]:
             self.progress.train_loss = losses[-1]
             if self.progress.initial_loss is None:
                 self.progress.initial_loss = losses[0]
-        self.display.update(self.progress.step, rows[-1]["train_loss"], rate)
+        self.display.update(
+            self.progress.step, rows[-1]["train_loss"], rate, self.mfu(rate), utilization.peak_memory(self.device)
+        )
+
+    def draw(self) -> None:
+        """Draw the curves of the run as far as it is."""
+        plots.curves(self.metrics.path, self.folder / "curves.png", title=f"{self.config.preset} on {self.corpus.name}")
+        self.drawn = time.monotonic()
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """The share of the device's peak in percent; None where that peak is not known."""
+        name = resume.device_name(self.device)
+        return utilization.mfu_percent(tokens_per_second, self.flops_per_token, name, self.dtype)
 
     def _save(self, name: str) -> None:
         progress = self.progress
@@ -294,26 +261,6 @@ class Session:
         last = {"optimizer": self.learner.optimizer, "keep": self.config.keep} if name == LAST else {}
         checkpoint.save(self.folder / name, self.model, self.tokenizer, stored, state, **last)
 
-    def _introduce(self, found: Checkpoint | None) -> None:
-        """Say what is about to run, on what, and why."""
-        line, model = self.display.line, self.model
-        line(f"corpus   {self.corpus.source}: {self.corpus.characters:,} characters")
-        line(
-            f"model    {self.config.preset}: {model.parameter_count():,} parameters, "
-            f"{model.config.vocab_size} tokens in the vocabulary"
-        )
-        line(f"device   {self.device}, {resume.dtype_name(self.dtype)}")
-        line(f"folder   {self.folder}" + (f", from step {self.progress.step}" if found else ""))
-        self.display.table(self.ops.table())
-        if self.ops.warning:
-            self._warn(self.ops.warning)
-        if found and (why := resume.why_not_exact(found.state["surroundings"], self.surroundings)):
-            self._warn(f"WARNING: from here on not bit-exact with the run that was never stopped: {why}")
-        if self.metrics.kept < self.progress.step:
-            self._warn(
-                f"WARNING: {self.metrics.path} has {self.metrics.kept} of the {self.progress.step} steps before this "
-                "one; the others are lost"
-            )
-
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Show a line that is not to be overlooked."""
         self.display.line(text, style="bold red" if "WARNING" in text or "INTERPRETER" in text else None)

@@ -1,13 +1,15 @@
 """What a run writes down: every step once, in order, and never lost."""
 
 import csv
+import io
 import os
 
 import pytest
 import torch
+from rich.console import Console
 
 from minigpt import report
-from minigpt.report import COLUMNS, Measures, Metrics
+from minigpt.report import COLUMNS, Display, Measures, Metrics
 
 CPU = torch.device("cpu")
 
@@ -93,3 +95,24 @@ def test_a_kill_while_the_rows_are_written_again_loses_none(five, monkeypatch):
 
 def test_columns_are_those_that_are_promised(five):
     assert five.read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def shown(monkeypatch, *, terminal, **values):
+    """What a display says after ten minutes, at step 100 of 1000."""
+    now = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=150)
+    display = Display(console, 1000)
+    with display.running(0):
+        now[0] = 600.0
+        display.update(100, 2.34567, 12345.6, **values)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_display_says_how_it_goes(monkeypatch, terminal):
+    said = shown(monkeypatch, terminal=terminal, mfu=41.234, memory=12_345_678_901)
+    assert "loss 2.3457  12,346 tokens/s  MFU 41.2%  12.3 GB" in said and "100/1000" in said
+    assert ("1 h 30 min left" in said) is not terminal  # the bar has columns for time
+    said = shown(monkeypatch, terminal=terminal, mfu=None, memory=None)
+    assert "MFU" not in said and "GB" not in said

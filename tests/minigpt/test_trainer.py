@@ -15,7 +15,7 @@ import torch
 from runs import StopAfter, assert_same_run, losses, rows
 
 from kernels.op import count_launches
-from minigpt import backends, checkpoint
+from minigpt import backends, checkpoint, trainer
 from minigpt.config import parse
 from minigpt.errors import Stopped, StopRequest, UserError
 from minigpt.learning import Learner
@@ -144,6 +144,14 @@ def test_windows_may_be_shorter_than_the_block_and_the_vocabulary_padded(small):
 def test_one_step_is_a_run(small):
     summary = train(small(max_steps=1, sample_tokens=0))
     assert summary["initial_loss"] == summary["final_train_loss"] and summary["tokens_per_second"] > 0
+
+
+def test_the_curves_are_drawn_on_the_way(small, monkeypatch):
+    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_PICTURES", 0.0)
+    drawn = []
+    monkeypatch.setattr(trainer.plots, "curves", lambda table, png, title: drawn.append((png, len(rows(table.parent)))))
+    train(small(out=Path("r")))
+    assert drawn == [(Path("r/curves.png"), steps) for steps in (5, 10, 12, 12)]
 
 
 # ---------------------------------------------------------------- stopping
