@@ -176,6 +176,10 @@ class TrainConfig:
     """Tokens of text to sample at the end; 0: none."""
     prompt: str = ""
     """What the sample continues."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too; needs the package tensorboard."""
+    wandb: bool = False
+    """Write the metrics for Weights & Biases too, offline; needs the package wandb."""
 
     def __post_init__(self) -> None:
         self.model_config(max(1, self.vocab_size))

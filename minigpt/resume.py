@@ -18,7 +18,8 @@ from .errors import UserError
 # What --resume may change: where and how the run computes and reports, and how far it goes, but not what it computes.
 _CHANGEABLE = {
     "resume", "out", "data", "kernels", "device", "dtype", "deterministic", "max_steps", "log_interval",
-    "eval_interval", "eval_tokens", "keep", "val_tokens", "sample_tokens", "prompt",
+    "eval_interval", "eval_tokens", "keep", "val_tokens", "sample_tokens", "prompt", "tensorboard",
+    "wandb",
 }  # fmt: skip
 # Their product says which windows a step trains on; how it is cut up, the memory of the device.
 _CUTS = ("batch_size", "grad_accumulation")

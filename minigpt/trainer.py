@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import backends, checkpoint, corpora, faults, generators, plots, process, resume, summary, utilization
+from . import backends, checkpoint, corpora, faults, generators, plots, process, resume, summary, utilization, watching
 from .allocator import keep_freed_memory
 from .batches import Batches
 from .checkpoint import BEST, LAST, Checkpoint
@@ -57,6 +57,7 @@ class Session:
         self.began = time.monotonic()
         self.config = config
         self.display = Display(Console(), config.max_steps)
+        watching.check(config)
         with ExitStack() as held:
             found = self._hold_run(held) if config.resume else None
             self.device = pick_device(config.device)
@@ -78,6 +79,7 @@ class Session:
                 self._hold_new_folder(held)
             self.metrics = Metrics(self.folder / "metrics.csv", self.progress.step)
             held.callback(self.metrics.close)
+            self.watchers = watching.start(config, self.folder, self.progress.step, held)
             self._held = held.pop_all()
         summary.introduce(self, found)
 
@@ -227,6 +229,8 @@ class Session:
             return
         rows[-1]["tokens_per_second"] = rate
         self.metrics.write(rows)
+        for watcher in self.watchers:
+            watcher.write(rows)
         if warning := faults.count_skipped(rows, self.progress, fp16=self.dtype == torch.float16):
             self.warn(warning)
         if losses := [row["train_loss"] for row in rows if math.isfinite(row["train_loss"])]:
