@@ -1,4 +1,5 @@
-"""What a person does beside training, as command lines: generate, evaluate, compare, showcase.
+"""What a person does beside training, as command lines: generate, evaluate, prepare, compare,
+showcase.
 
 Each command is a dataclass of typed options, from which the flags and the --help come, and a function that carries it
 out. They raise UserError for whatever a person can put right.
@@ -14,9 +15,10 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import backends, checkpoint, compare, corpora, resume, sampling, showcase
+from . import backends, checkpoint, compare, dataset, prepare, resume, sampling, showcase
 from .backends import Backends
 from .config import command_line, default_preset, pick_device, pick_dtype, preset
 from .errors import UserError
@@ -65,6 +67,20 @@ class Evaluate:
     """Backend of the ops, as for training. Without one: the environment's MINIGPT_KERNELS, else auto."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Write the tokens of a text of any size to a folder that training maps into memory."""
+
+    data: str
+    """A text file, or a folder whose *.txt follow each other."""
+    tokenizer: Literal["characters"] = "characters"
+    """How text becomes tokens: each character is one."""
+    out: Path | None = None
+    """Folder to write to, which must not be there yet. Without one: the name of the data, ending in .tokens."""
+    workers: int = 0
+    """Processes that work on it; 0: one for each processor."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +164,17 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
         raise UserError(f"max_tokens is {options.max_tokens}: it must be 0 or more")
     found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
     ops, device = _ops(options)
-    corpus = corpora.load(options.data or found.config.data)
+    corpus = dataset.load(options.data or found.config.data)
     if options.data is None:
         resume.check_text(found.config.data, found, corpus)
     model, tokenizer = found.model(ops, device), found.tokenizer
-    _, text = corpus.split()
-    if unknown := tokenizer.unknown(text):
-        print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
-    tokens = torch.from_numpy(tokenizer.encode(text)).to(device)
+    tokens = corpus.validation
+    if corpus.tokenizer != tokenizer:
+        text = corpus.tokenizer.decode(tokens)
+        if unknown := tokenizer.unknown(text):
+            print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
+        tokens = torch.from_numpy(tokenizer.encode(text))
+    tokens = tokens.to(device)
     began = time.perf_counter()
     if len(tokens) > 1:
         print(f"evaluating {found.folder} on {corpus.source} ...", file=sys.stderr, flush=True)
@@ -163,7 +182,7 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     rows = {
         "checkpoint": found.folder,
         "kernels": _named(ops),
-        "text": f"the last tenth of {corpus.source}",
+        "text": f"the end of {corpus.source}",
         "tokens": f"{result.tokens:,}",
         "loss": f"{result.loss:.4f} nats per token",
         "bits": f"{result.bits_per_character:.4f} per character",
@@ -209,6 +228,26 @@ def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
     print(f"written to {folder}")
     if differing := [check.what for check in result.checks if not check.passed]:
         raise UserError(f"{options.a} and {options.b} do not agree: {'; '.join(differing)}")
+
+
+def run_prepare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt prepare") -> None:
+    """Write the tokens of a text of any size to a folder that training maps into memory."""
+    options = command_line(Prepare, sys.argv[1:] if argv is None else argv, prog=prog)
+    source = Path(options.data)
+    out = options.out or source.absolute().with_suffix(".tokens")
+    began = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, refresh=True)
+
+        manifest = prepare.prepare(source, out, workers=options.workers or os.cpu_count() or 1, progress=progress)
+    print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
 
 
 def run_showcase(argv: Sequence[str] | None = None, prog: str = "python -m minigpt showcase") -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, corpora, generators, plots, process
+from . import backends, dataset, generators, plots, process
 from .batches import Batches
 from .config import TrainConfig, pick_device, pick_dtype
 from .errors import UserError
@@ -32,7 +32,6 @@ from .evaluate import evaluate
 from .learning import Learner
 from .model import GPT
 from .report import write_text
-from .tokenizers import CharTokenizer
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,8 @@ class Trial:
         self.config = config
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
-        corpus = corpora.load(config.data, announce=announce)
-        self.source = corpus.source
-        self.tokenizer = CharTokenizer.from_text(corpus.text)
-        tokens = torch.from_numpy(self.tokenizer.encode(corpus.text)).to(self.device)
-        cut = len(corpus.split()[0])
-        self.tokens, self.validation = tokens[:cut], tokens[cut:]
+        data = dataset.load(config.data, announce=announce)
+        self.tokenizer, self.tokens, self.validation = data.tokenizer, data.train, data.validation.to(self.device)
 
     def learner(self, kernels: str, seed: int, dtype: torch.dtype) -> Learner:
         """A fresh model on `kernels`, with the weights and the data of `seed`; float64 makes its weights that too."""
@@ -92,7 +87,7 @@ class Trial:
         generators.seed(seed)
         model = GPT(config.model_config(self.tokenizer.vocab_size), backends.resolve(kernels, self.device))
         model.to(self.device, torch.float64 if dtype == torch.float64 else None)
-        batches = Batches(self.tokens, config.window or config.block_size, config.batch_size, seed)
+        batches = Batches(self.tokens, config.window or config.block_size, config.batch_size, seed, self.device)
         return Learner(model, config, batches, torch.float32 if dtype == torch.float64 else dtype)
 
     def train(self, kernels: str, seed: int) -> tuple[np.ndarray, float]:

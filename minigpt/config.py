@@ -101,7 +101,8 @@ class TrainConfig:
     """Settings to start from. Without one: shakespeare on a GPU; shakespeare-cpu without, or tiny when kernels run in
     Triton's interpreter."""
     data: str | None = None
-    """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
+    """What to train on: shakespeare, pydocs, a text file, or a folder that `python -m minigpt prepare` has written.
+    Without one: shakespeare."""
     out: Path | None = None
     """Folder to write to. Without one: a new runs/PRESET-N."""
     resume: Path | None = None

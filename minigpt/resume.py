@@ -12,7 +12,7 @@ from . import storage
 from .backends import Backends
 from .checkpoint import Checkpoint
 from .config import DTYPES, TrainConfig
-from .corpora import Corpus
+from .dataset import Dataset
 from .errors import UserError
 
 # What --resume may change: where and how the run computes and reports, and how far it goes, but not what it computes.
@@ -115,7 +115,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def check_text(data: str | None, found: Checkpoint, corpus: Corpus) -> None:
+def check_text(data: str | None, found: Checkpoint, corpus: Dataset) -> None:
     """Raise UserError where `corpus`, which --data `data` gave, is not the text that the run in `found` trained on."""
     stored = str(found.state.get("corpus"))
     if stored == corpus.sha256:

@@ -92,8 +92,8 @@ def seal(folder: Path) -> None:
     sync(folder)
 
 
-def verify(folder: Path, *, leave_out: tuple[str, ...] = ()) -> None:
-    """Hold the files in `folder` to their checksums, those in `leave_out` excepted.
+def verify(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """Hold the files in `folder` to their checksums, those in `leave_out` excepted; the checksums by name.
 
     Raises Damaged when one is missing or has changed, and UserError when a newer version has written them.
     """
@@ -116,6 +116,7 @@ def verify(folder: Path, *, leave_out: tuple[str, ...] = ()) -> None:
             raise Damaged(f"{folder / name} is damaged ({error})") from None
         if found != files[name]:
             raise Damaged(f"{folder / name} is damaged, its SHA-256 is not the stored one")
+    return files
 
 
 def sync(path: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def introduce(session: "Session", found: Checkpoint | None) -> None:
     """Say what is about to run, on what, and why."""
     line, model = session.display.line, session.model
-    line(f"corpus   {session.corpus.source}: {session.corpus.characters:,} characters")
+    line(f"corpus   {session.corpus.source}: {session.corpus.tokens:,} characters")
     line(
         f"model    {session.config.preset}: {model.parameter_count():,} parameters, "
         f"{model.config.vocab_size} tokens in the vocabulary"

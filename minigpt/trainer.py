@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import backends, checkpoint, corpora, faults, generators, plots, process, resume, summary, utilization, watching
+from . import backends, checkpoint, dataset, faults, generators, plots, process, resume, summary, utilization, watching
 from .allocator import keep_freed_memory
 from .batches import Batches
 from .checkpoint import BEST, LAST, Checkpoint
@@ -22,7 +22,6 @@ from .learning import Learner, learning_rate
 from .model import GPT
 from .report import Clock, Display, Measures, Metrics
 from .resume import Progress
-from .tokenizers import CharTokenizer
 
 _SECONDS_BETWEEN_PICTURES = 30.0  # one takes about half a second
 
@@ -140,18 +139,17 @@ class Session:
 
     def _read_text(self, found: Checkpoint | None) -> Batches:
         config = self.config
-        self.corpus = corpora.load(config.data, announce=self.warn)
+        self.corpus = dataset.load(config.data, announce=self.warn)
         if found:
             resume.check_text(config.data, found, self.corpus)
-        self.tokenizer = found.tokenizer if found else CharTokenizer.from_text(self.corpus.text)
+        self.tokenizer = self.corpus.tokenizer
         if unknown := self.tokenizer.unknown(config.prompt):
             raise UserError(
                 f"--prompt has characters that the text does not have, leave them out: {' '.join(map(repr, unknown))}"
             )
-        tokens = torch.from_numpy(self.tokenizer.encode(self.corpus.text))
-        cut = len(self.corpus.split()[0])
-        train_tokens, self.validation = tokens[:cut].to(self.device), tokens[cut:].to(self.device)
-        batches = Batches(train_tokens, config.window or config.block_size, config.batch_size, config.seed)
+        self.validation = self.corpus.validation.to(self.device)
+        window = config.window or config.block_size
+        batches = Batches(self.corpus.train, window, config.batch_size, config.seed, self.device)
         if len(self.validation) < 2:
             raise UserError(f"{self.corpus.source} has too little text to validate on: take a longer text")
         self.tokens_per_step = config.batch_size * batches.window * config.grad_accumulation
