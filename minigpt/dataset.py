@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import corpora, prepare, storage, tokenizers
-from .errors import UserError
+from .errors import Damaged, UserError
 from .tokenizers import CharTokenizer
 
 _MOST_VALIDATION = 1 << 24
@@ -40,8 +40,8 @@ class Dataset:
 def load(name_or_path: str | None, *, announce: Callable[[str], None] = print) -> Dataset:
     """The corpus or text file that corpora.load knows, or the folder that prepare has written.
 
-    The first nine tenths are to train on. Raises UserError for what cannot be had, and Damaged for a prepared text that
-    has changed since.
+    The first nine tenths are to train on. Raises UserError for what cannot be had, and for a prepared text that has
+    changed since.
     """
     if name_or_path is not None and (Path(name_or_path) / storage.SEAL).is_file():
         return _prepared(Path(name_or_path))
@@ -55,7 +55,10 @@ def load(name_or_path: str | None, *, announce: Callable[[str], None] = print) -
 def _prepared(folder: Path) -> Dataset:
     if not (folder / prepare.MANIFEST).is_file():
         raise UserError(f"{folder} is no prepared text: give --data one, or a text file")
-    sums = storage.verify(folder)
+    try:
+        sums = storage.verify(folder)
+    except Damaged as error:
+        raise UserError(f"{error.problem}: prepare the text again") from None
     manifest = storage.read_json(folder / prepare.MANIFEST)
     ids = np.memmap(folder / prepare.TOKENS, dtype=np.dtype(manifest["dtype"]), mode="r", shape=(manifest["tokens"],))
     cut = max(int(0.9 * len(ids)), len(ids) - _MOST_VALIDATION)

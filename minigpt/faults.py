@@ -62,9 +62,10 @@ def memory_told() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        said = " ".join(str(error).split()[:40])
         raise UserError(
-            "out of memory: take a smaller model (--n-layer, --n-embd, --block-size), or a device with more "
-            f"({' '.join(str(error).split()[:40])})"
+            "out of memory: take a smaller model (--n-layer, --n-embd, --block-size), or a device with more"
+            + (f" ({said})" if said else "")
         ) from error
 
 

@@ -105,7 +105,7 @@ def verify(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
     if version > FORMAT:
         raise UserError(
             f"{folder} was written by a newer minigpt (format {version}, and this one reads up to {FORMAT}): "
-            "update minigpt, or train again"
+            "update minigpt"
         )
     for name in files.keys() - set(leave_out):
         try:

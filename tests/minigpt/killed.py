@@ -1,8 +1,8 @@
-"""A program that trains again and again in processes of its own, and kills them: `python killed.py HOW COUNT TEXT`.
+"""A program that trains again and again in processes of its own, and kills them: `python killed.py TIMES EVERY TEXT`.
 
-HOW is `times`: kill -9 at random times, COUNT of them; or `calls`: before every COUNT-th call that changes the disk.
-Each run is gone on with until it is done, and must then be the run that nobody stopped. The processes are forked, so
-none has to import PyTorch again: a kill comes within the training, not within the imports.
+First with kill -9 at random times, so many of them; then before every EVERY-th call that changes the disk. Each run is
+gone on with until it is done, and must then be the run that nobody stopped. The processes are forked, so that none has
+to import PyTorch again: a kill comes within the training, not within the imports.
 """
 
 import os
@@ -67,12 +67,12 @@ def die_at(fatal):
 def finish(text, steps, out):
     """Go on until the run is done, and hold it to the one that nobody stopped."""
     assert os.waitpid(start(text, steps, out), 0)[1] == 0
-    assert_same_run(Path(out), Path("whole"))
+    assert_same_run(Path(out), Path(f"whole{steps}"))
 
 
 def at_random_times(count, text, steps=40):
     began = time.monotonic()
-    assert os.waitpid(start(text, steps, "whole"), 0)[1] == 0
+    assert os.waitpid(start(text, steps, f"whole{steps}"), 0)[1] == 0
     longest = 0.4 * (time.monotonic() - began)
     kills = run = 0
     while kills < count:
@@ -85,11 +85,11 @@ def at_random_times(count, text, steps=40):
         run += status == 0
     for number in range(run + 1):
         finish(text, steps, f"run{number}")
-    print(f"{kills} kills, {run + 1} runs")
+    print(f"{kills} kills at random times")
 
 
 def at_every_call(every, text, steps=4):
-    assert os.waitpid(start(text, steps, "whole"), 0)[1] == 0
+    assert os.waitpid(start(text, steps, f"whole{steps}"), 0)[1] == 0
     kills = 0
     while True:
         shutil.rmtree("run", ignore_errors=True)
@@ -99,10 +99,11 @@ def at_every_call(every, text, steps=4):
         assert status == KILLED
         kills += 1
         finish(text, steps, "run")
-    print(f"{kills} kills")
+    print(f"{kills} kills before a call")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     plots.curves = lambda *_, **__: None
-    {"times": at_random_times, "calls": at_every_call}[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
+    at_random_times(int(sys.argv[1]), sys.argv[3])
+    at_every_call(int(sys.argv[2]), sys.argv[3])

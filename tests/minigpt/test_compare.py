@@ -11,7 +11,7 @@ import pytest
 import kernels
 import kernels.reference
 from minigpt import __main__, backends, commands
-from minigpt.compare import Check, compare, write
+from minigpt.compare import Check, _seed_check, compare, write
 from minigpt.config import preset
 from minigpt.errors import UserError
 
@@ -84,9 +84,8 @@ def test_a_backend_agrees_with_itself_to_the_last_bit(config):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("broken", [attention_off_by, norm_off_by, loss_off_by])
-@pytest.mark.parametrize("factor", [1.01, 0.99])
-def test_a_factor_that_is_wrong_by_a_hundredth_is_caught(config, monkeypatch, broken, factor, dtype):
-    monkeypatch.setitem(backends._NAMESPACES, "torch", broken(factor))
+def test_a_factor_that_is_wrong_by_a_hundredth_is_caught(config, monkeypatch, broken, dtype):
+    monkeypatch.setitem(backends._NAMESPACES, "torch", broken(1.01))
     found = failed(compare("torch", "eager", config(dtype=dtype), seeds=2, announce=quiet))
     assert any(what.startswith("gradient of a in float32") for what in found)
     assert not any(what.startswith("gradient of b") for what in found)
@@ -120,8 +119,17 @@ def test_learning_that_differs_is_caught(config, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_never_agrees(value):
-    assert not Check("x", value, 1.0).passed and not Check("x", 1.0, float("nan")).passed
+    assert not Check("x", value, 1.0).passed and not Check("x", value, value).passed
+    assert not Check("x", 1.0, float("nan")).passed
     assert Check("x", 0.0, 0.0).passed
+
+
+def test_a_step_that_both_skip_is_no_difference_and_one_that_one_skips_is():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 5))
+    a[1, 2] = b[1, 2] = np.inf
+    assert _seed_check("x", a, a).passed and not _seed_check("x", a, a + 9).passed
+    a[0, 0] = np.nan
+    assert not _seed_check("x", a, b).passed
 
 
 def test_the_gradient_of_a_key_bias_is_held_absolutely(config):
