@@ -15,9 +15,10 @@ from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
 from minigpt.config import TrainConfig
 from minigpt.errors import UserError
+from minigpt.learning import learning_rate, make_optimizer
 from minigpt.model import GPT
 from minigpt.tokenizers import CharTokenizer
-from minigpt.trainer import learning_rate, make_optimizer
+from minigpt.utilization import flops_per_token, mfu_percent
 
 MFU_FORMULA = (
     "MFU = tokens/s x (6 N + 12 L C T) / peak, with N the parameters of the matrix products (embeddings left out, the "
@@ -123,20 +124,6 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         return total / count
-
-
-def flops_per_token(model: GPT, window: int) -> int:
-    """Operations of forward and backward for one token, as MFU_FORMULA counts them."""
-    shape = model.config
-    head = shape.vocab_size * shape.n_embd
-    blocks = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() == 2)
-    return 6 * (blocks + head) + 12 * shape.n_layer * shape.n_embd * window
-
-
-def mfu_percent(tokens_per_second: float, flops: int, device_name: str, dtype: torch.dtype) -> float | None:
-    """Model FLOPs utilization in percent; None for a device or precision whose peak is not known."""
-    peak = machine.peak_tflops(device_name, machine.precision(dtype))
-    return None if peak is None else 100 * tokens_per_second * flops / (peak * 1e12)
 
 
 # ---------------------------------------------------------------- measuring

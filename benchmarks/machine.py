@@ -16,24 +16,6 @@ from kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Dense matrix products with an fp32 sum, TFLOP/s, as the makers' data sheets have them, by the name that the driver
-# gives the whole device: another variant of a chip has another clock, so nothing is matched by a part of the name.
-_H100 = {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9}
-_A100 = {"bfloat16": 312.0, "float16": 312.0, "tf32": 156.0, "float32": 19.5}
-PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "NVIDIA H200": _H100,
-    "NVIDIA H100 80GB HBM3": _H100,
-    "NVIDIA H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "tf32": 378.0, "float32": 51.2},
-    "NVIDIA A100-SXM4-40GB": _A100,
-    "NVIDIA A100-SXM4-80GB": _A100,
-    "NVIDIA A100-PCIE-40GB": _A100,
-    "NVIDIA A100 80GB PCIe": _A100,
-    "NVIDIA L4": {"bfloat16": 121.0, "float16": 121.0, "tf32": 60.0, "float32": 30.3},
-    "NVIDIA L40S": {"bfloat16": 362.0, "float16": 362.0, "tf32": 183.0, "float32": 91.6},
-    "NVIDIA GeForce RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
-    "NVIDIA GeForce RTX 3090": {"bfloat16": 71.0, "float16": 71.0, "tf32": 35.6, "float32": 35.6},
-}
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -74,18 +56,6 @@ def _cpu_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def peak_tflops(name: str, precision: str) -> float | None:
-    """The data sheet's peak of the device called `name` (bfloat16, float16, tf32, float32); None where not known."""
-    return PEAK_TFLOPS.get(name, {}).get(precision)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """The precision that matrix products of `dtype` are computed in, under PyTorch's settings."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
 
 
 def clocks() -> dict[str, str] | None:

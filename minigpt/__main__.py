@@ -20,6 +20,8 @@ COMMANDS = {
     "train": (train, "train a model on a text"),
     "generate": (commands.generate, "write text with a trained model"),
     "evaluate": (commands.evaluate, "measure how well a model predicts its text"),
+    "prepare": (commands.run_prepare, "make a text of any size ready to train on"),
+    "compare": (commands.run_compare, "check that two backends learn the same"),
     "showcase": (commands.run_showcase, "show in a minute that everything works here"),
 }
 

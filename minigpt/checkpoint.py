@@ -4,39 +4,40 @@ A checkpoint is a folder:
 
     config.json            the settings of the model and of the training
     tokenizer.json         the tokenizer
-    state.json             how far the run is: step, losses, ...
+    state.json             how far the run is: step, losses, the text's checksum, what it ran on, ...
     model.safetensors      the weights, by parameter name
-    optimizer.safetensors  AdamW's state by parameter name, and the states of the random generators (for --resume)
+    optimizer.safetensors  AdamW's state by parameter name (for --resume, as the next)
+    generators.json        where the random generators stand
+    checksums.json         the SHA-256 of each of these, the versions that wrote them, the version of the format
 
-It is written beside its final place and renamed there once it is whole and on the disk, so that a full disk, a crash or
-a kill never leaves half of one: the one before stays.
+What is a function of the step is not stored: the learning rate, and the position in the data.
+
+It is written beside its final place and renamed there once it is whole and on the disk. The one that was there becomes
+`last.1`, that one `last.2`, and so on, as many as are to be kept. So a full disk, a crash or a kill at any moment
+leaves a whole one, and what is damaged later has one before it to go back to.
 """
 
-import json
-import os
-import re
+import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import tokenizers
+from . import generators, storage, tokenizers
 from .backends import Backends
 from .config import ModelConfig, TrainConfig
-from .errors import UserError, writing
+from .errors import Damaged, UserError, writing
 from .model import GPT
 from .tokenizers import CharTokenizer
 
-NAMES = ("best", "last")
+BEST, LAST = "best", "last"
 """The checkpoints of a run: of the lowest validation loss, and of the last step."""
 
-_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-_RNG = "random generator "
+_MODEL, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors", "generators.json"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,16 @@ class Checkpoint:
     tokenizer: CharTokenizer
     state: dict[str, Any]
 
+    def model(self, ops: Backends, device: torch.device) -> GPT:
+        """The model, on `device` and ready to use. Raises UserError as load_weights."""
+        model = GPT(self.model_config, ops)
+        self.load_weights(model)
+        return model.to(device).eval()
+
     def load_weights(self, model: GPT) -> None:
         """Copy the weights into `model`. Raises UserError when they are damaged or of another shape."""
         path = self.folder / _MODEL
-        stored = _read_tensors(path)
+        stored = storage.read_tensors(path)
         wanted = dict(model.named_parameters())
         for name in sorted(wanted.keys() | stored.keys()):
             there = tuple(stored[name].shape) if name in stored else "nothing"
@@ -66,22 +73,21 @@ class Checkpoint:
     def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer and the random generators where the run left them. Raises UserError as load_weights."""
         path = self.folder / _OPTIMIZER
-        stored = _read_tensors(path)
-        generators = {name: stored.pop(name) for name in list(stored) if name.startswith(_RNG)}
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in stored.items():
-            name, _, slot = key.rpartition("/")
-            states.setdefault(name, {})[slot] = tensor
-        by_parameter = {parameter: states.get(name) for name, parameter in model.named_parameters()}
-        ordered = [by_parameter[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        shapes = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
-        for state, shape in zip(ordered, shapes, strict=True):
-            if state is None or any(t.dim() and tuple(t.shape) != shape for t in state.values()):
-                raise UserError(f"{path} does not fit the model: take another checkpoint, or train again")
-        optimizer.load_state_dict(
-            {"state": dict(enumerate(ordered)), "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-        _set_generators(generators, next(model.parameters()).device)
+        if stored := storage.read_tensors(path):  # before the first step there is nothing
+            states: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in stored.items():
+                name, _, slot = key.rpartition("/")
+                states.setdefault(name, {})[slot] = tensor
+            by_parameter = {parameter: states.get(name) for name, parameter in model.named_parameters()}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            ordered = [by_parameter[parameter] for parameter in parameters]
+            for state, parameter in zip(ordered, parameters, strict=True):
+                if state is None or any(t.dim() and t.shape != parameter.shape for t in state.values()):
+                    raise UserError(f"{path} does not fit the model: take another checkpoint, or train again")
+            optimizer.load_state_dict(
+                {"state": dict(enumerate(ordered)), "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        generators.restore(storage.read_json(self.folder / _GENERATORS), next(model.parameters()).device)
 
 
 def save(
@@ -91,156 +97,155 @@ def save(
     config: TrainConfig,
     state: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    keep: int = 0,
 ) -> None:
-    """Write a checkpoint to `folder`, in place of the one there; with `optimizer`, all that a resumed run needs.
+    """Write a checkpoint to `folder`; with `optimizer`, all that a resumed run needs.
 
-    `state` holds JSON values. Raises UserError when it cannot be written, and leaves what was there.
+    The `keep` checkpoints before it stay, as FOLDER.1 (the newest of them), FOLDER.2, ... `state` holds JSON values.
+    Raises UserError when it cannot be written, and leaves what was there.
     """
     draft = folder.with_name(folder.name + ".writing")
     try:
         with writing(folder):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            _write_json(draft / "config.json", {"model": asdict(model.config), "training": config.to_json()})
-            _write_json(draft / "tokenizer.json", tokenizer.to_json())
-            _write_json(draft / "state.json", state)
-            _write_tensors(draft / _MODEL, dict(model.named_parameters()))
+            storage.write_json(draft / "config.json", {"model": asdict(model.config), "training": config.to_json()})
+            storage.write_json(draft / "tokenizer.json", tokenizer.to_json())
+            storage.write_json(draft / "state.json", state)
+            storage.write_tensors(draft / _MODEL, dict(model.named_parameters()))
             if optimizer is not None:
-                _write_tensors(draft / _OPTIMIZER, _optimizer_tensors(model, optimizer))
-            _sync(draft)
-            _replace(draft, folder)
+                storage.write_tensors(draft / _OPTIMIZER, _optimizer_tensors(model, optimizer))
+                device = next(model.parameters()).device
+                storage.write_json(draft / _GENERATORS, generators.states(device))
+            storage.seal(draft)
+            _move_in(draft, folder, keep)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises UserError when it is missing or damaged."""
-    _finish_replacing(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no checkpoint {folder}: train first, or name another folder")
-    config = _read_json(folder / "config.json")
-    try:
-        model_config = ModelConfig(**config["model"])
-        training = TrainConfig.from_json(config["training"])
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error}): take another checkpoint") from None
-    tokenizer = tokenizers.load(_read_json(folder / "tokenizer.json"))
-    return Checkpoint(folder, model_config, training, tokenizer, _read_json(folder / "state.json"))
+def load(folder: Path, *, to_resume: bool = False) -> Checkpoint:
+    """The checkpoint in `folder`, its checksums compared; those that only `to_resume` needs, only for it.
 
-
-def load_model(folder: Path, ops: Backends, device: torch.device) -> tuple[GPT, CharTokenizer]:
-    """The model of the checkpoint in `folder`, on `device` and ready to use, and its tokenizer. Raises as `load`."""
-    found = load(folder)
-    model = GPT(found.model_config, ops)
-    found.load_weights(model)
-    return model.to(device).eval(), found.tokenizer
-
-
-def find(path: Path) -> Path:
-    """The folder of the checkpoint that `path` means: itself, or the best one (else the last) of a run's folder.
-
-    Raises UserError when there is none.
+    Raises Damaged when it is not whole, and UserError when it is missing or of a newer version.
     """
-    for folder in (*(path / name for name in NAMES), path):
-        _finish_replacing(folder)
-        if (folder / _MODEL).is_file():
-            return folder
-    raise UserError(f"there is no checkpoint in {path}: train first, or name another folder")
+    _require_folder(folder)
+    storage.verify(folder, leave_out=() if to_resume else (_OPTIMIZER, _GENERATORS))
+    return _described(folder)
+
+
+def stored_config(run: Path) -> TrainConfig:
+    """The settings in the last checkpoint of a run; its tensors are not looked at. Raises UserError as `resumable`."""
+
+    def settings(folder: Path) -> TrainConfig:
+        storage.verify(folder, leave_out=(_MODEL, _OPTIMIZER))
+        return _described(folder).config
+
+    return _first_whole(_with_previous(run / LAST), settings)[0]
+
+
+def resumable(run: Path, announce: Callable[[str], None]) -> Checkpoint:
+    """The last checkpoint of a run that is whole, for the one training that goes on with it.
+
+    Damaged ones after it are set aside, as last.damaged, and `announce` gets a line about each. Raises UserError when
+    there is no whole one, or when a newer version has written it.
+    """
+    found, damaged = _first_whole(_with_previous(run / LAST), lambda folder: load(folder, to_resume=True))
+    for folder, error in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        with writing(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        announce(
+            f"WARNING: {error.problem}. Going on from the checkpoint before it, {found.folder}; "
+            f"what is left of the damaged one is {aside}"
+        )
+    return found
+
+
+def find(path: Path, announce: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint that `path` means: itself, or the best one (else the last) of a run's folder.
+
+    Where that one is damaged, the next one of the run is taken, and `announce` gets a line that says so. Raises
+    UserError when there is none that is whole.
+    """
+    folders = [folder for name in (BEST, LAST) for folder in _with_previous(path / name)]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if not folders and ((path / storage.SEAL).is_file() or (path / _MODEL).is_file()):
+        folders = [path]
+    if not folders:
+        raise UserError(f"there is no checkpoint in {path}: train first, or name another folder")
+    found, damaged = _first_whole(folders, load)
+    for _, error in damaged:
+        announce(f"WARNING: {error.problem}. Taking {found.folder} instead")
+    return found
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
     """The run under `root` whose checkpoint was written last. Raises UserError when there is none."""
-    found = [path for name in NAMES for path in root.glob(f"*/{name}/{_MODEL}")]
+    found = [path for name in (BEST, LAST) for end in ("", ".[0-9]*") for path in root.glob(f"*/{name}{end}/{_MODEL}")]
     if not found:
         raise UserError(f"there is no run with a checkpoint in {root}: train first, or name the run's folder")
     return max(found, key=lambda path: path.stat().st_mtime).parent.parent
 
 
+def _first_whole(folders: list[Path], read: Callable[[Path], Any]) -> tuple[Any, list[tuple[Path, Damaged]]]:
+    """What `read` makes of the first folder that it does not find damaged, and the damaged ones before that."""
+    damaged: list[tuple[Path, Damaged]] = []
+    for folder in folders:
+        _require_folder(folder)
+        try:
+            return read(folder), damaged
+        except Damaged as error:
+            damaged.append((folder, error))
+    raise damaged[0][1]
+
+
+def _described(folder: Path) -> Checkpoint:
+    config = storage.read_json(folder / "config.json")
+    try:
+        model_config = ModelConfig(**config["model"])
+        training = TrainConfig.from_json(config["training"])
+    except (TypeError, KeyError) as error:
+        raise Damaged(f"{folder / 'config.json'} is damaged ({error})") from None
+    tokenizer = tokenizers.load(storage.read_json(folder / "tokenizer.json"))
+    return Checkpoint(folder, model_config, training, tokenizer, storage.read_json(folder / "state.json"))
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint {folder}: train first, or name another folder")
+
+
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {
+    return {
         f"{name}/{slot}": value
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state[parameter].items()
     }
-    tensors[_RNG + "cpu"] = torch.get_rng_state()
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors[_RNG + "cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
 
 
-def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    if (state := states.get(_RNG + "cpu")) is not None:
-        torch.set_rng_state(state)
-    if device.type == "cuda" and (state := states.get(_RNG + "cuda")) is not None:
-        torch.cuda.set_rng_state(state, device)
+def _previous(folder: Path, age: int) -> Path:
+    return folder.with_name(f"{folder.name}.{age}") if age else folder
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        # safetensors tells the system's errors in words of its own, the number among them.
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, str(error)) from error
-    _sync(path)
+def _with_previous(folder: Path) -> list[Path]:
+    """`folder` and those before it, the newest first, as far as they are there; `folder` alone if none is."""
+    ages = [path.name.rpartition(".")[2] for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir()]
+    previous = [_previous(folder, age) for age in sorted(int(age) for age in ages if age.isdecimal())]
+    return [folder, *previous] if folder.is_dir() or not previous else previous
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: take another checkpoint, or train again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): take another checkpoint, or train again") from None
+def _move_in(draft: Path, folder: Path, keep: int) -> None:
+    """Put `draft` where `folder` is, and keep so many of those before it.
 
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: take another checkpoint, or train again") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): take another checkpoint, or train again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: take another checkpoint, or train again")
-    return value
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _previous(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}.previous"  # with_name would refuse "."
-
-
-def _replace(draft: Path, folder: Path) -> None:
-    """Put `draft` where `folder` is. Between the two renames the old checkpoint is `_previous(folder)`."""
-    previous = _previous(folder)
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
+    Each makes room for the next younger one, up to a gap that an interrupted move has left: at every moment all but the
+    draft are there, the newest with the lowest number.
+    """
+    ages = itertools.takewhile(lambda age: _previous(folder, age).exists(), itertools.count())
+    for age in reversed(list(ages)):
+        _previous(folder, age).rename(_previous(folder, age + 1))
     draft.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _finish_replacing(folder: Path) -> None:
-    """Undo a `_replace` that was cut off between its two renames."""
-    previous = _previous(folder)
-    if previous.is_dir() and not folder.exists():
-        with writing(folder):
-            previous.rename(folder)
+    storage.sync(folder.parent)
+    for old in _with_previous(folder)[keep + 1 :]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What a person does with a model once it is trained, as command lines: generate, evaluate, showcase.
+"""What a person does beside training, as command lines: generate, evaluate, prepare, compare,
+showcase.
 
 Each command is a dataclass of typed options, from which the flags and the --help come, and a function that carries it
 out. They raise UserError for whatever a person can put right.
@@ -10,15 +11,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from . import backends, checkpoint, corpora, sampling, showcase
+from . import backends, checkpoint, compare, dataset, prepare, resume, sampling, showcase
 from .backends import Backends
-from .config import command_line, pick_device, pick_dtype
+from .config import command_line, default_preset, pick_device, pick_dtype, preset
 from .errors import UserError
 from .evaluate import evaluate as evaluate_model
+from .folder import new_folder, remove_if_empty
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,46 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """Write the tokens of a text of any size to a folder that training maps into memory."""
+
+    data: str
+    """A text file, or a folder whose *.txt follow each other."""
+    tokenizer: Literal["characters"] = "characters"
+    """How text becomes tokens: each character is one."""
+    out: Path | None = None
+    """Folder to write to, which must not be there yet. Without one: the name of the data, ending in .tokens."""
+    workers: int = 0
+    """Processes that work on it; 0: one for each processor."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train on two backends from the same seeds on the same data; exit status 0 if they agree, 1 if not."""
+
+    a: str = "triton"
+    """Backend of the ops: eager, torch, triton, or one per op, such as attention=triton,layer_norm=torch."""
+    b: str = "torch"
+    """The backend to compare it with."""
+    preset: str | None = None
+    """Settings, as for training. Without one: those that training would take."""
+    data: str | None = None
+    """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
+    steps: int = 50
+    """Optimizer steps of each run."""
+    seeds: int = 3
+    """Runs of each backend, at least 2: their spread says what seeds alone explain."""
+    seed: int = 1337
+    """The first seed; the others follow it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the matrix products; auto: bf16 on a GPU that has it, else fp32."""
+    out: Path | None = None
+    """Folder to write to: tables, a summary, a picture. Without one: a new runs/compare-N."""
+
+
+@dataclass(frozen=True)
 class Showcase:
     """Show in a minute that everything works here: tokenizer, transformer, training, generation."""
 
@@ -83,13 +128,13 @@ def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> No
     options = command_line(Generate, sys.argv[1:] if argv is None else argv, prog=prog)
     if options.prompt == "":
         raise UserError("the prompt is empty: give --prompt at least one character, or leave it out")
-    folder = checkpoint.find(options.run or checkpoint.newest_run())
+    found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
     ops, device = _ops(options)
-    model, tokenizer = checkpoint.load_model(folder, ops, device)
+    model = found.model(ops, device)
     prompt = options.prompt or ""
     pieces = sampling.stream(
         model,
-        tokenizer,
+        found.tokenizer,
         prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -99,7 +144,7 @@ def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> No
         stop=options.stop,
     )
     # Only the text itself goes to stdout, so that it can be piped on.
-    print(f"{folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
+    print(f"{found.folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
     print(prompt, end="", flush=True)
     began, characters = time.perf_counter(), 0
     try:
@@ -117,25 +162,27 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     options = command_line(Evaluate, sys.argv[1:] if argv is None else argv, prog=prog)
     if options.max_tokens < 0:
         raise UserError(f"max_tokens is {options.max_tokens}: it must be 0 or more")
-    folder = checkpoint.find(options.run or checkpoint.newest_run())
-    found = checkpoint.load(folder)
+    found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
     ops, device = _ops(options)
-    corpus = corpora.load(options.data or found.config.data)
-    if options.data is None and corpus.sha256 != found.state.get("corpus"):
-        raise UserError(f"{folder} was trained on another text than {corpus.source}: name it with --data")
-    model, tokenizer = checkpoint.load_model(folder, ops, device)
-    _, text = corpus.split()
-    if unknown := tokenizer.unknown(text):
-        print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
-    tokens = torch.from_numpy(tokenizer.encode(text)).to(device)
+    corpus = dataset.load(options.data or found.config.data)
+    if options.data is None:
+        resume.check_text(found.config.data, found, corpus)
+    model, tokenizer = found.model(ops, device), found.tokenizer
+    tokens = corpus.validation
+    if corpus.tokenizer != tokenizer:
+        text = corpus.tokenizer.decode(tokens)
+        if unknown := tokenizer.unknown(text):
+            print(f"WARNING: {len(unknown)} kinds of characters are unknown to the model, and count as <unk>")
+        tokens = torch.from_numpy(tokenizer.encode(text))
+    tokens = tokens.to(device)
     began = time.perf_counter()
     if len(tokens) > 1:
-        print(f"evaluating {folder} on {corpus.source} ...", file=sys.stderr, flush=True)
+        print(f"evaluating {found.folder} on {corpus.source} ...", file=sys.stderr, flush=True)
     result = evaluate_model(model, tokens, max_tokens=options.max_tokens, dtype=pick_dtype(found.config.dtype, device))
     rows = {
-        "checkpoint": folder,
+        "checkpoint": found.folder,
         "kernels": _named(ops),
-        "text": f"the last tenth of {corpus.source}",
+        "text": f"the end of {corpus.source}",
         "tokens": f"{result.tokens:,}",
         "loss": f"{result.loss:.4f} nats per token",
         "bits": f"{result.bits_per_character:.4f} per character",
@@ -144,6 +191,63 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     }
     for name, value in rows.items():
         print(f"{name:<12}{value}")
+
+
+def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt compare") -> None:
+    """Print and write how two backends compare; UserError when they do not agree."""
+    options = command_line(Compare, sys.argv[1:] if argv is None else argv, prog=prog)
+    device = pick_device(options.device)
+    # what the interpreter takes, if either of the two would run there
+    slower = max((options.a, options.b), key=lambda kernels: backends.will_interpret(kernels, device))
+    settings = preset(
+        options.preset or default_preset(slower, device),
+        data=options.data,
+        max_steps=options.steps,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    for kernels in (options.a, options.b):
+        if warning := backends.resolve(kernels, device).warning:
+            _warn(warning)
+            break
+    folder = new_folder(options.out, "compare")
+    try:
+        result = compare.compare(options.a, options.b, settings, options.seeds)
+        compare.write(result, options.a, options.b, settings, folder)
+    finally:
+        remove_if_empty(folder)
+    table = Table(title=f"a: {options.a}, b: {options.b}", title_justify="left")
+    for heading in ("what", "found", "agrees up to", ""):
+        table.add_column(heading)
+    for check in result.checks:
+        table.add_row(check.what, f"{check.value:.2e}", f"{check.limit:.2e}", "ok" if check.passed else "DIFFERS")
+    Console().print(table)
+    for side, values in zip((options.a, options.b), result.validation, strict=True):
+        print(f"validation loss of {side}: {values.mean():.4f}, from seed to seed +- {values.std(ddof=1):.4f}")
+    print(f"written to {folder}")
+    if differing := [check.what for check in result.checks if not check.passed]:
+        raise UserError(f"{options.a} and {options.b} do not agree: {'; '.join(differing)}")
+
+
+def run_prepare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt prepare") -> None:
+    """Write the tokens of a text of any size to a folder that training maps into memory."""
+    options = command_line(Prepare, sys.argv[1:] if argv is None else argv, prog=prog)
+    source = Path(options.data)
+    out = options.out or source.absolute().with_suffix(".tokens")
+    began = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, refresh=True)
+
+        manifest = prepare.prepare(source, out, workers=options.workers or os.cpu_count() or 1, progress=progress)
+    print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
 
 
 def run_showcase(argv: Sequence[str] | None = None, prog: str = "python -m minigpt showcase") -> None:
@@ -158,8 +262,12 @@ def _ops(options: Generate | Evaluate | Showcase) -> tuple[Backends, torch.devic
     device = pick_device(options.device)
     ops = backends.resolve(options.kernels or os.environ.get("MINIGPT_KERNELS"), device)
     if ops.warning:
-        Console(stderr=True).print(ops.warning, style="bold red", markup=False, highlight=False, soft_wrap=True)
+        _warn(ops.warning)
     return ops, device
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _named(ops: Backends) -> str:

@@ -101,7 +101,8 @@ class TrainConfig:
     """Settings to start from. Without one: shakespeare on a GPU; shakespeare-cpu without, or tiny when kernels run in
     Triton's interpreter."""
     data: str | None = None
-    """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
+    """What to train on: shakespeare, pydocs, a text file, or a folder that `python -m minigpt prepare` has written.
+    Without one: shakespeare."""
     out: Path | None = None
     """Folder to write to. Without one: a new runs/PRESET-N."""
     resume: Path | None = None
@@ -115,6 +116,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the matrix products; auto: bf16 on a GPU that has it, else fp32."""
+    deterministic: bool = False
+    """Use only algorithms of PyTorch that give the same bits every time; on a GPU they can be slower."""
 
     n_layer: int = 4
     """Transformer blocks."""
@@ -164,6 +167,8 @@ class TrainConfig:
     """Steps between updates of the progress shown."""
     eval_interval: int = 250
     """Steps between evaluations, each followed by a checkpoint."""
+    keep: int = 1
+    """Checkpoints before the last one that stay, to go back to when it is damaged."""
     eval_tokens: int = 0
     """Validation tokens of each evaluation during training; 0: the whole validation split."""
     val_tokens: int = 0
@@ -172,12 +177,16 @@ class TrainConfig:
     """Tokens of text to sample at the end; 0: none."""
     prompt: str = ""
     """What the sample continues."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too; needs the package tensorboard."""
+    wandb: bool = False
+    """Write the metrics for Weights & Biases too, offline; needs the package wandb."""
 
     def __post_init__(self) -> None:
         self.model_config(max(1, self.vocab_size))
         for name in ("batch_size", "grad_accumulation", "max_steps", "log_interval", "eval_interval"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        whole = ("vocab_size", "window", "warmup_steps", "eval_tokens", "val_tokens", "sample_tokens")
+        whole = ("vocab_size", "window", "warmup_steps", "eval_tokens", "keep", "val_tokens", "sample_tokens")
         for name in (*whole, "weight_decay", "grad_clip", "min_learning_rate"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name} must be 0 or more, not {value}")
@@ -224,6 +233,13 @@ def preset(name: str, **overrides: Any) -> TrainConfig:
     return TrainConfig(**({"preset": name} | PRESETS[name] | overrides))
 
 
+def default_preset(kernels: str | None, device: torch.device) -> str:
+    """The preset that suits a device, and Triton's interpreter where `kernels` (the flag's text) means it."""
+    if device.type != "cpu":
+        return "shakespeare"
+    return "tiny" if backends.will_interpret(kernels, device) else "shakespeare-cpu"
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it."""
     if name == "auto":
@@ -252,15 +268,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainCon
     if (run := _peek(argv, "resume")) is not None:
         from . import checkpoint  # it imports this module
 
-        default = checkpoint.load(Path(run) / "last").config
+        default = checkpoint.stored_config(Path(run))
         return command_line(
             TrainConfig, argv, prog=prog, default=dataclasses.replace(default, kernels=request or default.kernels)
         )
-    device = pick_device(_peek(argv, "device") or "auto")
-    name = _peek(argv, "preset")
-    if name is None:
-        on_cpu = "tiny" if backends.will_interpret(request, device) else "shakespeare-cpu"
-        name = on_cpu if device.type == "cpu" else "shakespeare"
+    name = _peek(argv, "preset") or default_preset(request, pick_device(_peek(argv, "device") or "auto"))
     return command_line(TrainConfig, argv, prog=prog, default=preset(name, kernels=request or backends.AUTO))
 
 

@@ -35,6 +35,14 @@ class UserError(Exception):
     exit_status = 1
 
 
+class Damaged(UserError):
+    """Something stored is missing, cut off or changed; `problem` says what, the message what to do too."""
+
+    def __init__(self, problem: str):
+        super().__init__(f"{problem}: take another checkpoint, or train again")
+        self.problem = problem
+
+
 class Stopped(UserError):
     """A person stopped the program, and it has put its work in order: one line that says how to go on."""
 

@@ -52,13 +52,46 @@ def curves(metrics_csv: Path, png: Path, *, title: str = "") -> None:
         _logarithmic(perplexity)
         for axes in (loss, perplexity):
             _label_ends(axes)
-        temporary = png.with_name(f"{png.name}.tmp")
-        with writing(png):
-            try:
-                figure.savefig(temporary, format="png")
-                os.replace(temporary, png)
-            finally:
-                temporary.unlink(missing_ok=True)
+        _save(figure, png)
+
+
+def comparison(losses: tuple[np.ndarray, np.ndarray], names: tuple[str, str], png: Path, *, title: str = "") -> None:
+    """Draw the losses of two sets of runs, (seeds, steps) each in nats per token, and how far their means are apart.
+
+    Beside the distance stands the one that seeds alone explain. Raises UserError when the picture cannot be written.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.5), dpi=160, layout="constrained")
+        figure.get_layout_engine().set(wspace=0.04, w_pad=0.12, h_pad=0.1)
+        if title:
+            figure.suptitle(title, x=0.012, ha="left", fontsize=12, color=QUIET)
+        both, apart = figure.subplots(1, 2)
+        steps = np.arange(1, losses[0].shape[1] + 1)
+        _frame(both, "Training loss", "nats per token: the mean of the seeds, and all of them")
+        for values, name, color, style in zip(losses, names, COLORS.values(), ("-", (0, (4, 3))), strict=True):
+            both.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
+            both.plot(steps, values.mean(axis=0), color=color, linestyle=style, linewidth=2.0, label=name)
+        both.legend(frameon=False)
+        _frame(apart, "Distance of the means", "nats per token, log scale")
+        distance = np.abs(losses[0].mean(axis=0) - losses[1].mean(axis=0))
+        spread = np.sqrt(np.mean([values.var(axis=0, ddof=1) for values in losses], axis=0))
+        smallest = 1e-9  # equal bits have a distance too that a logarithm can show
+        apart.plot(steps, np.maximum(distance, smallest), color=INK, linewidth=2.0, label="measured")
+        explained = 2 * spread * np.sqrt(2 / len(losses[0]))
+        apart.plot(steps, np.maximum(explained, smallest), color=QUIET, linestyle=":", label="explained by seeds alone")
+        apart.set_yscale("log")
+        apart.legend(frameon=False)
+        _save(figure, png)
+
+
+def _save(figure: Figure, png: Path) -> None:
+    temporary = png.with_name(f"{png.name}.tmp")
+    with writing(png):
+        try:
+            figure.savefig(temporary, format="png")
+            os.replace(temporary, png)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, column: str) -> Series:
@@ -101,7 +134,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _panel(axes: Axes, title: str, unit: str, series: dict[str, Series], scale: Callable) -> None:
+def _frame(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", pad=22)
     axes.text(0, 1.025, unit, transform=axes.transAxes, color=QUIET, fontsize=10.5)
     axes.set_xlabel("step")
@@ -110,6 +143,10 @@ def _panel(axes: Axes, title: str, unit: str, series: dict[str, Series], scale: 
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
+
+
+def _panel(axes: Axes, title: str, unit: str, series: dict[str, Series], scale: Callable) -> None:
+    _frame(axes, title, unit)
     for name, (steps, losses) in series.items():
         if not len(steps):
             continue

@@ -1,7 +1,7 @@
 """What a run shows and writes down: the progress bar, metrics.csv, and small text files."""
 
 import csv
-import itertools
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -14,41 +14,65 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor
 
-from .errors import UserError, writing
+from . import storage
+from .errors import writing
 
-COLUMNS = ("step", "train_loss", "learning_rate", "val_loss", "perplexity", "tokens_per_second")
+COLUMNS = ("step", "train_loss", "grad_norm", "learning_rate", "val_loss", "perplexity", "tokens_per_second")
 """metrics.csv: one row per step; validation loss and perplexity where evaluated, speed where shown, else empty."""
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Metrics:
-    """The file metrics.csv; `step` keeps the rows up to that one and continues after it (0: from the start)."""
+    """The file metrics.csv; `step` keeps the rows up to that one and continues after it (0: from the start).
+
+    `kept` is the number of rows that were there. Raises UserError when the file cannot be written.
+    """
 
     def __init__(self, path: Path, step: int = 0):
         self.path = path
         with writing(path):
-            kept: list[dict[str, str]] = []
-            if step and path.is_file():
-                with path.open(newline="", encoding="utf-8") as file:
-                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            self._file = path.open("w", newline="", encoding="utf-8")
+            rows = _rows(path, step) if step and path.is_file() else []
+            self.kept = len(rows)
+            table = io.StringIO()
+            writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+            # Not in place: a kill on the way would take the rows along.
+            write_text(path, table.getvalue())
+            self._file = path.open("a", newline="", encoding="utf-8")
             self._writer = csv.DictWriter(self._file, COLUMNS, restval="", extrasaction="ignore")
-            self._writer.writeheader()
-            self._writer.writerows(kept)
-            self._file.flush()
 
     def write(self, rows: list[dict[str, float]]) -> None:
-        """Append rows, and hand them to the operating system."""
+        """Append rows, and hand them to the operating system. Nine digits give a float32 back to the last bit."""
         with writing(self.path):
             for row in rows:
-                self._writer.writerow({name: f"{v:.7g}" if isinstance(v, float) else v for name, v in row.items()})
+                self._writer.writerow({name: f"{v:.9g}" if isinstance(v, float) else v for name, v in row.items()})
             self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         with writing(self.path):
             self._file.close()
+
+
+def _rows(path: Path, step: int) -> list[dict[str, str]]:
+    """The rows of steps 1 to `step` in a metrics.csv, up to the first that is not whole."""
+    kept: list[dict[str, str]] = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        try:
+            for number, row in zip(range(1, step + 1), csv.DictReader(file), strict=False):
+                if row.get("step") != str(number) or None in row.values():
+                    break
+                kept.append(row)
+        except csv.Error:  # a line that is no text
+            pass
+    return kept
 
 
 class Clock:
@@ -85,10 +109,10 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
-class Losses:
-    """Losses of steps, brought from the device without making it wait.
+class Measures:
+    """What steps measured, brought from the device without making it wait.
 
-    On a GPU the copy is asynchronous: what `take` gives are the losses that the call before it asked for.
+    On a GPU the copy is asynchronous: what `take` gives are the values that the call before it asked for.
     """
 
     def __init__(self, device: torch.device):
@@ -96,26 +120,26 @@ class Losses:
         self._pending: list[Tensor] = []
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def add(self, loss: Tensor) -> None:
-        """Note the loss () of the next step."""
-        self._pending.append(loss)
+    def add(self, values: Tensor) -> None:
+        """Note the values (K,) of the next step."""
+        self._pending.append(values)
 
-    def take(self, *, everything: bool = False) -> list[float]:
-        """The next losses that are there, in order of the steps; with `everything`, all of them."""
+    def take(self, *, everything: bool = False) -> list[list[float]]:
+        """The values of the next steps that are there, in order; with `everything`, of all of them."""
         found = self._arrived()
         if self._pending:
-            losses, self._pending = torch.stack(self._pending), []
+            values, self._pending = torch.stack(self._pending), []
             if self._device.type == "cuda":
-                host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
-                host.copy_(losses, non_blocking=True)
+                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                host.copy_(values, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
                 self._copy = host, event
             else:
-                found += losses.tolist()
+                found += values.tolist()
         return found + self._arrived() if everything else found
 
-    def _arrived(self) -> list[float]:
+    def _arrived(self) -> list[list[float]]:
         if self._copy is None:
             return []
         (host, event), self._copy = self._copy, None
@@ -148,9 +172,14 @@ class Display:
             yield
         self._bar = None
 
-    def update(self, step: int, loss: float, rate: float) -> None:
-        """Show that `step` steps are done, the latest loss (nats per token) and the speed (tokens per second)."""
+    def update(self, step: int, loss: float, rate: float, mfu: float | None, memory: int | None) -> None:
+        """Show that `step` steps are done, the latest loss (nats per token) and the speed (tokens per second).
+
+        With the MFU (percent) and the most memory in use so far (bytes), where they are known.
+        """
         shown = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        shown += "" if mfu is None else f"  MFU {mfu:.1f}%"
+        shown += "" if memory is None else f"  {memory / 1e9:.1f} GB"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown, refresh=True)
             return
@@ -158,7 +187,7 @@ class Display:
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._begun) / (step - self._first) * (self._steps - step)
-            self.line(f"step {step}/{self._steps}  {shown}  {left:.0f} s left")
+            self.line(f"step {step}/{self._steps}  {shown}  {_duration(left)} left")
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -169,28 +198,12 @@ class Display:
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def new_folder(out: Path | None, name: str) -> Path:
-    """Make the folder of a new run: `out`, or the next free runs/NAME-N.
-
-    Raises UserError when it cannot be made, or when something is in it already.
-    """
-    if out is not None:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            taken = any(out.iterdir())
-        if taken:
-            raise UserError(f"{out} is not empty: --resume {out} goes on with a run there; or choose another --out")
-        return out
-    root = Path("runs")
-    with writing(root):
-        root.mkdir(exist_ok=True)
-        for number in itertools.count(1):
-            folder = root / f"{name}-{number}"
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                continue
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -198,7 +211,8 @@ def write_text(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".writing")
     with writing(path):
         try:
-            draft.write_text(text, encoding="utf-8")
+            draft.write_text(text, encoding="utf-8", newline="")
+            storage.sync(draft)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)

@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import backends, checkpoint, corpora, sampling, tokenizers, trainer
+from . import backends, checkpoint, corpora, sampling, tokenizers
 from .backends import Backends
 from .config import preset
 from .errors import UserError
+from .learning import make_optimizer
 from .model import GPT
 from .tokenizers import UNK, CharTokenizer
 
@@ -131,7 +132,7 @@ def training(ops: Backends, device: torch.device, out: Path, seed: int) -> list[
     config = preset("tiny", vocab_size=0, n_layer=1, n_head=2, max_steps=STEPS, seed=seed)
     torch.manual_seed(seed)
     model = GPT(config.model_config(made.vocab_size), ops).to(device)
-    optimizer = trainer.make_optimizer(model, config)
+    optimizer = make_optimizer(model, config)
     ids = torch.from_numpy(made.encode(TEXT)).to(device)[None]
     losses = []
     for _ in range(STEPS):
@@ -156,7 +157,8 @@ def training(ops: Backends, device: torch.device, out: Path, seed: int) -> list[
 
 def generation(ops: Backends, device: torch.device, out: Path, seed: int) -> list[Check]:
     """The saved model continues the text that it has learnt, by drawing."""
-    model, made = checkpoint.load_model(_model_folder(out), ops, device)
+    stored = checkpoint.load(_model_folder(out))
+    model, made = stored.model(ops, device), stored.tokenizer
     length = len(TEXT) - len(PROMPT)
     text = sampling.complete(model, made, PROMPT, max_new_tokens=length, temperature=0.8, top_k=5, seed=seed)
     same = sum(a == b for a, b in zip(text[len(PROMPT) :], TEXT[len(PROMPT) :], strict=False))

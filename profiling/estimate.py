@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels import device as devices
 from minigpt import backends
 from minigpt.config import DTYPES, TrainConfig
+from minigpt.learning import make_optimizer
 from minigpt.model import GPT
-from minigpt.trainer import make_optimizer
 from profiling import cuda_rules
 from profiling.step import make_batch, training_step
 from profiling.tracker import CATEGORIES, Block, Point, Tracker, Workspaces

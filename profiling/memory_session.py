@@ -16,8 +16,8 @@ import torch
 from minigpt import backends
 from minigpt.config import DTYPES, TrainConfig
 from minigpt.errors import writing
+from minigpt.learning import make_optimizer
 from minigpt.model import GPT
-from minigpt.trainer import make_optimizer
 from profiling.cuda_rules import GRANULARITY
 from profiling.estimate import hold_model, summary, vocabulary
 from profiling.step import make_batch, training_step

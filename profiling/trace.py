@@ -98,8 +98,8 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
     from kernels.op import count_launches
     from minigpt.config import pick_dtype
     from minigpt.errors import writing
+    from minigpt.learning import make_optimizer
     from minigpt.model import GPT
-    from minigpt.trainer import make_optimizer
     from profiling.estimate import vocabulary
     from profiling.step import PHASES, make_batch, training_step
 

@@ -1,15 +1,13 @@
-"""Training end to end: the rungs, what makes a row wrong, MFU, and nanoGPT beside ours."""
+"""Training end to end: the rungs, what makes a row wrong, and nanoGPT beside ours."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ladder, machine, nanogpt
+from benchmarks import ladder, nanogpt
 from minigpt import backends, config
-from minigpt.config import ModelConfig
 from minigpt.errors import UserError
-from minigpt.model import GPT
 
 CPU = torch.device("cpu")
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 2, "data": "pydocs"}
@@ -25,20 +23,6 @@ def test_the_ladder_leaves_each_kernel_out():
     for wrong in ("cuda", "torch+graphs", "attention=fast"):
         with pytest.raises(UserError):
             ladder.chosen([wrong])
-
-
-def test_flops_by_hand():
-    """One block of width 4: products of 4x12, 4x4, 4x16, 16x4, and a head of 4x10: 232 parameters. T = 8."""
-    model = GPT(ModelConfig(10, 8, 1, 2, 4, bias=True), backends.resolve("eager", CPU))
-    assert ladder.flops_per_token(model, 8) == 6 * (48 + 16 + 64 + 64 + 40) + 12 * 1 * 4 * 8
-
-
-def test_mfu():
-    """1000 tokens/s of 98.94 GFLOP each are 98.94 TFLOP/s: a tenth of an H200's peak."""
-    assert ladder.mfu_percent(1000, 98_940_000_000, "NVIDIA H200", torch.bfloat16) == pytest.approx(10.0)
-    assert ladder.mfu_percent(1000, 10**9, "NVIDIA H200 NVL", torch.bfloat16) is None
-    assert ladder.mfu_percent(1000, 10**9, "AMD EPYC", torch.float32) is None
-    assert machine.peak_tflops("NVIDIA L4", "float64") is None
 
 
 def row(name, loss):

@@ -7,17 +7,19 @@ import resource
 import pytest
 import torch
 
-from minigpt import checkpoint
+from minigpt import checkpoint, storage
 from minigpt.backends import resolve
 from minigpt.config import preset
-from minigpt.errors import UserError
+from minigpt.errors import Damaged, UserError
+from minigpt.learning import make_optimizer
 from minigpt.model import GPT
 from minigpt.tokenizers import CharTokenizer
-from minigpt.trainer import make_optimizer
 
 OPS = resolve("torch", torch.device("cpu"))
 TOKENIZER = CharTokenizer.from_text('abc "ä\n\\ 🎭')
-FILES = ("config.json", "tokenizer.json", "state.json", "model.safetensors", "optimizer.safetensors")
+FILES = ("config.json", "tokenizer.json", "state.json", "model.safetensors")
+RESUMED = ("optimizer.safetensors", "generators.json")
+ALL = (*FILES, *RESUMED, "checksums.json")
 
 
 def make(seed=0, **options):
@@ -56,7 +58,7 @@ def test_everything_comes_back(tmp_path, options):
         step(model, optimizer, seed)
     torch.manual_seed(11)
     checkpoint.save(tmp_path / "c", model, TOKENIZER, config, {"step": 3, "loss": 0.1}, optimizer)
-    assert sorted(os.listdir(tmp_path)) == ["c"] and sorted(os.listdir(tmp_path / "c")) == sorted(FILES)
+    assert sorted(os.listdir(tmp_path)) == ["c"] and sorted(os.listdir(tmp_path / "c")) == sorted(ALL)
     drawn = torch.rand(4)
 
     found = checkpoint.load(tmp_path / "c")
@@ -75,8 +77,8 @@ def test_everything_comes_back(tmp_path, options):
 
 def test_a_model_alone(saved):
     folder, _, model, _ = saved
-    loaded, tokenizer = checkpoint.load_model(folder, OPS, torch.device("cpu"))
-    assert same(model, loaded) and tokenizer == TOKENIZER and not loaded.training
+    loaded = checkpoint.load(folder).model(OPS, torch.device("cpu"))
+    assert same(model, loaded) and not loaded.training
 
 
 def test_saving_again_replaces_everything(saved):
@@ -87,22 +89,54 @@ def test_saving_again_replaces_everything(saved):
     assert os.listdir(folder.parent) == ["last"]
 
 
-@pytest.mark.parametrize("name", FILES)
+def no_news(line):
+    raise AssertionError(line)
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("length", [None, 0, 1, 9, -1])
 def test_a_missing_or_truncated_file_is_told(saved, name, length):
-    folder, _, model, optimizer = saved
+    folder = saved[0]
     path = folder / name
     if length is None:
         path.unlink()
     else:
-        data = path.read_bytes()
         # The last byte of a JSON file is its newline: take the bracket too.
-        path.write_bytes(data[: length if length >= 0 else len(data) - 3])
-    with pytest.raises(UserError, match=f"{name} is (missing|damaged)") as raised:
-        found = checkpoint.load(folder)
-        found.load_weights(model)
-        found.load_optimizer(model, optimizer)
+        path.write_bytes(path.read_bytes()[: length if length >= 0 else -3])
+    with pytest.raises(Damaged, match=f"{name} is (missing|damaged)") as raised:
+        checkpoint.load(folder, to_resume=True)
     assert "\n" not in str(raised.value)
+    if name in RESUMED:
+        assert checkpoint.load(folder).state == {"step": 1}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_flipped_bit_is_told(saved, name):
+    folder = saved[0]
+    path = folder / name
+    data = path.read_bytes()
+    for place in range(0, 8 * len(data.rstrip()), max(1, 8 * len(data) // 37)):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(Damaged, match=f"{name} is (damaged|missing)|\\.\\w+ is missing"):
+            checkpoint.load(folder, to_resume=True)
+    path.write_bytes(data)
+    checkpoint.load(folder, to_resume=True)
+
+
+def test_a_newer_format_is_refused_and_not_gone_back_from(saved, monkeypatch):
+    folder, config, model, optimizer = saved
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "FORMAT", storage.FORMAT + 1)
+        checkpoint.save(folder, model, TOKENIZER, config, {"step": 2}, optimizer, keep=1)
+    newer = rf"{folder} was written by a newer minigpt \(format 2, and this one reads up to 1\): update minigpt"
+    for look in (lambda: checkpoint.load(folder), lambda: checkpoint.find(folder.parent, no_news)):
+        with pytest.raises(UserError, match=newer):
+            look()
+    with pytest.raises(UserError, match=newer):
+        checkpoint.resumable(folder.parent, no_news)
+    assert sorted(os.listdir(folder.parent)) == ["last", "last.1"]
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"\xff\xfe", b'{"model": 3, "training": {}}'])
@@ -110,6 +144,7 @@ def test_a_missing_or_truncated_file_is_told(saved, name, length):
 def test_json_that_is_something_else_is_told(saved, name, content):
     folder = saved[0]
     (folder / name).write_bytes(content)
+    storage.seal(folder)  # as if it had been written so
     with pytest.raises(UserError):
         checkpoint.load(folder)
 
@@ -147,9 +182,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(saved, limit):
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_crash_while_replacing_leaves_one_whole_checkpoint(saved, failing, monkeypatch):
-    folder, config, model, _ = saved
+@pytest.mark.parametrize(("keep", "kept"), [(0, 0), (1, 1), (2, 2), (9, 4)])
+def test_the_ones_before_stay_as_many_as_are_wanted(saved, keep, kept):
+    folder, config, model, optimizer = saved
+    for number in range(2, 6):
+        checkpoint.save(folder, model, TOKENIZER, config, {"step": number}, optimizer, keep=keep)
+    names = ["last", *(f"last.{age}" for age in range(1, kept + 1))]
+    assert sorted(os.listdir(folder.parent)) == names
+    assert [checkpoint.load(folder.parent / name, to_resume=True).state["step"] for name in names] == [
+        5 - age for age in range(kept + 1)
+    ]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_crash_while_moving_in_leaves_all_that_were_there(saved, failing, monkeypatch):
+    folder, config, model, optimizer = saved
+    checkpoint.save(folder, model, TOKENIZER, config, {"step": 2}, optimizer, keep=1)
     rename, calls = type(folder).rename, []
 
     def crash(self, target):
@@ -160,12 +208,74 @@ def test_a_crash_while_replacing_leaves_one_whole_checkpoint(saved, failing, mon
 
     monkeypatch.setattr(type(folder), "rename", crash)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(folder, model, TOKENIZER, config, {"step": 2})
+        checkpoint.save(folder, model, TOKENIZER, config, {"step": 3}, optimizer, keep=1)
     monkeypatch.undo()
-    assert checkpoint.load(folder).state == {"step": 1}
-    assert checkpoint.find(folder.parent) == folder
-    checkpoint.save(folder, model, TOKENIZER, config, {"step": 2})
-    assert checkpoint.load(folder).state == {"step": 2} and os.listdir(folder.parent) == ["last"]
+    assert checkpoint.resumable(folder.parent, no_news).state == {"step": 2}
+    assert checkpoint.find(folder.parent, no_news).state == {"step": 2}
+    assert checkpoint.stored_config(folder.parent) == config
+    checkpoint.save(folder, model, TOKENIZER, config, {"step": 3}, optimizer, keep=1)
+    assert sorted(os.listdir(folder.parent)) == ["last", "last.1"]
+    assert [checkpoint.load(folder.parent / name).state["step"] for name in ("last", "last.1")] == [3, 2]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_going_on_falls_back_to_the_one_before_and_says_so(saved, name):
+    folder, config, model, optimizer = saved
+    run, said = folder.parent, []
+    for number in (2, 3):
+        checkpoint.save(folder, model, TOKENIZER, config, {"step": number}, optimizer, keep=2)
+    for damaged in (folder, run / "last.1"):
+        with (damaged / name).open("r+b") as file:
+            file.write(b"@")
+    assert checkpoint.stored_config(run) == config and checkpoint.resumable(run, said.append).state == {"step": 1}
+    for damaged, line in zip((folder, run / "last.1"), said, strict=True):
+        assert line.startswith(f"WARNING: {damaged / name} is damaged")
+        assert "last.2" in line and f"{damaged}.damaged" in line
+    assert sorted(os.listdir(run)) == ["last.1.damaged", "last.2", "last.damaged"]
+    checkpoint.save(folder, model, TOKENIZER, config, {"step": 2}, optimizer, keep=2)
+    assert checkpoint.resumable(run, no_news).state == {"step": 2} and (run / "last.2").is_dir()
+    for whole in (folder, run / "last.2"):
+        (whole / name).write_bytes(b"")
+    with pytest.raises(Damaged, match=f"last/{name} is damaged"):
+        checkpoint.resumable(run, no_news)
+    assert sorted(os.listdir(run)) == ["last", "last.1.damaged", "last.2", "last.damaged"]
+
+
+def test_text_from_a_run_falls_back_too_and_says_so(saved):
+    folder, config, model, _ = saved
+    run, said = folder.parent, []
+    checkpoint.save(run / "best", model, TOKENIZER, config, {"step": 7})
+    with (run / "best" / "model.safetensors").open("ab") as file:
+        file.write(b"@")
+    assert checkpoint.find(run, said.append).folder == folder
+    assert len(said) == 1 and "best/model.safetensors is damaged" in said[0] and f"Taking {folder} instead" in said[0]
+    with pytest.raises(Damaged):
+        checkpoint.find(run / "best", no_news)  # asked for by name
+    assert sorted(os.listdir(run)) == ["best", "last"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_every_file_follows_the_umask(saved, mask):
+    folder, config, model, optimizer = saved
+    before = os.umask(mask)
+    try:
+        checkpoint.save(folder, model, TOKENIZER, config, {"step": 2}, optimizer)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
+    assert modes == dict.fromkeys(ALL, oct(0o666 & ~mask))
+
+
+def test_everything_is_on_the_disk_before_it_moves_in(saved, monkeypatch):
+    folder, config, model, optimizer = saved
+    events, sync, rename = [], storage.sync, type(folder).rename
+    monkeypatch.setattr(storage, "sync", lambda path: (events.append(path), sync(path)))
+    monkeypatch.setattr(type(folder), "rename", lambda self, to: (events.append("rename"), rename(self, to)))
+    checkpoint.save(folder, model, TOKENIZER, config, {"step": 2}, optimizer)
+    draft = folder.with_name("last.writing")
+    first = events.index("rename")
+    assert set(events[:first]) == {draft, *(draft / name for name in ALL)} and events[first - 1] == draft
+    assert events[-1] == folder.parent
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
@@ -178,17 +288,20 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 def test_find_and_newest_run(saved, tmp_path):
     folder, config, model, _ = saved
     run = folder.parent
-    assert checkpoint.find(run) == checkpoint.find(folder) == folder
+    assert checkpoint.find(run, no_news).folder == checkpoint.find(folder, no_news).folder == folder
     checkpoint.save(run / "best", model, TOKENIZER, config, {})
-    assert checkpoint.find(run) == run / "best"
+    assert checkpoint.find(run, no_news).folder == run / "best"
     checkpoint.save(tmp_path / "later" / "last", model, TOKENIZER, config, {})
     os.utime(tmp_path / "later" / "last" / "model.safetensors", (2**33, 2**33))
     assert checkpoint.newest_run(tmp_path) == tmp_path / "later"
     (tmp_path / "empty").mkdir()
     for missing in (tmp_path / "empty", tmp_path / "nowhere"):
-        for look in (checkpoint.find, checkpoint.newest_run, checkpoint.load):
+        for look in (checkpoint.newest_run, checkpoint.load, checkpoint.stored_config):
             with pytest.raises(UserError, match=str(missing)):
                 look(missing)
+        for look in (checkpoint.find, checkpoint.resumable):
+            with pytest.raises(UserError, match=f"no checkpoint.*{missing}"):
+                look(missing, no_news)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt import __main__ as command
-from minigpt import commands, config, errors, trainer
+from minigpt import commands, config, errors, storage, trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 8
@@ -178,18 +178,21 @@ def widen(path: Path) -> None:
     settings = json.loads(path.read_text())
     settings["model"]["n_embd"] *= 2
     path.write_text(json.dumps(settings))
+    storage.seal(path.parent)
 
 
 def shorten(path: Path) -> None:
     tokenizer = json.loads(path.read_text())
     tokenizer["characters"] += "\U0010ffff"
     path.write_text(json.dumps(tokenizer))
+    storage.seal(path.parent)
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("model.safetensors", Path.unlink, ["no checkpoint"]),
+        ("model.safetensors", Path.unlink, ["model.safetensors", "missing"]),
+        ("checksums.json", Path.unlink, ["checksums.json", "missing"]),
         ("model.safetensors", truncate, ["model.safetensors", "damaged"]),
         ("model.safetensors", lambda path: path.write_bytes(b""), ["model.safetensors", "damaged"]),
         ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 1000), ["model.safetensors", "damaged"]),
@@ -200,20 +203,28 @@ def shorten(path: Path) -> None:
         ("config.json", lambda path: path.write_bytes(b"\xff"), ["config.json", "damaged"]),
         ("config.json", widen, ["another shape"]),
         ("tokenizer.json", Path.unlink, ["tokenizer.json", "missing"]),
-        ("tokenizer.json", lambda path: path.write_text("{}"), ["tokenizer"]),
+        ("tokenizer.json", lambda path: path.write_text("{}"), ["tokenizer", "damaged"]),
         ("tokenizer.json", shorten, ["do not belong together"]),
         ("state.json", Path.unlink, ["state.json", "missing"]),
     ],
 )
 def test_generate_from_a_damaged_checkpoint(call, copy, name, damage, words):
-    for checkpoint in ("best", "last"):
+    for checkpoint in ("best", "last", "last.1"):
         damage(copy / checkpoint / name)
     one_line(call(commands.generate, "--run", copy, "--max-new-tokens", 1), *words)
+
+
+def test_generate_says_when_it_does_not_take_the_best(call, copy):
+    truncate(copy / "best" / "model.safetensors")
+    status, out, error = call(commands.generate, "--run", copy, "--max-new-tokens", 1)
+    assert status == 0 and len(out) == 2
+    assert error.startswith("WARNING: ") and f"Taking {copy / 'last'} instead" in error
 
 
 def test_generate_from_a_model_that_has_diverged(call, copy):
     path = copy / "best" / "model.safetensors"
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+    storage.seal(path.parent)
     status, _, error = call(commands.generate, "--run", copy, "--max-new-tokens", 1)
     assert status == 1
     assert error.splitlines()[-1].startswith("error: ") and "diverged" in error
@@ -248,7 +259,8 @@ def test_evaluate_with_wrong_input(call, trained, copy, tmp_path):
     one_line(call(commands.evaluate, *run, "--data", tmp_path / "short.txt"), "longer text")
     state = json.loads((copy / "best" / "state.json").read_text())
     (copy / "best" / "state.json").write_text(json.dumps(state | {"corpus": "0" * 64}))
-    one_line(call(commands.evaluate, "--run", copy), "another text", "--data")
+    storage.seal(copy / "best")
+    one_line(call(commands.evaluate, "--run", copy), "has changed since", "--data")
     one_line(call(commands.evaluate), "train first")
 
 
@@ -265,6 +277,13 @@ def test_evaluate_with_wrong_input(call, trained, copy, tmp_path):
         (["--n-layers", "3"], ["--n-layers", "--n-layer"]),
         (["--max-steps", "many"], ["many"]),
         (["--max-steps"], ["max-steps"]),
+        (["--max-steps", "0"], ["max_steps must be at least 1"]),
+        (["--max-steps", "-5"], ["max_steps must be at least 1"]),
+        (["--eval-interval", "0"], ["eval_interval must be at least 1"]),
+        (["--grad-accumulation", "0"], ["grad_accumulation must be at least 1"]),
+        (["--batch-size", "-1"], ["batch_size must be at least 1"]),
+        (["--keep", "-1"], ["keep must be 0 or more"]),
+        (["--warmup-steps", "-1"], ["warmup_steps must be 0 or more"]),
         (["--dtype", "fp8"], ["fp8", "bf16"]),
         (["--block-size", "0"], ["block_size"]),
         (["--n-head", "3"], ["n_head", "n_embd"]),
@@ -302,7 +321,8 @@ def test_help_lists_every_command(call):
 def test_every_command_has_typed_help(call, name):
     status, out, error = call(command.main, name, "--help")
     assert status == 0 and error == ""
-    assert f"python -m minigpt {name}" in out and "--kernels" in out and "--device" in out
+    flags = {"compare": ["--a", "--device"], "prepare": ["--data"]}.get(name, ["--kernels", "--device"])
+    assert f"python -m minigpt {name}" in out and all(f"{flag} " in out for flag in flags)
     assert "INT" in out
 
 

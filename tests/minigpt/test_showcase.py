@@ -51,7 +51,8 @@ def test_all_stations_pass_and_print_what_they_measured(kernels, tmp_path):
     ):
         assert fact in printed
     assert "FAILED" not in printed
-    model, tokenizer = checkpoint.load_model(tmp_path / "model", backends.resolve("eager", CPU), CPU)
+    stored = checkpoint.load(tmp_path / "model")
+    model, tokenizer = stored.model(backends.resolve("eager", CPU), CPU), stored.tokenizer
     assert model.config.vocab_size == tokenizer.vocab_size == 16
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.device import HAS_TRITON, INTERPRETER, TARGETS
 from kernels.op import register
-from minigpt import backends, trainer
+from minigpt import backends, learning, trainer
 from minigpt.config import DTYPES, preset
 from minigpt.errors import door
 from minigpt.model import GPT
@@ -125,7 +125,7 @@ def test_categories_add_up_to_what_is_alive_at_every_point(dtype):
     with FakeTensorMode(allow_non_fake_inputs=True):
         ops = backends.resolve("torch", torch.device("cpu"))
         model = GPT(config.model_config(100), ops)
-        optimizer = trainer.make_optimizer(model, config)
+        optimizer = learning.make_optimizer(model, config)
         batch = make_batch(config, 100, "cpu")
         tracker = Counting()
         estimate.hold_model(tracker, model, optimizer, batch)
@@ -363,7 +363,7 @@ def _real_peak(config) -> int:
     device = torch.device("cpu")
     vocab_size = estimate.vocabulary(config)
     model = GPT(config.model_config(vocab_size), backends.resolve(config.kernels, device))
-    optimizer = trainer.make_optimizer(model, config)
+    optimizer = learning.make_optimizer(model, config)
     batch = make_batch(config, vocab_size, device)
     step = lambda: training_step(model, optimizer, batch, DTYPES[config.dtype], config.grad_clip)  # noqa: E731
     step()
@@ -411,16 +411,16 @@ def test_the_step_is_the_trainers(tmp_path):
     text.write_text("To be, or not to be, that is the question.\n" * 200)
     config = _config(name="shakespeare-cpu", batch_size=4, n_layer=1, data=str(text), out=tmp_path / "run")
     session = trainer.Session(config)
-    session._step(0)
+    session.learner.step(0)
     theirs = Tracker()
-    estimate.hold_model(theirs, session.model, session.optimizer, [])
+    estimate.hold_model(theirs, session.model, session.learner.optimizer, [])
     with theirs, theirs.during("forward"):
-        session._step(1)
+        session.learner.step(1)
     own = Tracker()
     batch = make_batch(config, session.tokenizer.vocab_size, "cpu")
-    estimate.hold_model(own, session.model, session.optimizer, [])
+    estimate.hold_model(own, session.model, session.learner.optimizer, [])
     with own, own.during("forward"):
-        training_step(session.model, session.optimizer, batch, torch.float32, config.grad_clip)
+        training_step(session.model, session.learner.optimizer, batch, torch.float32, config.grad_clip)
     assert own.highest == pytest.approx(theirs.highest, rel=0.001)
 
 

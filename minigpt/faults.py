@@ -1,0 +1,104 @@
+"""What can go wrong in a step: a loss or gradient that is not finite, and too little memory."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from .errors import UserError
+from .learning import Learner
+from .resume import Progress
+
+PATIENCE = 10
+"""Steps in a row that may be skipped before training stops."""
+
+FP16_PATIENCE = 30
+"""The same under fp16, whose loss scale is found by skipping: halved from 2**16 down to 1, that takes 16 steps."""
+
+
+def count_skipped(rows: list[dict[str, float]], progress: Progress, *, fp16: bool) -> str | None:
+    """Count in `progress` which steps of metrics.csv's `rows` were skipped; a line about them, or None.
+
+    Raises UserError, which says what to try, once too many in a row were.
+    """
+    skipped = []
+    for row in rows:
+        if math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"]):
+            progress.skipped_in_a_row = 0
+            continue
+        skipped.append(row)
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == (FP16_PATIENCE if fp16 else PATIENCE):
+            raise UserError(
+                f"{progress.skipped_in_a_row} steps in a row, up to step {row['step']}, were skipped "
+                f"({_measured(row)}): start again with a lower --learning-rate, a longer --warmup-steps"
+                f"{', or --dtype bf16 or fp32' if fp16 else ''}"
+            )
+    if not skipped or (fp16 and all(math.isfinite(row["train_loss"]) for row in skipped)):
+        return None  # the loss scale of fp16 is found so
+    last = skipped[-1]
+    which = f"step {last['step']}" if len(skipped) == 1 else f"{len(skipped)} steps up to step {last['step']}"
+    return f"WARNING: {which} skipped, weights unchanged: {_measured(last)}; {progress.skipped} skipped in all"
+
+
+def _measured(row: dict[str, float]) -> str:
+    return f"loss {row['train_loss']:.4g}, norm of the gradient {row['grad_norm']:.4g}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no more memory to give."""
+    # PyTorch's allocator on a CPU raises a RuntimeError like any other
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Run a block: out of memory becomes a UserError that says what to take less of."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split()[:40])
+        raise UserError(
+            "out of memory: take a smaller model (--n-layer, --n-embd, --block-size), or a device with more"
+            + (f" ({said})" if said else "")
+        ) from error
+
+
+def what_fits(learner: Learner) -> str:
+    """What to do when a step of `learner` has run out of memory: found by trying smaller batches, here and now.
+
+    The learner is of no use afterwards.
+    """
+    config = learner.config
+    for size in range(config.batch_size - 1, 0, -1):
+        if config.batch_size % size == 0 and _fits(learner, size):
+            passes = config.grad_accumulation * config.batch_size // size
+            return (
+                f"out of memory on {learner.device} with --batch-size {config.batch_size}, and {size} fits (tried just "
+                f"now): --batch-size {size} --grad-accumulation {passes} trains on the same windows"
+            )
+    return (
+        f"out of memory on {learner.device}, with a single window too: take a smaller model (--n-layer, --n-embd), a "
+        "shorter --window, or --dtype bf16"
+    )
+
+
+def _fits(learner: Learner, batch_size: int) -> bool:
+    # Two passes: in the second one the gradients of the first are there.
+    learner.config = replace(learner.config, grad_accumulation=min(2, learner.config.grad_accumulation))
+    learner.batches.batch_size = batch_size
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        learner.step(0).tolist()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True

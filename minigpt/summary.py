@@ -1,0 +1,95 @@
+"""What a run says at its beginning, and what it writes at its end."""
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import resume, sampling, utilization
+from .checkpoint import Checkpoint
+from .evaluate import Evaluation
+from .report import write_text
+
+if TYPE_CHECKING:
+    from .trainer import Session
+
+
+def introduce(session: "Session", found: Checkpoint | None) -> None:
+    """Say what is about to run, on what, and why."""
+    line, model = session.display.line, session.model
+    line(f"corpus   {session.corpus.source}: {session.corpus.tokens:,} characters")
+    line(
+        f"model    {session.config.preset}: {model.parameter_count():,} parameters, "
+        f"{model.config.vocab_size} tokens in the vocabulary"
+    )
+    line(f"device   {session.device}, {resume.dtype_name(session.dtype)}")
+    line(f"folder   {session.folder}" + (f", from step {session.progress.step}" if found else ""))
+    session.display.table(session.ops.table())
+    if session.ops.warning:
+        session.warn(session.ops.warning)
+    if found and (why := resume.why_not_exact(found.state["surroundings"], session.surroundings)):
+        session.warn(f"WARNING: from here on not bit-exact with the run that was never stopped: {why}")
+    if session.metrics.kept < session.progress.step:
+        session.warn(
+            f"WARNING: {session.metrics.path} has {session.metrics.kept} of the {session.progress.step} steps so far; "
+            "the others are lost"
+        )
+
+
+def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
+    """Say how it went, sample, draw the curves and write summary.json, whose values are returned."""
+    config, progress = session.config, session.progress
+    session.display.line(
+        f"trained: {progress.step} steps in {session.clock.seconds:.1f} s, {session.clock.rate:,.0f} tokens/s, "
+        "evaluation and saving left out"
+    )
+    session.display.line(
+        f"validation: {final.loss:.4f} nats per character, {final.bits_per_character:.4f} bits, "
+        f"perplexity {final.perplexity:.3f}, over {final.tokens:,} tokens"
+    )
+    if config.sample_tokens:
+        text = sampling.complete(
+            session.model,
+            session.tokenizer,
+            config.prompt,
+            max_new_tokens=config.sample_tokens,
+            temperature=0.8,
+            seed=config.seed,
+        )
+        write_text(session.folder / "samples.txt", text + "\n")
+        session.display.line(f"sample:\n{text}")
+    session.draw()
+    summary = {
+        "preset": config.preset,
+        "parameters": session.model.parameter_count(),
+        "vocab_size": session.model.config.vocab_size,
+        "corpus": session.corpus.name,
+        "seed": config.seed,
+        "kernels": session.ops.names,
+        "interpreted": session.ops.interpreted,
+        "device": str(session.device),
+        "device_name": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "CPU",
+        "dtype": resume.dtype_name(session.dtype),
+        "torch": torch.__version__,
+        "steps": progress.step,
+        "seconds": round(session.seconds_before + time.monotonic() - session.began, 3),
+        "tokens_per_second": round(session.clock.rate, 1),
+        "mfu_percent": session.mfu(session.clock.rate),
+        "peak_memory_bytes": utilization.peak_memory(session.device),
+        "initial_loss": progress.initial_loss,
+        "final_train_loss": progress.train_loss,
+        "skipped_steps": progress.skipped,
+        "val_loss": final.loss,
+        "val_tokens": final.tokens,
+        "bits_per_character": final.bits_per_character,
+        "perplexity": final.perplexity,
+        "best_val_loss": progress.best_val_loss,
+        "best_step": progress.best_step,
+    }
+    # JSON has no number for what is not finite
+    summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+    write_text(session.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    session.display.line(f"written to {session.folder}; more text: python generate.py --run {session.folder}")
+    return summary

@@ -1,0 +1,121 @@
+"""The learning rate, the optimizer and its step, each against what its paper says."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minigpt.backends import resolve
+from minigpt.batches import Batches
+from minigpt.config import preset
+from minigpt.learning import Learner, learning_rate
+from minigpt.model import GPT
+
+CPU = torch.device("cpu")
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "learning_rate": 1e-2}
+
+
+def make(dtype=torch.float32, **options):
+    config = preset("shakespeare-cpu", **(SHAPE | {"warmup_steps": 0} | options))
+    torch.manual_seed(0)
+    model = GPT(config.model_config(20), resolve("torch", CPU))
+    tokens = torch.randint(20, (500,))
+    return Learner(model, config, Batches(tokens, 16, config.batch_size, seed=0), dtype)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    config = preset("shakespeare-cpu", learning_rate=1.0, min_learning_rate=0.2, warmup_steps=9, max_steps=109)
+    rates = [learning_rate(step, config) for step in range(109)]
+    assert rates[:9] == pytest.approx([0.1 * n for n in range(1, 10)])
+    assert rates[9] == 1.0 and rates[59] == pytest.approx(0.6) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[34] == pytest.approx(0.2 + 0.8 * (2 + math.sqrt(2)) / 4) and 0.2 < rates[-1] < 0.201
+    assert learning_rate(109, config) == learning_rate(10**6, config) == pytest.approx(0.2)
+    short = preset("shakespeare-cpu", warmup_steps=50, max_steps=10)
+    assert 0 < learning_rate(9, short) < learning_rate(50, short)
+
+
+def test_the_optimizer_steps_as_the_paper_says():
+    """One step of decoupled weight decay and bias-corrected moments, computed by hand in float64."""
+    learner = make(beta1=0.8, beta2=0.9, weight_decay=0.3)
+    named = dict(learner.model.named_parameters())
+    before = {name: p.detach().double().clone() for name, p in named.items()}
+    torch.manual_seed(0)
+    for p in named.values():
+        p.grad = torch.randn_like(p)
+    learner.optimizer.step()
+    for name, p in named.items():
+        decay = 0.3 if p.dim() >= 2 else 0.0
+        gradient = p.grad.double()
+        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_the_gradient_is_clipped_to_its_norm(clip, monkeypatch):
+    learner, seen = make(grad_clip=clip), []
+    monkeypatch.setattr(learner.optimizer, "step", lambda: seen.append(_norm(learner)))
+    _, norm = learner.step(0).tolist()
+    learner.backward(0)
+    assert norm == pytest.approx(_norm(learner), rel=1e-5) and norm > 0.1
+    assert seen == pytest.approx([clip or norm], rel=1e-3)
+
+
+def _norm(learner):
+    return torch.cat([p.grad.flatten() for p in learner.parameters]).norm().item()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_never_waits_for_the_device(dtype):
+    learner = make(dtype)
+    learner.step(0)
+    with Waits() as waits:
+        learner.step(1)
+        assert waits.found == []
+        float(torch.ones(()))  # that the test would see one
+        assert len(waits.found) == 1
+
+
+def state(learner):
+    tensors = [*learner.parameters, *(t for s in learner.optimizer.state.values() for t in s.values())]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_a_step_without_a_finite_loss_changes_nothing(monkeypatch, dtype, clip, factor):
+    learner = make(dtype, grad_clip=clip, grad_accumulation=2)
+    for number in range(2):
+        learner.step(number)
+    before, loss = state(learner), learner.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "loss", lambda *batch: loss(*batch) * factor)
+        assert not learner.step(2).isfinite().any()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True))
+    assert learner.step(3).isfinite().all()
+    assert not any(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True) if a.dim() == 2)
+
+
+def test_a_step_whose_gradient_alone_is_not_finite_changes_nothing(monkeypatch):
+    learner = make(grad_clip=0.0)
+    learner.step(0)
+    before = state(learner)
+    handle = learner.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    loss, norm = learner.step(1).tolist()
+    handle.remove()
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True))

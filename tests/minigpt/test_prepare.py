@@ -1,0 +1,171 @@
+"""A prepared text has the tokens that the text in memory has, however it is cut, and in constant memory."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minigpt import commands, corpora, dataset, prepare, storage
+from minigpt.errors import UserError
+from minigpt.tokenizers import EOS, SPECIAL, CharTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+HARD = "\r\nÄ\r\r\n€🎭\n\r" * 7 + "plain\n" + "🎭€ä" * 9 + "\r"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make(source, out="out", workers=1, said=None):
+    return prepare.prepare(
+        Path(source), Path(out), workers=workers, progress=lambda *told: None if said is None else said.append(told)
+    )
+
+
+def tokens(out="out"):
+    kind = storage.read_json(Path(out) / "manifest.json")["dtype"]
+    return np.fromfile(Path(out) / "tokens.bin", dtype=np.dtype(kind))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 1000])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_every_cut_gives_the_tokens_of_the_text_in_memory(monkeypatch, chunk, start):
+    monkeypatch.setattr(prepare, "_CHUNK", chunk)
+    Path("text.txt").write_bytes(start + HARD.encode())
+    make("text.txt")
+    whole = corpora.load("text.txt").text
+    tokenizer = CharTokenizer.from_text(whole)
+    assert tokens().tolist() == tokenizer.encode(whole).tolist()
+    assert dataset.load("out").tokenizer == tokenizer
+
+
+def test_processes_share_the_work_and_tell_how_far_they_are(monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK", 100)
+    Path("text.txt").write_text("0123456789\n" * 500)
+    said = []
+    make("text.txt", workers=3, said=said)
+    make("text.txt", "alone")
+    assert (tokens() == tokens("alone")).all() and len(tokens()) == 5500
+    for what in ("reading the characters", "writing the tokens"):
+        done = [now for kind, now, total in said if kind == what and total == 5500]
+        assert done == sorted(done) and len(done) == 55 and done[-1] == 5500
+
+
+def test_files_of_a_folder_follow_each_other(tmp_path):
+    for name, text in (("b.txt", "two"), ("a/z.txt", "one\n"), ("c.txt", ""), ("d.txt", "end"), ("e.md", "not")):
+        Path("texts", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("texts", name).write_text(text)
+    manifest = make("texts")
+    assert [Path(path).name for path in manifest["files"]] == ["z.txt", "b.txt", "c.txt", "d.txt"]
+    tokenizer = dataset.load("out").tokenizer
+    parts = np.split(tokens(), np.flatnonzero(tokens() == EOS))
+    assert [tokenizer.decode(part) for part in parts] == ["one\n", "two", "", "end"]
+    assert tokenizer.characters == "\ndenotw" and manifest["tokens"] == 13
+
+
+@pytest.mark.parametrize(("count", "kind"), [(65536 - len(SPECIAL), "<u2"), (65537 - len(SPECIAL), "<u4")])
+def test_ids_are_as_wide_as_they_must_be(count, kind):
+    Path("text.txt").write_text("".join(chr(0x10000 + number) for number in range(count)))
+    assert make("text.txt")["dtype"] == kind
+    assert tokens().tolist() == list(range(len(SPECIAL), len(SPECIAL) + count))
+
+
+def test_what_is_damaged_is_told():
+    Path("text.txt").write_text("a text, and more of it\n" * 9)
+    make("text.txt")
+    for name in ("tokens.bin", "manifest.json", "tokenizer.json", "checksums.json"):
+        data = Path("out", name).read_bytes()
+        Path("out", name).write_bytes(data[:-3] + b"x" + data[-2:])
+        with pytest.raises(UserError, match=f"out/{name} is damaged.*: prepare the text again"):
+            dataset.load("out")
+        Path("out", name).write_bytes(data)
+    assert dataset.load("out").tokens == len(tokens())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "missing"], "no text in missing"),
+        (["--data", "empty.txt"], "no text in empty.txt"),
+        (["--data", "blank.txt"], "no text in blank.txt"),
+        (["--data", "nothing"], "no text in nothing"),
+        (["--data", "latin.txt"], r"latin.txt is not UTF-8 text \(byte 2103\).*iconv"),
+        (["--data", "text.txt", "--out", "text.txt"], "text.txt is there already"),
+        (["--data", "text.txt", "--out", "text.txt/x"], "a part of the path is a file"),
+        (["--data", "text.txt", "--workers", "-1"], "at least 1"),
+        (["--data", "text.txt", "--tokenizer", "words"], "words"),
+        ([], "--data"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(monkeypatch, arguments, said):
+    monkeypatch.setattr(prepare, "_CHUNK", 1000)
+    Path("empty.txt").write_text("")
+    Path("blank.txt").write_text("\n \n")
+    Path("nothing").mkdir()
+    Path("latin.txt").write_bytes(b"a" * 2103 + b"\xe9" + b"b" * 100)
+    Path("text.txt").write_text("A text.")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError, match=said) as raised:
+        commands.run_prepare(arguments)
+    assert "\n" not in str(raised.value) and sorted(Path().rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing():
+    Path("text.txt").write_text("to be or not to be\n" * 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    try:
+        with pytest.raises(UserError, match="out: the file would be larger"):
+            make("text.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(os.listdir()) == ["text.txt"]
+
+
+def test_a_process_that_is_killed_is_told(monkeypatch):
+    monkeypatch.setattr(prepare, "_characters", _die)
+    Path("text.txt").write_text("A text.")
+    with pytest.raises(UserError, match="take fewer --workers"):
+        make("text.txt", workers=2)
+    assert sorted(os.listdir()) == ["text.txt"]
+
+
+def _die(chunk):
+    os._exit(9)
+
+
+def test_what_a_kill_left_is_written_anew():
+    Path("text.txt").write_text("A text.")
+    Path("out.writing").mkdir()
+    Path("out.writing/tokens.bin").write_text("rest")
+    make("text.txt")
+    assert sorted(os.listdir()) == ["out", "text.txt"]
+
+
+@pytest.mark.parametrize("megabytes", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_text(megabytes):
+    line = "“To be, or not to be”, that is the question — € 5.\n".encode()
+    with Path("text.txt").open("wb") as file:
+        for _ in range(megabytes):
+            file.write(line * (1_000_000 // len(line)))
+    code = """
+import resource
+from minigpt import commands
+peak = lambda who: resource.getrusage(who).ru_maxrss // 1024
+before = peak(resource.RUSAGE_SELF)
+commands.run_prepare(["--data", "text.txt", "--workers", "2"])
+print(before, peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, child = map(int, done.stdout.splitlines()[-1].split())
+    # A process that was forked has the parent's libraries in its count too.
+    assert after < before + 50 and child < before + 50

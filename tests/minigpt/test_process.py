@@ -1,0 +1,29 @@
+"""What a block changes in PyTorch's settings is as before after it."""
+
+import os
+
+import pytest
+import torch
+
+from minigpt import process
+
+
+def test_threads_are_set_and_given_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), process.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_algorithms_are_set_and_given_back(wanted, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(KeyError), process.deterministic(wanted):
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert torch.utils.deterministic.fill_uninitialized_memory is not wanted
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

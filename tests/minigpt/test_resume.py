@@ -1,0 +1,232 @@
+"""Going on with a run: the same bits as one that was never stopped, or a line that says why not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import StopAfter, assert_same_run, losses
+
+from minigpt import checkpoint, generators, plots, storage
+from minigpt.config import parse
+from minigpt.errors import Stopped, UserError
+from minigpt.resume import why_not_exact
+from minigpt.trainer import Session, train
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take longer than the runs."""
+    monkeypatch.setattr(plots, "curves", lambda *_, **__: None)
+
+
+def stop(config, after):
+    """Train so many steps, and be stopped."""
+    session = Session(config)
+    with session, pytest.raises(Stopped, match=rf"after step {after} of {config.max_steps}.*--resume {config.out}"):
+        session.run(StopAfter(session, after))
+    generators.seed(99)  # they are elsewhere meanwhile
+
+
+def stopped_and_not(small, after, **options):
+    """Two runs in the folders `halved` and `whole`; the summaries of both."""
+    whole = train(small(out=Path("whole"), **options))
+    stop(small(out=Path("halved"), **options), after)
+    return train(parse(["--resume", "halved"])), whole
+
+
+@pytest.mark.parametrize(
+    ("after", "options"),
+    [
+        (1, {}),
+        (5, {}),  # an evaluation is due
+        (7, {"kernels": "eager"}),
+        (5, {"dropout": 0.2, "grad_accumulation": 2, "deterministic": True}),
+        (7, {"dtype": "bf16"}),
+    ],
+    ids=str,
+)
+def test_it_gives_the_run_that_was_never_stopped(small, capsys, after, options):
+    resumed, whole = stopped_and_not(small, after, max_steps=10, **options)
+    assert_same_run(Path("halved"), Path("whole"))
+    assert len(losses(Path("whole"))) == 10 and "WARNING" not in capsys.readouterr().out
+    for name in ("initial_loss", "final_train_loss", "val_loss", "best_val_loss", "best_step", "steps"):
+        assert resumed[name] == whole[name]
+
+
+@pytest.mark.interpreter
+def test_so_it_does_on_triton(small):
+    small_steps = {"max_steps": 3, "eval_interval": 2, "eval_tokens": 16, "val_tokens": 16, "sample_tokens": 0}
+    stopped_and_not(small, 1, kernels="triton", batch_size=2, dropout=0.1, **small_steps)
+    assert_same_run(Path("halved"), Path("whole"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"kernels": "triton"}, {"kernels": "torch", "deterministic": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_so_it_does_on_a_gpu(small, capsys, options, dtype):
+    shape = {"n_embd": 128, "block_size": 128, "dropout": 0.1}
+    stopped_and_not(small, 20, device="cuda", dtype=dtype, max_steps=40, **shape, **options)
+    assert_same_run(Path("halved"), Path("whole"))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_deterministic_algorithms_change_nothing_on_a_cpu(small):
+    for name, wanted in (("a", False), ("b", True)):
+        train(small(out=Path(name), deterministic=wanted))
+    assert_same_run(Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dtype", "bf16"], "dtype fp32 before, bf16 now"),
+        (["--dtype", "fp16"], "dtype fp32 before, fp16 now"),
+        (["--kernels", "attention=eager"], "attention torch before, eager now"),
+        (["--max-steps", "15"], "max_steps 10 before, 15 now"),
+    ],
+)
+def test_going_on_elsewhere_works_and_says_that_it_is_not_exact(small, capsys, arguments, said):
+    stop(small(out=Path("r"), max_steps=10), 5)
+    capsys.readouterr()
+    summary = train(parse(["--resume", "r", *arguments]))
+    warned = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert warned == [f"WARNING: from here on not bit-exact with the run that was never stopped: {said}"]
+    assert len(losses(Path("r"))) == summary["steps"] and summary["final_train_loss"] < summary["initial_loss"]
+
+
+def test_back_from_fp16_too(small):
+    stop(small(out=Path("r"), max_steps=10, dtype="fp16"), 5)
+    assert train(parse(["--resume", "r", "--dtype", "fp32"]))["dtype"] == "fp32"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("there", "here"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_on_another_device_too(small, capsys, there, here):
+    stop(small(out=Path("r"), max_steps=10, device=there, dtype="fp32"), 5)
+    train(parse(["--resume", "r", "--device", here]))
+    assert "not bit-exact" in capsys.readouterr().out and len(losses(Path("r"))) == 10
+
+
+def test_pytorchs_attention_on_a_gpu_repeats_itself_only_if_told():
+    gpu = {"device": "NVIDIA H200", "attention": "torch", "deterministic": "False"}
+    assert "--deterministic" in why_not_exact(gpu, gpu)
+    assert why_not_exact(gpu | {"attention": "triton"}, gpu | {"attention": "triton"}) is None
+    assert why_not_exact(gpu | {"deterministic": "True"}, gpu | {"deterministic": "True"}) is None
+    cpu = gpu | {"device": "CPU (AVX2)"}
+    assert why_not_exact(cpu, cpu) is None
+    assert why_not_exact(cpu, gpu) == "device CPU (AVX2) before, NVIDIA H200 now"
+    assert why_not_exact(cpu, cpu | {"triton": "3.7.1"}) == "triton none before, 3.7.1 now"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--n-layer", "2"], r"leave out --n-layer \(1 there, 2 here\)"),
+        (
+            ["--seed", "7", "--learning-rate", "1"],
+            r"--seed \(1337 there, 7 here\), --learning-rate \(0\.01 ",
+        ),
+        (["--out", "elsewhere"], "leave out --out"),
+        (["--max-steps", "3"], "12 steps already"),
+        (["--data", "other.txt"], "another text than the file other.txt: name it with --data"),
+        (["--data", "missing.txt"], "there is no file 'missing.txt'"),
+    ],
+)
+def test_a_resumed_run_stays_the_same_run(small, arguments, said):
+    train(small(out=Path("r"), sample_tokens=0))
+    Path("other.txt").write_text("Another text. " * 100)
+    before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=said):
+        train(parse(["--resume", "r", *arguments]))
+    assert {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()} == before
+    assert not Path("elsewhere").exists()
+
+
+def test_a_text_that_has_changed_is_refused(small, text):
+    stop(small(out=Path("r")), 5)
+    text.write_text(text.read_text().replace("7 is odd", "7 is not", 1))
+    with pytest.raises(UserError, match=r"text.txt has changed since r/last was written \(SHA-256 \w{12} then, \w{12}"):
+        train(parse(["--resume", "r"]))
+
+
+def test_a_finished_run_has_nothing_to_do_and_may_be_extended(small, capsys):
+    first = train(small(out=Path("r")))
+    before = {path: path.stat().st_mtime_ns for path in Path("r").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    again = train(parse(["--resume", "r"]))
+    assert again == first and "nothing to do: all 12 steps of r are done" in capsys.readouterr().out
+    before.pop(Path("r/metrics.csv"))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(losses(Path("r"))) == 12
+    more = train(parse(["--resume", "r", "--max-steps", "20", "--kernels", "eager"]))
+    assert more["steps"] == 20 and more["kernels"]["loss"] == "eager" and len(losses(Path("r"))) == 20
+
+
+@pytest.mark.parametrize("summary", [None, "{", '{"steps": 3}'])
+def test_a_run_that_was_killed_before_its_summary_is_finished(small, summary):
+    first = train(small(out=Path("r")))
+    Path("r/summary.json").unlink()
+    if summary:
+        Path("r/summary.json").write_text(summary)
+    assert train(parse(["--resume", "r"]))["val_loss"] == first["val_loss"]
+    assert json.loads(Path("r/summary.json").read_text())["steps"] == 12
+
+
+def test_a_damaged_checkpoint_costs_steps_but_not_the_result(small, capsys):
+    train(small(out=Path("whole")))
+    stop(small(out=Path("r")), 8)
+    weights = Path("r/last/model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 4
+    weights.write_bytes(data)
+    train(parse(["--resume", "r"]))
+    said = capsys.readouterr().out
+    assert "WARNING: r/last/model.safetensors is damaged" in said and "r/last.1" in said and "from step 5" in said
+    assert_same_run(Path("r"), Path("whole"))
+
+
+def test_metrics_that_are_lost_are_told(small, capsys):
+    stop(small(out=Path("r")), 5)
+    Path("r/metrics.csv").unlink()
+    train(parse(["--resume", "r"]))
+    assert "r/metrics.csv has 0 of the 5 steps" in capsys.readouterr().out and len(losses(Path("r"))) == 7
+
+
+def test_how_many_checkpoints_stay(small):
+    train(small(out=Path("r"), max_steps=8, eval_interval=2, keep=2))
+    steps = [checkpoint.load(Path("r") / name).state["progress"]["step"] for name in ("last", "last.1", "last.2")]
+    assert steps == [8, 6, 4] and not Path("r/last.3").exists()
+    train(parse(["--resume", "r", "--keep", "0", "--max-steps", "9"]))
+    assert [path.name for path in Path("r").glob("last*")] == ["last"]
+
+
+def test_a_newer_format_is_refused(small, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "FORMAT", 99)
+        stop(small(out=Path("r")), 5)
+    with pytest.raises(UserError, match=r"newer minigpt \(format 99.*update minigpt"):
+        parse(["--resume", "r"])
+    with pytest.raises(UserError, match=r"newer minigpt \(format 99.*update minigpt"):
+        train(small(resume=Path("r")))
+
+
+def test_two_trainings_in_one_folder(small):
+    with Session(small(out=Path("r"))), pytest.raises(UserError, match="another training is at work in r"):
+        train(parse(["--resume", "r"]))
+    assert train(parse(["--resume", "r"]))["steps"] == 12  # from step 0, which nothing had followed
+
+
+def test_the_generators_of_python_and_numpy_go_on_too(small, monkeypatch):
+    import random
+
+    import numpy as np
+
+    drawn, step = [], torch.optim.AdamW.step
+
+    def draw(self, *arguments):
+        drawn.append((random.random(), np.random.rand()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", draw)
+    stopped_and_not(small, 4, max_steps=8)
+    assert drawn[8:] == drawn[:8] and len(set(drawn)) == 8
