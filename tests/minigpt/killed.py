@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from runs import assert_same_run
+from training_runs import assert_same_run
 
 from minigpt import plots
 from minigpt.config import parse, preset

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import losses
+from training_runs import losses
 
 from minigpt import dataset, plots, prepare
 from minigpt.batches import Batches

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import StopAfter, assert_same_run, losses
+from training_runs import StopAfter, assert_same_run, losses
 
 from minigpt import checkpoint, generators, plots, storage
 from minigpt.config import parse

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import StopAfter, assert_same_run, losses, rows
+from training_runs import StopAfter, assert_same_run, losses, rows
 
 from kernels.op import count_launches
 from minigpt import backends, checkpoint, trainer

@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-from runs import StopAfter, rows
+from training_runs import StopAfter, rows
 
 from minigpt import plots
 from minigpt.config import parse
