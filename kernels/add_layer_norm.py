@@ -189,12 +189,12 @@ def add_layer_norm(
                 f"add_layer_norm: input {list(input.shape)} and residual {list(residual.shape)} do not broadcast"
             ) from None
     tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
-    shape = check("add_layer_norm", full_shape, normalized_shape, **tensors)
+    shape = check("add_layer_norm", full_shape, normalized_shape, eps=eps, **tensors)
     sum_dtype = _sum_dtype(input, residual)
     out_dtype = autocast_dtype(input.device) or sum_dtype
     if input.shape != full_shape or residual.shape != full_shape:
         input, residual = input.expand(full_shape), residual.expand(full_shape)
-    return forward(input, residual, row(weight), row(bias), len(shape), eps, sum_dtype, out_dtype)[:2]
+    return forward(input, residual, row(weight), row(bias), len(shape), float(eps), sum_dtype, out_dtype)[:2]
 
 
 # ---------------------------------------------------------------- catalogue

@@ -44,6 +44,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_number,
     dot,
     fma,
     next_power_of_2,
@@ -941,7 +942,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 
 
-def _check(query, key, value, attn_mask, dropout_p, enable_gqa):
+def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset):
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
@@ -957,6 +958,12 @@ def _check(query, key, value, attn_mask, dropout_p, enable_gqa):
         raise (NotImplementedError if query.dtype.is_floating_point else RuntimeError)(
             f"scaled_dot_product_attention: query is {query.dtype}; the kernel has float32, float16, bfloat16"
         )
+    check_number("scaled_dot_product_attention", "dropout_p", dropout_p)
+    check_number("scaled_dot_product_attention", "query_offset", query_offset, whole=True)
+    if scale is not None:
+        check_number("scaled_dot_product_attention", "scale", scale)
+    if query_offset and not is_causal:
+        raise RuntimeError("scaled_dot_product_attention: query_offset moves the causal diagonal; pass is_causal=True")
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"scaled_dot_product_attention: dropout_p must be in [0, 1], got {dropout_p}")
     size = query.shape[-1]
@@ -977,6 +984,11 @@ def _check(query, key, value, attn_mask, dropout_p, enable_gqa):
         if min(tensor.dim() for tensor in tensors.values()) < 3:
             raise RuntimeError("scaled_dot_product_attention: enable_gqa needs a head dimension, (..., H, T, D)")
         heads = query.shape[-3]
+        if key.shape[-3] != value.shape[-3] and all(n and heads % n == 0 for n in (key.shape[-3], value.shape[-3])):
+            raise NotImplementedError(
+                f"scaled_dot_product_attention: {key.shape[-3]} key and {value.shape[-3]} value heads; the kernel has "
+                "as many of one as of the other"
+            )
         if key.shape[-3] != value.shape[-3] or key.shape[-3] == 0 or heads % key.shape[-3]:
             raise RuntimeError(
                 f"scaled_dot_product_attention: {key.shape[-3]} key and {value.shape[-3]} value heads must be equal "
@@ -1013,7 +1025,7 @@ def scaled_dot_product_attention(
     dtype = autocast_dtype(query.device)
     if dtype is not None and query.dtype.is_floating_point and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _check(query, key, value, attn_mask, dropout_p, enable_gqa)
+    _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset)
 
     if enable_gqa:
         lead = _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])

@@ -29,7 +29,13 @@ def table() -> str:
         backward = sum("backward" in launch.name for launch in launches)
         lines.append(
             f"| `kernels.{op.name}` | {op.replaces or f'`torch.nn.functional.{op.torch.__name__}`'} | "
-            f"{len(launches) - backward}, {backward if op.differentiable else 'none'} | "
+            f"{len(launches) - backward}, {backward if op.differentiable else 'none'} ({_shape(case)}) | "
             f"{len(op.cases)} cases in 3 dtypes |"
         )
     return "\n".join(lines)
+
+
+def _shape(case) -> str:
+    """The shapes that are not said by those before them."""
+    shapes = ["x".join(map(str, shape)) for shape in case.shapes.values() if len(shape) > 1]
+    return " ".join(dict.fromkeys(shapes))

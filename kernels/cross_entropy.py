@@ -34,6 +34,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_number,
     next_power_of_2,
     plan_only,
     pointers,
@@ -337,8 +338,10 @@ backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check(input, target, weight, reduction, label_smoothing):
+def _check(input, target, weight, ignore_index, reduction, label_smoothing):
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
+    check_number("cross_entropy", "ignore_index", ignore_index, whole=True)
+    check_number("cross_entropy", "label_smoothing", label_smoothing)
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"cross_entropy: input is {input.dtype}; the kernel has float32, float16, bfloat16")
     if target.dtype.is_floating_point and target.shape == input.shape:
@@ -374,7 +377,9 @@ def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
@@ -382,14 +387,19 @@ def cross_entropy(
 
     Logits (C,), (N, C) or (N, C, d1, ...) in fp32, fp16 or bf16 and int64 targets (), (N,) or (N, d1, ...) -> the
     mean or sum, or with reduction="none" the losses in target's shape, in input's dtype; fp32 under autocast.
-    "mean" divides by the sum of the targets' weights, and is NaN where that is zero. Sums are fp32.
+    "mean" divides by the sum of the targets' weights, and is NaN where that is zero. Sums are fp32. weight may have
+    another of these dtypes than input. size_average and reduce are PyTorch's old words for reduction, and replace it.
 
     A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
     do not fit, NotImplementedError for probability targets and other dtypes.
     """
     refuse_transforms("cross_entropy", input, weight)
-    _check(input, target, weight, reduction, label_smoothing)
+    if size_average is not None or reduce is not None:
+        reduction = reference.reduction_of(size_average, reduce)
+    if input.dim() == 1 and target.shape == (1,):  # PyTorch takes it for one target without a batch
+        target = target.reshape(())
+    _check(input, target, weight, ignore_index, reduction, label_smoothing)
     logits, labels = input, target
     if input.dim() != 2:
         logits = input.movedim(min(1, input.dim() - 1), -1)
@@ -398,7 +408,7 @@ def cross_entropy(
     out_dtype = torch.float32 if autocast_dtype(input.device) else input.dtype
     weight = None if weight is None else weight.detach().contiguous()
     labels = labels.to(torch.int64).contiguous()
-    loss = forward(logits, labels, weight, ignore_index, reduction, float(label_smoothing), out_dtype)[0]
+    loss = forward(logits, labels, weight, int(ignore_index), reduction, float(label_smoothing), out_dtype)[0]
     return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 

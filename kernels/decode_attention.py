@@ -45,6 +45,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_number,
     facts_of,
     next_power_of_2,
     plan_only,
@@ -484,6 +485,10 @@ def decode_attention(
         query = query.to(key_cache.dtype)
     else:
         dtype = query.dtype
+    if not isinstance(lengths, torch.Tensor):
+        raise TypeError(f"decode_attention: lengths must be a Tensor, not {type(lengths).__name__}")
+    if scale is not None:
+        check_number("decode_attention", "scale", scale)
     _check(query, key_cache, value_cache, lengths, enable_gqa)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if scale <= 0.0:  # the kernels take the maximum before they scale

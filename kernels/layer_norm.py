@@ -42,6 +42,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_number,
     facts_of,
     next_power_of_2,
     plan_only,
@@ -81,6 +82,7 @@ def _layer_norm_forward(
     rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
     variance = tl.maximum(tl.sum(centred * centred, axis=1) / N - rest * rest, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    rstd = tl.where(variance == float("inf"), float("nan"), rstd)  # overflowed: not a norm, and not zero either
     mean += rest
 
     y = (centred - rest[:, None]) * rstd[:, None]
@@ -127,6 +129,7 @@ def _layer_norm_forward_long(
         deviations += around + step * step * start * share
         mean += step * share
     rstd = tl.div_rn(1.0, tl.sqrt_rn(deviations / N + eps))
+    rstd = tl.where(deviations == float("inf"), float("nan"), rstd)
 
     for start in range(0, N, BLOCK_N):
         mask = start + columns < N
@@ -478,10 +481,17 @@ def check(
     input_shape: Sequence[int],
     normalized_shape: int | Sequence[int],
     *,
+    eps: float,
     input: torch.Tensor,
     **others: torch.Tensor | None,
 ) -> tuple[int, ...]:
     """normalized_shape as a tuple; errors as PyTorch has them, NotImplementedError for what the kernels lack."""
+    check_number(op, "eps", eps)
+    sizes = [normalized_shape] if isinstance(normalized_shape, int | torch.SymInt) else normalized_shape
+    if not isinstance(sizes, list | tuple):
+        raise TypeError(f"{op}: normalized_shape must be an int or a list of them, not {type(sizes).__name__}")
+    for size in sizes:
+        check_number(op, "normalized_shape", size, whole=True)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input_shape[-len(shape) :]) != shape:
         raise RuntimeError(
@@ -516,9 +526,9 @@ def layer_norm(
     Raises RuntimeError if a shape does not fit normalized_shape, NotImplementedError for other dtypes.
     """
     refuse_transforms("layer_norm", input, weight, bias)
-    shape = check("layer_norm", input.shape, normalized_shape, input=input, weight=weight, bias=bias)
+    shape = check("layer_norm", input.shape, normalized_shape, eps=eps, input=input, weight=weight, bias=bias)
     out_dtype = autocast_dtype(input.device) or input.dtype
-    return forward(input, row(weight), row(bias), len(shape), eps, out_dtype)[0]
+    return forward(input, row(weight), row(bias), len(shape), float(eps), out_dtype)[0]
 
 
 # ---------------------------------------------------------------- catalogue

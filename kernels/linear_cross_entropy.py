@@ -53,6 +53,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_number,
     next_power_of_2,
     plan_only,
     pointers,
@@ -457,9 +458,11 @@ def _backward_flops(grad_shape, input_shape, linear_weight_shape, *arguments, **
 # ---------------------------------------------------------------- public
 
 
-def _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing):
+def _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing):
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
     name = "linear_cross_entropy"
+    check_number(name, "ignore_index", ignore_index, whole=True)
+    check_number(name, "label_smoothing", label_smoothing)
     autocast = autocast_dtype(input.device) is not None
     for what, tensor in (
         ("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("weight", weight),
@@ -536,8 +539,10 @@ def linear_cross_entropy(
     refuse_transforms("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     if options is not None:
         raise NotImplementedError("linear_cross_entropy: options are not implemented; chunk_rows chooses the chunks")
-    _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
     ignore_index = -100 if ignore_index is None else ignore_index
+    if input.dim() == 1 and target.shape == (1,):  # PyTorch takes it for one target without a batch
+        target = target.reshape(())
+    _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
     dtype = autocast_dtype(input.device)
     out_dtype, dtype = (input.dtype, input.dtype) if dtype is None else (torch.float32, dtype)
     learns = torch.is_grad_enabled() and reduction != "none"
@@ -546,7 +551,7 @@ def linear_cross_entropy(
     labels = target.reshape(-1).to(torch.int64).contiguous()
     rows = input.reshape(labels.shape[0], input.shape[-1])
     loss = forward(
-        rows, linear_weight, labels, linear_bias, weight, ignore_index, reduction, float(label_smoothing),
+        rows, linear_weight, labels, linear_bias, weight, int(ignore_index), reduction, float(label_smoothing),
         dtype, out_dtype, needs,
     )[0]  # fmt: skip
     return loss.view(target.shape) if reduction == "none" else loss

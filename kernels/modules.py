@@ -44,7 +44,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+        options = {"reduction": self.reduction, "label_smoothing": self.label_smoothing}
+        return cross_entropy(input, target, self.weight, ignore_index=self.ignore_index, **options)
 
 
 class LinearCrossEntropyLoss(nn.Module):

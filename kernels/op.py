@@ -7,6 +7,7 @@ is launched with (running, ahead-of-time compilation, resource tables, launch co
 import collections
 import contextlib
 import functools
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -302,6 +303,16 @@ def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
         unpack = torch.autograd.forward_ad.unpack_dual
         if any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors):
             raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; reverse mode is")
+
+
+def check_number(op: str, name: str, value: Any, whole: bool = False) -> None:
+    """Raise TypeError for what is no number, or with `whole` no integer, as PyTorch's argument parser does."""
+    if type(value) is int or (type(value) is float and not whole):
+        return
+    kinds = (numbers.Integral, torch.SymInt) if whole else (numbers.Real, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, kinds):
+        kind = "an integer" if whole else "a number"
+        raise TypeError(f"{op}: {name} must be {kind}, not {type(value).__name__}")
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -115,11 +115,20 @@ def add_layer_norm(
     return layer_norm(total, normalized_shape, weight, bias, eps), total
 
 
+def reduction_of(size_average: bool | None, reduce: bool | None) -> str:
+    """What PyTorch's old arguments say of the reduction; either may be left out, which counts as True."""
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"
+
+
 def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
@@ -128,6 +137,8 @@ def cross_entropy(
     With smoothing e: (1 - e) * w_y * (lse - x_y) + e / C * sum over c of w_c * (lse - x_c); "mean"
     divides by the sum of w_y over the targets that are not ignored.
     """
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
     classes = 0 if input.dim() == 1 else 1
     logits = _wide(input).movedim(classes, -1)
     n_classes = logits.shape[-1]
@@ -171,5 +182,6 @@ def linear_cross_entropy(
     logits = logits if linear_bias is None else logits + linear_bias
     logits, labels = logits.reshape(-1, linear_weight.shape[0]), target.reshape(-1)
     ignore_index = -100 if ignore_index is None else ignore_index
-    loss = cross_entropy(logits, labels, weight, ignore_index, reduction, label_smoothing)
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    loss = cross_entropy(logits, labels, weight, **options)
     return loss.reshape(target.shape) if reduction == "none" else loss

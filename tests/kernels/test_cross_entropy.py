@@ -233,6 +233,27 @@ def test_gradient_through_what_follows(device):
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize("size_average", [None, False, True])
+@pytest.mark.parametrize("reduce", [None, False, True])
+def test_pytorchs_old_arguments_in_their_places(reduce, size_average, device):
+    """A call with positional arguments means what it means to PyTorch."""
+    x, target, weight = draw(6, 9, device=device), classes(6, n_classes=9, device=device), draw(9, seed=4).abs()
+    arguments = (x, target, weight.to(device), size_average, 3, reduce, "sum", 0.1)
+    for count in range(2, len(arguments) + 1):
+        for function in (cross_entropy, kernels.reference.cross_entropy):
+            torch.testing.assert_close(function(*arguments[:count]), F.cross_entropy(*arguments[:count]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_target_without_a_batch_may_have_a_dimension(reduction, device):
+    x, target = draw(9, device=device), torch.tensor([3], device=device)
+    ours, theirs = (f(x, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.eye(9, device=device)
+    torch.testing.assert_close(kernels.linear_cross_entropy(x, weight, target, reduction=reduction), theirs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
@@ -248,6 +269,9 @@ def test_gradient_through_what_follows(device):
         ({"reduction": "average"}, ValueError, "average"),
         ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing"),
         ({"label_smoothing": -0.1}, RuntimeError, "label_smoothing"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, not NoneType"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, not NoneType"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, not float"),
     ],
 )
 def test_bad_arguments(arguments, error, says):

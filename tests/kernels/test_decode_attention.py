@@ -459,6 +459,8 @@ def _ones(*shape, dtype=torch.float32):
         ({"query": _ones(2, 4, 1, 8)}, {}, RuntimeError, "enable_gqa=True"),
         ({"query": _ones(2, 3, 1, 8)}, {"enable_gqa": True}, RuntimeError, "divide"),
         ({"query": _ones(2, 2, 1, 8, dtype=torch.float16)}, {}, RuntimeError, "float16"),
+        ({"lengths": [1, 2]}, {}, TypeError, "lengths must be a Tensor, not list"),
+        ({}, {"scale": "a"}, TypeError, "scale must be a number"),
         ({"lengths": torch.tensor([1.0, 2.0])}, {}, RuntimeError, "int32 or int64"),
         ({"lengths": torch.tensor([1])}, {}, RuntimeError, r"shape \[2\]"),
         ({"lengths": torch.tensor(1)}, {}, RuntimeError, r"shape \[2\]"),

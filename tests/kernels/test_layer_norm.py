@@ -136,6 +136,15 @@ def test_a_constant_row_gives_the_bias(dtype, n, device):
 
 
 @pytest.mark.parametrize("n", [24, 17_000])
+def test_a_variance_that_overflows_is_nan_and_not_zero(n, device):
+    x = draw(3, n, device=device)
+    x[1] *= 1e20
+    out = layer_norm(x, n)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+    assert kernels.add_layer_norm(x, x, n)[0][1].isnan().all()
+
+
+@pytest.mark.parametrize("n", [24, 17_000])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_stay_in_their_row(value, n, device):
     x = draw(3, n, device=device)
@@ -161,6 +170,10 @@ def test_autocast_gives_autocasts_dtype(device):
         ({"normalized_shape": 7}, RuntimeError, "normalized_shape"),
         ({"normalized_shape": ()}, RuntimeError, "normalized_shape"),
         ({"normalized_shape": (2, 3, 8)}, RuntimeError, "normalized_shape"),
+        ({"normalized_shape": "8"}, TypeError, "normalized_shape must be an int or a list of them, not str"),
+        ({"normalized_shape": 8.0}, TypeError, "normalized_shape must be an int or a list of them, not float"),
+        ({"normalized_shape": [8.0]}, TypeError, "normalized_shape must be an integer, not float"),
+        ({"normalized_shape": 8, "eps": "a"}, TypeError, "eps must be a number, not str"),
         ({"normalized_shape": 8, "weight": torch.ones(7)}, RuntimeError, "weight"),
         ({"normalized_shape": 8, "bias": torch.ones(1, 8)}, RuntimeError, "bias"),
         ({"normalized_shape": 8, "weight": torch.ones(8, dtype=torch.float64)}, NotImplementedError, "float64"),
