@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from test_resources import TENSOR_CORE
+from test_resources import EXCEPTIONS, TENSOR_CORE
 
 from profiling import figures
 from profiling.resources import Use
@@ -81,9 +81,10 @@ def test_the_figures_that_are_kept_are_of_kernels_that_there_are(monkeypatch):
     versions = [file.stem.removeprefix("triton-") for file in figures.FOLDER.glob("triton-*.csv")]
     assert {"3.6.0", "3.7.1"} <= set(versions)
     sizes = {case.name for op in catalogue.OPS for case in op.sizes}
+    exceptions = {name: max(bytes.values()) for name, bytes in EXCEPTIONS.items()}
     for version in versions:
         for row in figures.read(version):
             assert row["op"] in {op.name for op in catalogue.OPS} and row["arch"] in TENSOR_CORE
             assert {case.split("/")[-1] for case in row["cases"].split()} <= sizes
             if row["dtype"] != "float32" and "BLOCK_D=256" not in row["tile"]:
-                assert int(row["spill_bytes"]) <= 16, row
+                assert int(row["spill_bytes"]) <= exceptions.get(version, 0), row
