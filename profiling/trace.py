@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = (
-    ("attention", ("scaled_dot_product", "flash", "fmha", "kernels::attention", "_attention_")),
+    ("attention", ("attention", "scaled_dot_product", "flash", "fmha")),
     ("layer norm", ("layer_norm",)),
     ("loss", ("cross_entropy", "log_softmax", "nll_loss", "softmax")),
     ("optimizer", ("adam", "foreach", "multi_tensor", "vector_norm")),

@@ -66,6 +66,16 @@ def test_groups(name, group):
     assert trace.group_of(name) == group
 
 
+@pytest.mark.parametrize("form", ["kernels::{}", "{}_gradients", "{}_gradientsBackward"])
+def test_every_op_of_ours_has_a_group(form):
+    from kernels import catalogue  # noqa: F401 - registers the ops
+    from kernels.op import IMPLEMENTATIONS
+
+    assert "attention" in IMPLEMENTATIONS
+    assert [name for name in IMPLEMENTATIONS if trace.group_of(form.format(name)) == "other"] == []
+    assert trace.group_of(form.format("attention")) == "attention"
+
+
 def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
     def event(name, device_type, start, end, annotation=False):
         time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
