@@ -1,8 +1,9 @@
 """`python -m benchmarks compare A B`: which rows of B differ from those of A by more than chance.
 
 A verdict comes from the 99% bootstrap interval of the ratio of the medians, B over A: FASTER or SLOWER where it
-leaves 1 out, SAME where it includes 1 and reaches no further than 5% from it, else UNCLEAR. Two runs differ by their
-surroundings, too (clocks, neighbours), which no sample of either shows: what matters deserves a second run.
+leaves 1 out, SAME where it includes 1 and reaches no further than 5% from it, else UNCLEAR. Rows whose samples are
+the very same are SAME: that is one measurement and not two. Two runs differ by their surroundings, too (clocks,
+neighbours), which no sample of either shows: what matters deserves a second run.
 """
 
 import argparse

@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks import noise
@@ -171,30 +173,49 @@ def _roofline(document: dict[str, Any], rows: list[dict[str, Any]], dtype: str) 
         f"copy {_short(ceilings['copy_gbps'])} GB/s", (lowest, lowest * bandwidth), xytext=(6, -2),
         textcoords="offset points", fontsize=10, color=INK, va="top",
     )  # fmt: skip
-    axes.annotate(
-        f"matrix product {_short(peak)} {unit}", (highest, peak), xytext=(-2, 5), textcoords="offset points",
-        fontsize=10, color=INK, ha="right",
-    )  # fmt: skip
     for row in rows:
         look = {"color": COLORS.get(row["provider"], INK), "marker": MARKERS[ops.index(row["op"]) % len(MARKERS)]}
         hollow = {"markerfacecolor": "white"} if row["pass"] != "forward" else {}
         high, low = (scale * row["tflops"] * row["median_ms"] / row[p] for p in ("p20_ms", "p80_ms"))
         axes.plot([row["intensity"]] * 2, [low, high], color=look["color"], alpha=0.35, linewidth=5)
         axes.plot([row["intensity"]], [scale * row["tflops"]], linestyle="", markersize=6, alpha=0.9, **look, **hollow)
-    for name in names:
-        axes.plot([], [], linestyle="", marker="o", color=COLORS.get(name, INK), label=name)
-    for op in ops:
-        axes.plot([], [], linestyle="", marker=MARKERS[ops.index(op) % len(MARKERS)], color=QUIET, label=op)
-    axes.plot([], [], linestyle="", marker="o", color=QUIET, label="forward")
-    axes.plot([], [], linestyle="", marker="o", color=QUIET, markerfacecolor="white", label="with backward")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9.5)
+    meanings = {
+        "Colour: provider": [(name, {"marker": "o", "color": COLORS.get(name, INK)}) for name in names],
+        "Shape: op": [(op, {"marker": MARKERS[ops.index(op) % len(MARKERS)], "color": QUIET}) for op in ops],
+        "Filling: pass": [
+            ("forward", {"marker": "o", "color": QUIET}),
+            ("with backward", {"marker": "o", "color": QUIET, "markerfacecolor": "white"}),
+        ],
+    }
+    top = 0.86
+    for title, entries in meanings.items():
+        handles = [Line2D([], [], linestyle="", label=label, **look) for label, look in entries]
+        legend = figure.legend(
+            handles=handles, title=title, loc="upper left", bbox_to_anchor=(0.715, top), frameon=False, fontsize=9.5,
+            title_fontproperties={"weight": "bold", "size": 10}, alignment="left", borderaxespad=0.0,
+        )  # fmt: skip
+        top -= legend.get_window_extent().height / figure.bbox.height + 0.02
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel=unit)
     axes.set_xlim(lowest, highest)
+    highs = [scale * row["tflops"] * row["median_ms"] / row["p20_ms"] for row in rows]
+    above = max(peak, *highs)
+    axes.set_ylim(None, above * 3.0)
     _log(axes.xaxis)
     _log(axes.yaxis)
     axes.tick_params(labelsize=10)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+    label = axes.annotate(
+        f"matrix product\n{_short(peak)} {unit}", (highest, peak), xytext=(-4, 6), textcoords="offset points",
+        fontsize=10, color=INK, ha="right", va="bottom", zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
+    taken = label.get_window_extent().padded(8)
+    drawn = [
+        (row["intensity"], y) for row, high in zip(rows, highs, strict=True) for y in (scale * row["tflops"], high)
+    ]
+    if any(taken.contains(*point) for point in axes.transData.transform(drawn)):
+        label.xy = (highest, above)  # where warm caches let rows lie above the roof
     return figure
 
 
@@ -202,23 +223,31 @@ def _roofline(document: dict[str, Any], rows: list[dict[str, Any]], dtype: str) 
 
 
 def _training(document: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """A bar for each configuration: tokens a second, with its band."""
+    """A bar for each configuration, to its median of tokens a second; a thin line from the 20th to the 80th."""
     figure = Figure(figsize=(10, 1.8 + 0.5 * len(rows)), dpi=130)
-    _title(figure, document, f"Training {rows[0]['preset']}, {rows[0]['dtype']}: tokens a second")
+    _title(
+        figure,
+        document,
+        f"Training {rows[0]['preset']}, {rows[0]['dtype']}: tokens a second, line: 20th to 80th percentile",
+    )
     height = figure.get_size_inches()[1]
     axes = figure.subplots()
     longest = max(len(row["configuration"]) for row in rows)
     figure.subplots_adjust(
         left=min(0.5, 0.03 + 0.0086 * longest), right=0.9, top=1 - 0.75 / height, bottom=0.55 / height
     )
+    seen = [withStroke(linewidth=3, foreground="white")]  # on dark bars too
     for place, row in enumerate(rows):
         name = row["configuration"].split("+")[0]
         color = COLORS.get(name, COLORS["triton"] if "=" in name else INK)
-        axes.barh(place, row["tokens_per_second"], color=color, height=0.6, alpha=0.8)
+        axes.barh(place, row["tokens_per_second"], color=color, height=0.6)
         low, high = row["p20_tokens_per_second"], row["p80_tokens_per_second"]
-        axes.fill_betweenx([place - 0.3, place + 0.3], low, high, color=INK, alpha=0.25, linewidth=0)
+        # above the middle, where the number does not lie
+        axes.plot(
+            [low, high], [place - 0.18] * 2, color=INK, linewidth=1.2, marker="|", markersize=6, path_effects=seen
+        )
         axes.annotate(
-            f"{row['tokens_per_second']:,.0f}", (max(high, row["tokens_per_second"]), place), xytext=(5, 0),
+            f"{row['tokens_per_second']:,.0f}", (row["tokens_per_second"], place + 0.08), xytext=(5, 0),
             textcoords="offset points", va="center", fontsize=10.5,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [row["configuration"] for row in rows], fontsize=10.5, color=INK)

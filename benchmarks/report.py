@@ -13,6 +13,8 @@ from minigpt.errors import UserError
 MARKERS = re.compile(r"<!-- benchmarks ([^:\n]+): (\S+) -->\n(.*?)<!-- /benchmarks -->", re.DOTALL)
 """A section of the README: what was measured, the file it shows, from the root of the checkout, and its tables."""
 CHAPTER = "## Benchmarks\n"
+ABOVE = 0.05
+"""How far a row's rate of operations may be above the measured ceiling before that is doubted: samples vary."""
 
 
 def add_to(commands: Any) -> None:
@@ -56,7 +58,7 @@ def _joined(*parts: list[str]) -> str:
 
 
 def _opening(document: dict[str, Any]) -> list[str]:
-    return [_heading(document), noise.warning(document)]
+    return [_heading(document), noise.warning(document), _ceiling_warning(document)]
 
 
 def _body(document: dict[str, Any]) -> list[str]:
@@ -152,6 +154,24 @@ def _heading(document: dict[str, Any]) -> str:
     return line
 
 
+def above_ceiling(document: dict[str, Any]) -> set[tuple[str, ...]]:
+    """The keys of the rows that compute faster than the matrix product of their run, by more than ABOVE."""
+    if document["kind"] != "kernels":
+        return set()
+    ceilings = {row["dtype"]: document["ceilings"].get(f"matmul_tflops_{row['dtype']}") for row in document["rows"]}
+    return {
+        results.key_of(document, row)
+        for row in document["rows"]
+        if row["status"] == "ok" and ceilings[row["dtype"]] and row["tflops"] > (1 + ABOVE) * ceilings[row["dtype"]]
+    }
+
+
+def _ceiling_warning(document: dict[str, Any]) -> str:
+    marked = len(above_ceiling(document))
+    many = f"{marked} rows, marked ^, compute" if marked > 1 else "1 row, marked ^, computes"
+    return f"{many} faster than the matrix product of the same run: that ceiling was measured too low." * bool(marked)
+
+
 def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
@@ -172,7 +192,7 @@ def number(value: float) -> str:
 def _kernel_tables(document: dict[str, Any]) -> list[str]:
     parts = []
     rows, marked = [row for row in document["rows"] if row["status"] == "ok"], noise.disturbed(document)
-    ours = any("over_ours" in row for row in rows)
+    ours, doubted = any("over_ours" in row for row in rows), above_ceiling(document)
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
         mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
         names = [name for name in _unique(row["provider"] for row in mine) if not name.endswith(AGAIN)]
@@ -186,7 +206,8 @@ def _kernel_tables(document: dict[str, Any]) -> list[str]:
                 if other.endswith(AGAIN) and other.removesuffix(AGAIN) in cells
             ]
             again = f"{ratios[0]:.3f}" if ratios else ""
-            mark = {provider: "~" * (results.key_of(document, row) in marked) for provider, row in cells.items()}
+            keys = {provider: results.key_of(document, row) for provider, row in cells.items()}
+            mark = {provider: "~" * (key in marked) + "^" * (key in doubted) for provider, key in keys.items()}
             shown = [mark[provider] + _cell(cells[provider]) if provider in cells else "" for provider in names]
             table.append([case, shape, name, *shown, again])
         caption = f"**{op}, {dtype}**: milliseconds a call, median (20th to 80th percentile)"

@@ -5,7 +5,8 @@
 2  parity; the tile sweep
 3  parity; every kernel benchmark; the ladder; a trace of each backend
 
-Each step is a process of its own with a time limit; a step that fails ends nothing but itself. What there is is packed
+Each step is a process of its own with a time limit, its share of the minutes that are left, so that a step that takes
+too long leaves the later ones theirs; a step that fails ends nothing but itself. What there is is packed
 into DIR/stage-N.tar.gz after every step, and while one runs: the machine may go at any time. Without a GPU the same
 steps run on the CPU, small, with Triton's interpreter for the kernels: a rehearsal.
 """
@@ -33,6 +34,7 @@ from minigpt.errors import UserError, writing
 PACK_SECONDS = 15.0  # between packings while a step runs
 GRACE_SECONDS = 5.0  # between asking a step to end and ending it
 RESERVE_SECONDS = 10.0  # of the minutes, for the last packing
+LEAST_SECONDS = 10.0  # for a step: with less it would end before its imports have
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("all", help="everything that a run on a GPU does, in stages", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole stage (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole stage, 2 or more (default: 8)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the archive")
     parser.set_defaults(run=run)
 
@@ -174,8 +176,9 @@ def follow(
         if stopped or left <= 1.0:
             outcomes.append(Outcome(step.name, "skipped", reason=stopped or "no time was left"))
         else:
-            say(f"{number} of {len(steps)}: {step.name}, at most {min(step.seconds, left):.0f} s")
-            outcome = _run_step(step, number, min(step.seconds, left), work, lambda: pack(work, archive))
+            limit = _limit(step, steps[number:], left)
+            say(f"{number} of {len(steps)}: {step.name}, at most {limit:.0f} s")
+            outcome = _run_step(step, number, limit, work, lambda: pack(work, archive))
             outcomes.append(outcome)
             say(f"  {outcome.status} after {outcome.seconds:.1f} s{': ' * bool(outcome.reason)}{outcome.reason}")
             if step.vital and outcome.status != "ok":
@@ -183,6 +186,17 @@ def follow(
         _note(work, outcomes)
         pack(work, archive)
     return outcomes
+
+
+def _limit(step: Step, later: list[Step], left: float) -> float:
+    """The seconds that a step may take: its share of those `left`, by its own limit beside those of the `later` ones.
+
+    What a step leaves over goes to all that follow. A vital step has all there is, as nothing would come after it.
+    """
+    if step.vital:
+        return min(step.seconds, left)
+    share = left * step.seconds / (step.seconds + sum(other.seconds for other in later))
+    return min(step.seconds, left, max(share, LEAST_SECONDS))
 
 
 def _note(work: Path, outcomes: list[Outcome]) -> None:

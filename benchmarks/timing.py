@@ -8,12 +8,11 @@ import collections
 import contextlib
 import math
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -23,7 +22,11 @@ MOST_COPIES = 512
 MOST_CALLS = 2048  # in one CUDA graph
 GRAPH_MS = 1.0  # a graph is to take so long, so that what its launch costs does not count
 LATE_SECONDS = 100e-6
+GPU_SIZES, CPU_SIZES = (4096, 8192, 12288), (512, 1024, 2048)  # of the square products that a ceiling is the best of
 CYCLES = 2e9  # a second, of a kernel that spins: no GPU's clock is above that by much
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Late(Exception):
@@ -273,8 +276,8 @@ def host_microseconds(function: Callable[[], object], repeats: int = 3) -> float
 
 
 def interleaved(
-    timers: dict[str, Timer], rounds: int, seed: int = 0, seconds: float = math.inf
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    timers: dict[Name, Timer], rounds: int, seed: int = 0, seconds: float = math.inf
+) -> tuple[dict[Name, list[float]], dict[Name, Exception]]:
     """Samples in milliseconds, one per round of each timer, the order drawn anew for each round; and what failed.
 
     One round before them does not count: it finds clocks low and caches full of something else. Stops early once
@@ -282,8 +285,8 @@ def interleaved(
     third of them are, the timer has failed.
     """
     order, draw = list(timers), random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in order}
-    failed: dict[str, Exception] = {}
+    samples: dict[Name, list[float]] = {name: [] for name in order}
+    failed: dict[Name, Exception] = {}
     late = dict.fromkeys(order, 0)
     began = time.perf_counter()
     for number in range(-1, rounds):
@@ -315,27 +318,25 @@ def interleaved(
 def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> dict[str, float]:
     """What this device reaches here and now: copy_gbps by clone, and matmul_tflops_<dtype> of a square product.
 
-    Bytes of a copy are those read and those written. Rates come from the median of the samples.
+    Bytes of a copy are those read and those written. A ceiling is a maximum: the best of all samples, taken in turns,
+    and of several sizes, as the largest product is not the fastest everywhere. On a CPU PyTorch's threads are those
+    that the rows run over.
     """
     on_gpu = device.type == "cuda"
-    rounds = 10 if quick else 30
     source = torch.randn((1 << 28) if on_gpu else (1 << 23), device=device)
-    found = {"copy_gbps": 2 * source.nbytes / _median_ms(source.clone, device, rounds) / 1e6}
-    del source
-    size = 8192 if on_gpu else 768
+    functions = {("copy_gbps", 0): source.clone}
+    work = {("copy_gbps", 0): 2 * source.nbytes / 1e6}  # over milliseconds: GB/s, and TFLOP/s below
     for dtype in dtypes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        milliseconds = _median_ms(lambda a=a, b=b: a @ b, device, rounds)
-        found[f"matmul_tflops_{str(dtype).removeprefix('torch.')}"] = 2 * size**3 / milliseconds / 1e9
-    return {name: float(f"{value:.6g}") for name, value in found.items()}
-
-
-def _median_ms(function: Callable[[], object], device: torch.device, rounds: int) -> float:
-    if device.type == "cuda":
-        timer = EventTimer([function] * 3)
-    else:
-        timer = CpuTimer(function)
-    samples, failed = interleaved({"ceiling": timer}, rounds)
+        for size in GPU_SIZES if on_gpu else CPU_SIZES:
+            key = f"matmul_tflops_{str(dtype).removeprefix('torch.')}", size
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            functions[key] = lambda a=a, b=b: a @ b
+            work[key] = 2 * size**3 / 1e9
+    timers = {key: EventTimer([function] * 3) if on_gpu else CpuTimer(function) for key, function in functions.items()}
+    samples, failed = interleaved(timers, 10 if quick else 30, seconds=3.0 if quick else 10.0)
     for error in failed.values():
         raise error
-    return statistics.median(samples["ceiling"])
+    found: dict[str, float] = {}
+    for key, taken in samples.items():
+        found[key[0]] = max(found.get(key[0], 0.0), work[key] / min(taken))
+    return {name: float(f"{value:.6g}") for name, value in found.items()}

@@ -22,6 +22,9 @@ from types import SimpleNamespace
 
 import torch
 
+from profiling.outputs import check_folders
+from profiling.recording import recorded
+
 ROUNDS, CALLS = 25, 40
 PASSES = ("no gradients", "forward", "forward and backward")
 
@@ -149,11 +152,11 @@ def python_calls(call: Callable) -> int:
 
 def aten_ops(calls: list[Callable]) -> list[dict[str, int]]:
     """How often each call runs each of PyTorch's ops, those that others run among them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as recorded:
+    with recorded(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         for place, call in enumerate(calls):
             with torch.profiler.record_function(f"call {place}"):
                 call()
-    events = recorded.events()
+    events = profiler.events()
     found = []
     for place in range(len(calls)):
         span = next(event.time_range for event in events if event.name == f"call {place}")
@@ -229,6 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"unknown op {', '.join(unknown)}: choose from {', '.join(ops)}")
     if arguments.rounds < 1:
         raise UserError("--rounds must be 1 or more")
+    check_folders(arguments.json)
     if not gpu:
         stand_in()
     torch.set_num_threads(1)

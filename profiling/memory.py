@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from profiling.outputs import check_folders, check_suffix
+
 GB = 1e9
 ALL_KERNELS = ("eager", "torch", "triton")
 
@@ -44,7 +46,7 @@ def add_to(commands) -> None:
         "--fit", nargs="+", action="extend", type=float, default=[], metavar="GB", help="largest batch in so many 1e9 B"
     )
     parser.add_argument("--json", type=Path, help="write everything here, `-` for stdout instead of the tables")
-    parser.add_argument("--png", type=Path, help="draw the timelines here")
+    parser.add_argument("--png", type=Path, help="draw the timelines here (or .svg, .pdf: by the name)")
     parser.add_argument("--html", type=Path, help="write a page with the timelines and tables here")
     parser.add_argument("--snapshot", type=Path, metavar="DIR", help="on a GPU: write torch.cuda.memory snapshots here")
     parser.set_defaults(run=run)
@@ -55,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from minigpt.errors import UserError
-    from profiling import memory_report
+    from profiling import memory_report, pictures
 
     configs = _configs(arguments)
-    for path in (arguments.png, arguments.html, arguments.json):
-        if path and path != Path("-") and not path.absolute().parent.is_dir():
-            raise UserError(f"{path.absolute().parent}: no such folder; create it, or choose another place")
+    check_folders(arguments.png, arguments.html, arguments.json)
+    check_suffix("--png", arguments.png, pictures.suffixes())
+    check_suffix("--html", arguments.html, ("", ".html", ".htm"))  # none: a device, as /dev/stdout
     measuring = torch.cuda.is_available() and not arguments.estimate and arguments.device == "cuda"
     if arguments.snapshot and not measuring:
         raise UserError("--snapshot needs a GPU, and no --estimate: snapshots are of PyTorch's CUDA allocator")

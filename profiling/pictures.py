@@ -36,6 +36,27 @@ class Line(NamedTuple):
         return [sum(values) for values in zip(*self.bytes.values(), strict=True)]
 
 
+class Unit(NamedTuple):
+    """What a picture counts memory in."""
+
+    name: str
+    bytes: float
+    digits: int
+
+    def of(self, size: float) -> str:
+        """So many bytes, in words."""
+        return f"{size / self.bytes:.{self.digits}f} {self.name}"
+
+    def scaled(self, sizes: Sequence[int]) -> list[float]:
+        """Bytes as the axis has them."""
+        return [size / self.bytes for size in sizes]
+
+
+def unit_for(top: float) -> Unit:
+    """One unit for all of a picture whose highest value is `top` bytes."""
+    return Unit("GB", 1e9, 2) if top >= 1e9 else Unit("MB", 1e6, 1)
+
+
 class Stroke(NamedTuple):
     """How the line of one backend among several is drawn: those further down are wider, and are seen on both sides."""
 
@@ -76,8 +97,15 @@ def aligned(row: dict[str, Any]) -> Line:
 # ---------------------------------------------------------------- PNG
 
 
+def suffixes() -> set[str]:
+    """What the name of a picture may end in, for matplotlib to know its format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return {f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()}
+
+
 def memory_png(document: dict[str, Any], path: Path, title: str) -> None:
-    """Totals of all backends over one another, and below them each backend by category."""
+    """Totals of all backends over one another, and below them each backend by category. In the format of the suffix."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,32 +115,30 @@ def memory_png(document: dict[str, Any], path: Path, title: str) -> None:
     axes = figure.subplots(len(rows) + 1, 1, sharex=True, height_ratios=[1.6] + [1.0] * len(rows))
     lines = [aligned(row) for row in rows]
     measured = [row.get("measured", {}) for row in rows]
-    top = (
-        1.08 * max(max(row["peak"], found.get("allocated", 0)) for row, found in zip(rows, measured, strict=True)) / 1e9
-    )
+    top = 1.08 * max(max(row["peak"], found.get("allocated", 0)) for row, found in zip(rows, measured, strict=True))
+    unit = unit_for(top)
     for row, line, stroke in zip(rows, lines, strokes([row["kernels"] for row in rows]), strict=True):
-        label = f"{row['kernels']}: peak {row['peak'] / 1e9:.2f} GB"
+        label = f"{row['kernels']}: peak {unit.of(row['peak'])}"
         axes[0].plot(
-            line.x, [total / 1e9 for total in line.totals], label=label, color=stroke.colour, drawstyle="steps-mid",
+            line.x, unit.scaled(line.totals), label=label, color=stroke.colour, drawstyle="steps-mid",
             linewidth=stroke.width, linestyle=(0, stroke.dashes) if stroke.dashes else "solid",
         )  # fmt: skip
     axes[0].legend(loc="upper right", fontsize=9, framealpha=0.9, handlelength=3.5)
     axes[0].set_title(title, fontsize=10, loc="left")
     for axis, row, line in zip(axes[1:], rows, lines, strict=True):
-        values = [[size / 1e9 for size in line.bytes[name]] for name in COLOURS]
+        values = [unit.scaled(line.bytes[name]) for name in COLOURS]
         axis.stackplot(line.x, values, colors=COLOURS.values(), labels=COLOURS, step="mid", linewidth=0)
         axis.set_title(row["kernels"], fontsize=10, loc="left")
     for axis, found in zip(axes[1:], measured, strict=True):
         if "timeline" in found:
             line = aligned(found)
-            axis.plot(
-                line.x, [total / 1e9 for total in line.totals], color="black", linewidth=0.9, label="as a GPU did it"
-            )
-            axis.axhline(found["allocated"] / 1e9, color="black", linewidth=0.9, linestyle=":", label="measured peak")
+            axis.plot(line.x, unit.scaled(line.totals), color="black", linewidth=0.9, label="as a GPU did it")
+            peak = found["allocated"] / unit.bytes
+            axis.axhline(peak, color="black", linewidth=0.9, linestyle=":", label="measured peak")
     for axis in axes:
-        axis.set_ylim(0, top)
+        axis.set_ylim(0, top / unit.bytes)
         axis.set_xlim(0, 1)
-        axis.set_ylabel("GB")
+        axis.set_ylabel(unit.name)
         for _, start, _ in lines[0].parts:
             axis.axvline(start, color="#bbb", linewidth=0.7, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
@@ -120,7 +146,7 @@ def memory_png(document: dict[str, Any], path: Path, title: str) -> None:
     axes[-1].set_xticklabels([phase for phase, _, _ in lines[0].parts], fontsize=8)
     axes[-1].tick_params(axis="x", length=0)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=path.suffix.lower().removeprefix(".") or "png")
 
 
 # ---------------------------------------------------------------- SVG
@@ -130,7 +156,7 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1000, 260, 60, 24
 
 def totals_svg(lines: list[tuple[str, Line]], top: float) -> str:
     """The totals of several backends in one picture; `top` is the highest value in bytes."""
-    parts = _frame(lines[0][1], top)
+    parts, unit = _frame(lines[0][1], top), unit_for(top)
     for index, ((name, line), (colour, width, dashes)) in enumerate(
         zip(lines, strokes([name for name, _ in lines]), strict=True)
     ):
@@ -138,7 +164,7 @@ def totals_svg(lines: list[tuple[str, Line]], top: float) -> str:
         points = " ".join(f"{_x(x)},{_y(total, top)}" for x, total in zip(line.x, line.totals, strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width:g}"{dashed}/>')
         y = 18 + 18 * index
-        label = html.escape(f"{name}: peak {max(line.totals) / 1e9:.2f} GB")
+        label = html.escape(f"{name}: peak {unit.of(max(line.totals))}")
         parts.append(f'<text x="{_WIDTH - 8}" y="{y}" text-anchor="end" fill="{colour}">{label}</text>')
     return _svg(parts)
 
@@ -172,7 +198,7 @@ def _frame(line: Line, top: float) -> list[str]:
         size = top * step / 4
         y = _y(size, top)
         made.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        made.append(f'<text x="{_LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{size / 1e9:.2f} GB</text>')
+        made.append(f'<text x="{_LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{unit_for(top).of(size)}</text>')
     for phase, start, end in line.parts:
         made.append(f'<line x1="{_x(start)}" x2="{_x(start)}" y1="0" y2="{_HEIGHT - _BOTTOM}" stroke="#bbb"/>')
         middle, wide = _x((start + end) / 2), end - start > 0.05

@@ -23,6 +23,7 @@ import torch
 from profiling import figures
 from profiling.compile import Source, begin_worker, compile_source, source_of
 from profiling.limits import occupancy, roofline
+from profiling.outputs import check_folders
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRODUCTS_BY_PYTORCH = ("linear_cross_entropy",)
@@ -194,8 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers must be at least 1, not {arguments.workers}")
     to_file = arguments.json not in (None, Path("-"))
-    if to_file and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"{arguments.json.absolute().parent}: no such folder; create it, or choose another place")
+    check_folders(arguments.json)
     if arguments.store and (arguments.case or arguments.cases != "sizes"):
         raise UserError("--store keeps whole ops: leave out --case and --cases")
     found = uses(chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = (
-    ("attention", ("scaled_dot_product", "flash", "fmha", "kernels::attention", "_attention_")),
+    ("attention", ("attention", "scaled_dot_product", "flash", "fmha")),
     ("layer norm", ("layer_norm",)),
     ("loss", ("cross_entropy", "log_softmax", "nll_loss", "softmax")),
     ("optimizer", ("adam", "foreach", "multi_tensor", "vector_norm")),
@@ -93,7 +93,7 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
     Returns what trace-summary.json holds; times in microseconds a step.
     """
     import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import ProfilerActivity, record_function
 
     from kernels.op import count_launches
     from minigpt.config import pick_dtype
@@ -101,6 +101,7 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
     from minigpt.learning import make_optimizer
     from minigpt.model import GPT
     from profiling.estimate import vocabulary
+    from profiling.recording import recorded
     from profiling.step import PHASES, make_batch, training_step
 
     torch.manual_seed(config.seed)
@@ -120,15 +121,15 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
     step()
     finish()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with count_launches() as launches, profile(activities=activities, acc_events=True) as recorded:
+    with count_launches() as launches, recorded(activities=activities, acc_events=True) as found:
         for index in range(steps):
             with record_function(f"step {index}"):
                 step()
         finish()
     with writing(path):
-        recorded.export_chrome_trace(str(path))
+        found.export_chrome_trace(str(path))
 
-    events = recorded.events()
+    events = found.events()
     spans = gpu_spans(events) if device.type == "cuda" else cpu_spans(events, [*PHASES, "step "])
     whole = sum(event.time_range.elapsed_us() for event in events if event.name.startswith("step "))
     busy, idle, gaps = idleness(spans)

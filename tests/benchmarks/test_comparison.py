@@ -5,7 +5,7 @@ import copy
 import pytest
 from test_stats import times
 
-from benchmarks import comparison
+from benchmarks import comparison, results
 from minigpt.errors import UserError
 
 
@@ -22,6 +22,14 @@ def test_verdicts(ratio, verdict, document):
     assert [c.verdict for c in found.values()] == [verdict, "SAME"] and unmatched == []
     text = comparison.table(found)
     assert verdict in text and "layer_norm 768 float32 forward torch" in text
+
+
+def test_a_file_is_the_same_as_itself(document):
+    document["rows"][0] |= results.timed([1.0, 30.0] * 5)
+    document["rows"][1] |= results.timed([1.0, 2.0, 9.0] * 4)
+    found, _ = comparison.compare(document, copy.deepcopy(document))
+    assert [c.verdict for c in found.values()] == ["SAME", "SAME"]
+    assert all(c.low > 0 for c in found.values())
 
 
 def test_rows_of_one_file_are_named(document):

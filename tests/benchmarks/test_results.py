@@ -92,6 +92,17 @@ def test_tables_hold_every_number_and_every_reason(document):
     assert "x1.25" in report.markdown(document)
 
 
+def test_what_computes_faster_than_the_ceiling_is_marked(document):
+    """The ceiling is 3 TFLOP/s: 3.1 is within what samples vary by, 3.3 is not."""
+    document["rows"][0]["tflops"], document["rows"][1]["tflops"] = 3.1, 3.1
+    assert report.above_ceiling(document) == set() and "^" not in report.markdown(document)
+    document["rows"][1]["tflops"] = 3.3
+    text = report.markdown(document)
+    assert text.count("^") == 2 and "^2.1 (" in text and "1 row, marked ^, computes faster" in text
+    document["ceilings"] = {}
+    assert report.above_ceiling(document) == set()
+
+
 def test_what_has_one_reason_is_one_line(document):
     """... and what is not there has no column and no explanation."""
     for name in ("flex", "cce"):

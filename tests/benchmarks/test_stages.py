@@ -54,6 +54,23 @@ def test_without_time_left_a_step_is_skipped(tmp_path):
     assert outcomes[1].reason == "no time was left" and "steps.json" in packed
 
 
+def test_a_step_that_takes_too_long_leaves_the_later_ones_their_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "LEAST_SECONDS", 0.5)
+    slow = step("slow", "import time; time.sleep(60)", seconds=100.0)
+    outcomes, _ = follow([slow, step("next", "print(1)", seconds=100.0), step("last", "print(1)")], tmp_path, 10.0)
+    assert [o.status for o in outcomes] == ["timed out", "ok", "ok"]
+    assert outcomes[0].seconds < 7.0, "its limit is 100 of 220 parts of 10 seconds"
+
+
+@pytest.mark.parametrize(
+    ("left", "vital", "limit"),
+    [(1000.0, False, 100.0), (80.0, False, 20.0), (12.0, False, 10.0), (5.0, False, 5.0), (80.0, True, 80.0)],
+)
+def test_limits(left, vital, limit):
+    later = [step("next", "", seconds=200.0), step("last", "", seconds=100.0)]
+    assert stages._limit(step("this", "", 100.0, vital), later, left) == pytest.approx(limit)
+
+
 def test_what_a_step_writes_is_packed_while_it_runs(tmp_path, monkeypatch):
     """A machine that goes away in the middle of a step leaves an archive with what there was."""
     monkeypatch.setattr(stages, "PACK_SECONDS", 0.2)

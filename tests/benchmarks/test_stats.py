@@ -10,7 +10,7 @@ def times(seed: int, n: int = 30, scale: float = 1.0, spread: float = 0.03) -> l
     """Times as they come: a narrow middle and a tail of slow ones."""
     random = numpy.random.default_rng(seed)
     slow = random.exponential(spread, n) * (random.random(n) < 0.3)
-    return list(scale * (1.0 + random.normal(0.0, spread / 3, n) + slow))
+    return list(scale * abs(1.0 + random.normal(0.0, spread / 3, n) + slow))
 
 
 def _verdicts(n, pairs, ratio=1.0, spread=0.03):
@@ -43,6 +43,24 @@ def test_a_verdict_comes_from_the_interval_and_not_from_the_size():
 def test_few_samples_say_nothing():
     assert stats.compare([1.0] * 5, [2.0] * 30).verdict == "UNCLEAR"
     assert stats.compare([1.0] * 6, [2.0] * 6).verdict == "SLOWER"
+
+
+@pytest.mark.parametrize("n", [6, 7, 12])
+def test_bounds_of_a_ratio_of_times_are_above_zero(n):
+    """Samples that a busy machine has made ten and more times as long, in half of the cases."""
+    for seed in range(20):
+        random = numpy.random.default_rng(seed)
+        a, b = (list(numpy.where(random.random(n) < 0.5, 1.0, random.uniform(10, 60, n))) for _ in range(2))
+        ratio, low, high = stats.ratio_interval(a, b)
+        assert 0.0 < low <= ratio <= high
+        back = stats.compare(b, a)
+        assert 0.0 < back.low <= back.ratio <= back.high
+
+
+def test_a_measurement_is_the_same_as_itself():
+    wild = times(1, 12, spread=5.0)
+    assert stats.compare(wild, wild[::-1]) == ("SAME", 1.0, 1.0, 1.0)
+    assert stats.compare(wild[:5], wild[:5]).verdict == "UNCLEAR"
 
 
 def test_order_turns_the_verdict_round():

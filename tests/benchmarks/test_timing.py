@@ -179,6 +179,26 @@ def test_a_process_that_has_to_wait_is_seen(monkeypatch):
     assert timer.waiting.share == pytest.approx(0.06 / 0.09, abs=1e-4)
 
 
+def test_a_ceiling_is_the_best_of_its_samples_and_sizes(monkeypatch):
+    """Samples that a neighbour has made many times as long, most of them, and a large product slower than a small."""
+    best = {8: 2.0, 16: 4.0}  # milliseconds
+    monkeypatch.setattr(timing, "CPU_SIZES", tuple(best))
+    draw = iter([5.0, 9.0, 1.0, 7.0, 3.0] * 100)
+
+    class Hindered:
+        def __init__(self, function):
+            made = function()
+            self.best = best.get(made.shape[0], 10.0)
+
+        def sample(self):
+            return self.best * next(draw)
+
+    monkeypatch.setattr(timing, "CpuTimer", Hindered)
+    found = timing.ceilings(torch.device("cpu"), [torch.float32], quick=False)
+    assert found["copy_gbps"] == pytest.approx(2 * 4 * 2**23 / 10.0 / 1e6, rel=1e-4)
+    assert found["matmul_tflops_float32"] == pytest.approx(2 * 16**3 / 4.0 / 1e9, rel=1e-4)
+
+
 def test_a_thread_that_shares_its_processor_waits():
     """Two processes bound to one processor: each waits about as long as it runs."""
     if not hasattr(os, "sched_setaffinity") or not Path("/proc/self/schedstat").exists():

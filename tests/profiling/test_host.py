@@ -26,8 +26,21 @@ def _python(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def calls() -> dict[tuple[str, str], dict]:
     done = _python("-m", "profiling", "host", "--rounds", "1", "--json", "-")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "profiler_start" not in done.stderr, done.stderr
     return {(call["op"], call["what"]): call for call in json.loads(done.stdout)["calls"]}
+
+
+REFUSED = """
+from minigpt.errors import door
+from profiling import __main__, host
+host.measure = lambda *_: 1 / 0
+door(__main__.main)
+"""
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_work():
+    done = _python("-c", REFUSED, "host", "--json", "no/such/folder/host.json")
+    assert done.returncode == 1 and "error: " in done.stderr and "no such folder" in done.stderr, done.stderr
 
 
 def test_every_op_is_there(calls):

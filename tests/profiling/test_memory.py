@@ -533,6 +533,19 @@ def test_a_picture_shows_what_a_gpu_did_above_the_estimate(tmp_path):
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
+@pytest.mark.parametrize(("scale", "unit"), [(1, "MB"), (1000, "GB")])
+def test_pictures_count_in_a_unit_that_fits(scale, unit, tmp_path):
+    document = _document()
+    for row in document["kernels"]:
+        row["peak"] *= scale
+        row["timeline"] = [[phase, op, *(size * scale for size in sizes)] for phase, op, *sizes in row["timeline"]]
+    other = {"MB": "GB", "GB": "MB"}[unit]
+    timelines = memory_report.to_html(document).split("<table>")[0]
+    assert f" {unit}</text>" in timelines and f" {other}</text>" not in timelines
+    pictures.memory_png(document, tmp_path / "memory.svg", "")
+    assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+
 def test_pictures_keep_the_peak():
     row = _document()["kernels"][0]
     line = pictures.aligned(row)
@@ -555,6 +568,9 @@ def test_pictures_keep_the_peak():
         (("--grad-accumulation", "0"), "at least 1"),
         (("--snapshot", "folder", "--estimate"), "needs a GPU"),
         (("--preset", "tiny", "--png", "no/such/folder/a.png"), "no such folder"),
+        (("--preset", "tiny", "--png", "a.txt"), "--png a.txt: the name must end in"),
+        (("--preset", "tiny", "--png", "a"), ".png"),
+        (("--preset", "tiny", "--html", "a.png"), "--html a.png: the name must end in .htm or .html"),
         (("--preset", "tiny", "--kernels", "torch", "--html", "/dev/full"), "disk is full"),
     ],
 )

@@ -1,15 +1,18 @@
 """Traces: the arithmetic on spans by hand, and the command on a CPU against what the model is known to do."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from kernels.device import HAS_TRITON
 from minigpt.errors import door
-from profiling import __main__, trace
+from profiling import __main__, recording, trace
 from profiling.trace import Span
 
 
@@ -66,6 +69,16 @@ def test_groups(name, group):
     assert trace.group_of(name) == group
 
 
+@pytest.mark.parametrize("form", ["kernels::{}", "{}_gradients", "{}_gradientsBackward"])
+def test_every_op_of_ours_has_a_group(form):
+    from kernels import catalogue  # noqa: F401 - registers the ops
+    from kernels.op import IMPLEMENTATIONS
+
+    assert "attention" in IMPLEMENTATIONS
+    assert [name for name in IMPLEMENTATIONS if trace.group_of(form.format(name)) == "other"] == []
+    assert trace.group_of(form.format("attention")) == "attention"
+
+
 def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
     def event(name, device_type, start, end, annotation=False):
         time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
@@ -80,6 +93,23 @@ def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
     assert trace.gpu_spans(events) == [Span("first", 1000, 2000), Span("later", 8000, 1500)]
 
 
+def test_what_the_profiler_says_of_itself_is_dropped_and_nothing_else(capfd):
+    """Errors keep their way to stderr, which is put back when something is thrown."""
+    with pytest.raises(RuntimeError), recording.without_chatter():
+        os.write(2, b"USDT:2026-01-01 Handler.cpp:52] profiler_start\nCUPTI is missing\n")
+        raise RuntimeError("it broke")
+    os.write(2, b"USDT: afterwards\n")
+    assert capfd.readouterr().err == "CUPTI is missing\nUSDT: afterwards\n"
+
+
+def test_what_is_profiled_keeps_its_stderr(capfd):
+    with recording.recorded(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        os.write(2, b"USDT: not the profiler's\n")
+        torch.add(torch.ones(3), 1)
+    assert capfd.readouterr().err == "USDT: not the profiler's\n"
+    assert "aten::add" in {event.name for event in profiler.events()}
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -87,7 +117,7 @@ def test_a_trace_of_torch_steps(run, tmp_path):
     """Calls by hand: two layers with four products each, and the head's, forward and twice backward."""
     out = tmp_path / "deep" / "er"
     status, said, complaint = run("--kernels", "torch", "--device", "cpu", "--dtype", "fp32", "--out", str(out))
-    assert status == 0, complaint
+    assert status == 0 and complaint == ""
     document = json.loads((out / "trace-summary.json").read_text())
     calls = {row["name"]: row["calls"] for row in document["ops"]}
     assert document["preset"] == "tiny" and document["steps"] == 3 and document["our_launches_a_step"] == 0

@@ -1,0 +1,19 @@
+"""What can be known of the files that a command is to write before it does its work."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from minigpt.errors import UserError
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Raise UserError where a file is to go to a folder that is not there. None is not asked for, `-` is stdout."""
+    for path in paths:
+        if path not in (None, Path("-")) and not path.absolute().parent.is_dir():
+            raise UserError(f"{path.absolute().parent}: no such folder; create it, or choose another place")
+
+
+def check_suffix(option: str, path: Path | None, suffixes: Collection[str]) -> None:
+    """Raise UserError where a file's name does not end in one of `suffixes`; "" among them allows none."""
+    if path is not None and path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path}: the name must end in {' or '.join(sorted(filter(None, suffixes)))}")
