@@ -73,12 +73,11 @@ def _parameters(function) -> list[tuple]:
     return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-# PyTorch's is written in C++ and has no signature to read; and what has been deprecated there for years is left out
+# PyTorch's is written in C++ and has no signature to read
 ATTENTION = [
     ("query", inspect.Parameter.empty), ("key", inspect.Parameter.empty), ("value", inspect.Parameter.empty),
     ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False),
 ]  # fmt: skip
-DEPRECATED = {"size_average", "reduce"}
 
 
 @each_op
@@ -86,7 +85,7 @@ def test_an_ops_signature_is_pytorchs_and_the_references(op):
     if op.name == "scaled_dot_product_attention":
         theirs = ATTENTION
     else:
-        theirs = [parameter for parameter in _parameters(op.torch) if parameter[0] not in DEPRECATED]
+        theirs = _parameters(op.torch)
     ours = _parameters(op.public)
     assert ours[: len(theirs)] == theirs
     more = list(inspect.signature(op.public).parameters.values())[len(theirs) :]
