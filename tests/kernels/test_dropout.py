@@ -23,7 +23,7 @@ def dropout_mask(inputs, options, seed):
         for column in range(min(width, k_len - start)):
             value[..., start + column, column] = 1.0
         torch.manual_seed(seed)
-        kept = attention(query, key, value, **(options | {"is_causal": False}))
+        kept = attention(query, key, value, **(options | {"is_causal": False, "query_offset": 0}))
         pieces.append(kept[..., : min(width, k_len - start)] * k_len)
     mask = torch.cat(pieces, -1).double()
     keep = 1.0 / (1.0 - round(options["dropout_p"] * 2**16) / 2**16)  # dropout_p is taken in steps of 2^-16
