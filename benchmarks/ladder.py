@@ -15,7 +15,7 @@ from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
 from minigpt.config import TrainConfig
 from minigpt.errors import UserError
-from minigpt.learning import learning_rate, make_optimizer
+from minigpt.learning import Learner
 from minigpt.model import GPT
 from minigpt.tokenizers import CharTokenizer
 from minigpt.utilization import flops_per_token, mfu_percent
@@ -84,12 +84,12 @@ def finish(rows: list[dict[str, Any]]) -> None:
 
 
 class Training:
-    """A model, its optimizer and its data: `step` trains, as minigpt.trainer does, and gives the loss."""
+    """A model, its optimizer and its data: `step` is a step of train.py's, and gives the loss."""
 
     def __init__(self, settings: TrainConfig, rung: Rung, device: torch.device):
         if device.type == "cpu":
             keep_freed_memory()
-        self.settings, self.device = settings, device
+        self.device = device
         self.dtype = config.pick_dtype(settings.dtype, device)
         corpus = corpora.load(settings.data)
         tokenizer = CharTokenizer.from_text(corpus.text)
@@ -99,31 +99,16 @@ class Training:
         torch.manual_seed(settings.seed)
         ops = backends.resolve(rung.kernels, device)
         self.model = GPT(settings.model_config(tokenizer.vocab_size), ops).to(device)
-        self.optimizer = make_optimizer(self.model, settings)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.forward = torch.compile(self.model) if rung.compiled else self.model
+        self.learner = Learner(self.model, settings, self.batches, self.dtype)
+        if rung.compiled:
+            self.learner.model = torch.compile(self.model)
         self.done = 0
 
     def step(self) -> torch.Tensor:
         """One optimizer step; the mean loss () of its batches, still on the device."""
-        settings, total = self.settings, None
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.done, settings)
-        count = settings.grad_accumulation
-        for index in range(self.done * count, (self.done + 1) * count):
-            inputs, targets = self.batches[index]
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.forward(inputs, targets)[1]
-            self.scaler.scale(loss / count).backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        if settings.grad_clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss, _ = self.learner.step(self.done)
         self.done += 1
-        return total / count
+        return loss
 
 
 # ---------------------------------------------------------------- measuring
