@@ -1,5 +1,6 @@
 """The ladder: configurations of training, each right first and timed then, and their speed, MFU and memory."""
 
+import dataclasses
 import gc
 import statistics
 import time
@@ -99,9 +100,8 @@ class Training:
         torch.manual_seed(settings.seed)
         ops = backends.resolve(rung.kernels, device)
         self.model = GPT(settings.model_config(tokenizer.vocab_size), ops).to(device)
+        settings = dataclasses.replace(settings, compile=rung.compiled)
         self.learner = Learner(self.model, settings, self.batches, self.dtype)
-        if rung.compiled:
-            self.learner.model = torch.compile(self.model)
         self.done = 0
 
     def step(self) -> torch.Tensor:

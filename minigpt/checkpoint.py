@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import generators, storage, tokenizers
+from . import generators, parallel, storage, tokenizers
 from .backends import Backends
 from .config import ModelConfig, TrainConfig
 from .errors import Damaged, UserError, writing
 from .model import GPT
+from .parallel import ALONE, World
 from .tokenizers import CharTokenizer
 
 BEST, LAST = "best", "last"
@@ -70,8 +71,11 @@ class Checkpoint:
             for name, parameter in wanted.items():
                 parameter.copy_(stored[name])
 
-    def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Put the optimizer and the random generators where the run left them. Raises UserError as load_weights."""
+    def load_optimizer(self, model: GPT, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
+        """Put the optimizer and the random generators where the run left them. Raises UserError as load_weights.
+
+        The generators of the process of that `rank`; they stay as they are if the run had fewer processes.
+        """
         path = self.folder / _OPTIMIZER
         if stored := storage.read_tensors(path):  # before the first step there is nothing
             states: dict[str, dict[str, Tensor]] = {}
@@ -84,10 +88,14 @@ class Checkpoint:
             for state, parameter in zip(ordered, parameters, strict=True):
                 if state is None or any(t.dim() and t.shape != parameter.shape for t in state.values()):
                     raise UserError(f"{path} does not fit the model: take another checkpoint, or train again")
+                state |= {slot: parallel.part_of(t, parameter) for slot, t in state.items() if t.dim()}
             optimizer.load_state_dict(
                 {"state": dict(enumerate(ordered)), "param_groups": optimizer.state_dict()["param_groups"]}
             )
-        generators.restore(storage.read_json(self.folder / _GENERATORS), next(model.parameters()).device)
+        found = storage.read_json(self.folder / _GENERATORS)
+        states = [found, *found.get("others", [])]
+        if rank < len(states):
+            generators.restore(states[rank], next(model.parameters()).device)
 
 
 def save(
@@ -99,29 +107,54 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     keep: int = 0,
+    world: World = ALONE,
 ) -> None:
     """Write a checkpoint to `folder`; with `optimizer`, all that a resumed run needs.
 
     The `keep` checkpoints before it stay, as FOLDER.1 (the newest of them), FOLDER.2, ... `state` holds JSON values.
-    Raises UserError when it cannot be written, and leaves what was there.
+    Raises UserError when it cannot be written, and leaves what was there. Several processes call it together, and the
+    first one writes: what a checkpoint holds does not depend on how many they are, or on what each has.
     """
+    parallel.only_parts(model)
+    files = {_MODEL: _whole(dict(model.named_parameters()), world)}
+    described: dict[str, dict[str, Any]] = {
+        "config.json": {"model": asdict(model.config), "training": config.to_json()},
+        "tokenizer.json": tokenizer.to_json(),
+        "state.json": state,
+    }
+    if optimizer is not None:
+        files[_OPTIMIZER] = _whole(_optimizer_tensors(model, optimizer), world)
+        mine, *others = world.gather(generators.states(next(model.parameters()).device))
+        described[_GENERATORS] = mine | ({"others": others} if others else {})
+    world.first_does(lambda: _write(folder, described, files, keep))
+
+
+def _write(folder: Path, described: dict[str, dict[str, Any]], files: dict[str, dict[str, Tensor]], keep: int) -> None:
     draft = folder.with_name(folder.name + ".writing")
     try:
         with writing(folder):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            storage.write_json(draft / "config.json", {"model": asdict(model.config), "training": config.to_json()})
-            storage.write_json(draft / "tokenizer.json", tokenizer.to_json())
-            storage.write_json(draft / "state.json", state)
-            storage.write_tensors(draft / _MODEL, dict(model.named_parameters()))
-            if optimizer is not None:
-                storage.write_tensors(draft / _OPTIMIZER, _optimizer_tensors(model, optimizer))
-                device = next(model.parameters()).device
-                storage.write_json(draft / _GENERATORS, generators.states(device))
+            for name, value in described.items():
+                storage.write_json(draft / name, value)
+            for name, tensors in files.items():
+                storage.write_tensors(draft / name, tensors)
             storage.seal(draft)
             _move_in(draft, folder, keep)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _whole(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """These tensors as they are; those that fsdp has cut up put together, on the host of the first process."""
+    if world.kind != "fsdp":
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        together = parallel.whole(tensor.detach())  # one after another: the device need not hold all of them
+        if world.first:
+            found[name] = together.cpu()
+    return found
 
 
 def load(folder: Path, *, to_resume: bool = False) -> Checkpoint:

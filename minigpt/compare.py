@@ -105,7 +105,7 @@ class Trial:
         if learner.scaler.is_enabled():  # its first scale is found by overflowing
             learner.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**8)
         with process.threads(1 if learner.model.ops.interpreted else torch.get_num_threads()):
-            learner.backward(0)
+            learner.backward(learner.data(0))
         learner.scaler.unscale_(learner.optimizer)
         found = {}
         for name, parameter in learner.model.named_parameters():

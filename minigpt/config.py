@@ -116,8 +116,19 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the matrix products; auto: bf16 on a GPU that has it, else fp32."""
+    tf32: bool = False
+    """On a GPU, round the inputs of fp32 matrix products to TF32, which has 10 bits for 23."""
     deterministic: bool = False
     """Use only algorithms of PyTorch that give the same bits every time; on a GPU they can be slower."""
+    compile: bool = False
+    """Compile the model with torch.compile, which fuses what is between the ops."""
+    cuda_graph: bool = False
+    """On a GPU, capture the whole step as a CUDA graph, which costs the host one launch."""
+    checkpoint_activations: bool = False
+    """Keep only what goes from block to block for backward, and compute the rest again: less memory, more time."""
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    """How the processes that torchrun has started share the training: ddp, each with the whole model; fsdp, each with a
+    part of it. They divide grad_accumulation, or else batch_size, among them."""
 
     n_layer: int = 4
     """Transformer blocks."""

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,18 @@ _REASONS = {
 }
 
 
+_SECONDS_TO_TELL = 10.0
+"""How long a process waits for another one to say what is wrong, and to end, before it ends itself."""
+
+
 class UserError(Exception):
     """Something a person can put right: one line that says what is wrong and what to do."""
 
     exit_status = 1
+    rank: int | None = None
+    """Which of several processes it comes from; None: every one has it."""
+    silent = False
+    """Whether another process tells it."""
 
 
 class Damaged(UserError):
@@ -117,7 +126,11 @@ def door(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _fail("" if isinstance(error, Stopped) else "error: ", str(error), error.exit_status)
+        if error.silent or (error.rank is None and _rank() > 0):
+            time.sleep(_SECONDS_TO_TELL)  # torchrun ends all processes as soon as one of them has failed
+            sys.exit(error.exit_status)
+        where = f"[rank {error.rank}] " if error.rank else ""
+        _fail(where + ("" if isinstance(error, Stopped) else "error: "), str(error), error.exit_status)
     except KeyboardInterrupt:
         _fail("", "stopped by Ctrl-C", 130)
     except BrokenPipeError:
@@ -128,6 +141,11 @@ def door(main: Callable[[], None]) -> None:
         if error.errno not in _REASONS:
             raise
         _fail("error: ", str(_told(error, None)), 1)
+
+
+def _rank() -> int:
+    """Which of the processes that torchrun has started this one is; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _told(error: OSError, path: Path | None) -> UserError:

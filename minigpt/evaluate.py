@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .model import GPT
+from .parallel import ALONE, World
 
 # On a CPU, so many that their activations stay in its caches.
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
@@ -40,12 +41,14 @@ def evaluate(
     *,
     max_tokens: int = 0,
     dtype: torch.dtype = torch.float32,
+    world: World = ALONE,
 ) -> Evaluation:
     """The mean loss of `model` in predicting `tokens` (N,) int64, on the model's device.
 
     Non-overlapping windows of block_size, the last one shorter where they do not fit, so that each of the N - 1 tokens
     after the first counts once. With `max_tokens`, no more than that many, in windows spread evenly over the text.
-    Matrix products in `dtype`. Dropout is off meanwhile. Raises UserError when there is nothing to predict.
+    Matrix products in `dtype`. Dropout is off meanwhile. Several processes call it together, and share the windows.
+    Raises UserError when there is nothing to predict.
     """
     windows = list(_windows(tokens, model.config.block_size, max_tokens))
     count = sum(targets.numel() for _, targets in windows)
@@ -59,12 +62,17 @@ def evaluate(
 
     was_training = model.training
     model.eval()
+    # Summed on the device in double precision: one synchronisation at the end.
+    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     try:
-        # Summed on the device in double precision: one synchronisation at the end.
-        total = sum(map(loss_sum, windows), torch.zeros((), dtype=torch.float64, device=tokens.device))
+        for first in range(0, len(windows), world.size):
+            mine = first + world.rank
+            # Where none is left, one more that does not count: under fsdp all have to go through the model.
+            found = loss_sum(windows[min(mine, len(windows) - 1)])
+            total += found if mine < len(windows) else 0.0
     finally:
         model.train(was_training)
-    return Evaluation(total.item() / count, count)
+    return Evaluation(world.sum(total).item() / count, count)
 
 
 def _windows(tokens: Tensor, block: int, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
@@ -75,6 +74,9 @@ def what_fits(learner: Learner) -> str:
     The learner is of no use afterwards.
     """
     config = learner.config
+    if learner.world.size > 1:  # the others wait for this one in the middle of a step
+        return f"out of memory on {learner.device}: take a smaller --batch-size, and as much more --grad-accumulation"
+    learner.graph = None
     for size in range(config.batch_size - 1, 0, -1):
         if config.batch_size % size == 0 and _fits(learner, size):
             passes = config.grad_accumulation * config.batch_size // size
@@ -90,7 +92,7 @@ def what_fits(learner: Learner) -> str:
 
 def _fits(learner: Learner, batch_size: int) -> bool:
     # Two passes: in the second one the gradients of the first are there.
-    learner.config = replace(learner.config, grad_accumulation=min(2, learner.config.grad_accumulation))
+    learner.passes = min(2, learner.config.grad_accumulation * learner.config.batch_size // batch_size)
     learner.batches.batch_size = batch_size
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.device.type == "cuda":

@@ -1,13 +1,20 @@
 """How a model learns: the learning rate, the optimizer, and one step of it."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from . import parallel
 from .batches import Batches
 from .config import TrainConfig
+from .graphs import GraphedStep
 from .model import GPT
+from .parallel import ALONE, World
+
+Data = list[tuple[Tensor, Tensor]]
+"""Inputs and targets, (B, T) int64 each, of the passes of a step."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -20,20 +27,38 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused, in which matrices decay and vectors do not."""
-    groups = model.decay_groups(config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    """AdamW (Loshchilov & Hutter 2019), fused, in which matrices decay and vectors do not.
+
+    For a CUDA graph the learning rate is a tensor, which a captured step reads anew each time.
+    """
+    device = next(model.parameters()).device
+    rate = torch.tensor(config.learning_rate, device=device) if config.cuda_graph else config.learning_rate
+    return torch.optim.AdamW(
+        model.decay_groups(config.weight_decay),
+        lr=rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+        capturable=config.cuda_graph,
+    )
 
 
 class Learner:
-    """A model with its optimizer and its data, on the device that they are on; matrix products in `dtype`."""
+    """A model with its optimizer and its data, on the device that they are on; matrix products in `dtype`.
 
-    def __init__(self, model: GPT, config: TrainConfig, batches: Batches, dtype: torch.dtype):
-        self.model, self.config, self.batches, self.dtype = model, config, batches, dtype
+    `batches` are of World.share's windows each. With config.compile the model is compiled; with config.cuda_graph a
+    step is captured once and then replayed.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, batches: Batches, dtype: torch.dtype, world: World = ALONE):
+        self.model, self.config, self.batches, self.dtype, self.world = model, config, batches, dtype, world
+        model.checkpoint_activations = config.checkpoint_activations
+        self.passes = world.share(config)[1]
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
+        self.run = parallel.wrap(model, world, compiled=config.compile)
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.graph = GraphedStep(self) if config.cuda_graph else None
 
     def step(self, number: int) -> Tensor:
         """Optimizer step 0, 1, ...: the mean loss of its batches and the norm of their gradient before clipping, (2,).
@@ -41,9 +66,18 @@ class Learner:
         Still on the device, which nothing waits for. Where one of the two is not finite, weights and optimizer stay as
         they are.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.config)
-        loss = self.backward(number)
+        self._set_rate(learning_rate(number, self.config))
+        data = self.data(number)
+        return self.advance(data) if self.graph is None else self.graph(data)
+
+    def data(self, number: int) -> Data:
+        """The batches of that step, those of this process."""
+        first = (number * self.world.size + self.world.rank) * self.passes
+        return [self.batches[index] for index in range(first, first + self.passes)]
+
+    def advance(self, data: Data) -> Tensor:
+        """The part of a step that the device does."""
+        loss = self.backward(data)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
         # The fused AdamW does nothing where this is 1, as the scaler would have it; under fp16 the scaler sets it anew.
@@ -53,23 +87,32 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack((loss, norm))
 
-    def backward(self, number: int) -> Tensor:
-        """Add the gradient of that step's batches to the parameters', times the scaler's scale; the mean loss ()."""
-        count = self.config.grad_accumulation
+    def backward(self, data: Data) -> Tensor:
+        """Add the gradient of these batches to the parameters', times the scaler's scale; the mean loss ()."""
         total: Tensor | None = None
-        for index in range(number * count, (number + 1) * count):
-            loss = self.loss(*self.batches[index])
-            self.scaler.scale(loss / count).backward()
+        for index, batch in enumerate(data, 1):
+            with parallel.without_averaging(self.run) if index < len(data) else nullcontext():
+                loss = self.loss(*batch)
+                self.scaler.scale(loss / len(data)).backward()
             total = loss.detach() if total is None else total + loss.detach()
-        return total / count
+        return self.world.mean(total / len(data))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss () of one batch, (B, T) int64 each, in nats per token."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(inputs, targets)[1]
+            return self.run(inputs, targets)[1]
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _clip(self) -> Tensor:
         """Shorten the gradient to the norm that is allowed; the norm () that it had."""
         if self.config.grad_clip:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return parallel.whole(norm)

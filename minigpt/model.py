@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels.attention
 
@@ -109,6 +110,8 @@ class GPT(nn.Module):
             )
         self.config = config
         self.ops = ops
+        self.checkpoint_activations = False
+        """Whether backward computes a block's activations again instead of keeping them (Chen et al. 2016)."""
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.positions = nn.Parameter(torch.empty(config.block_size, config.n_embd))
@@ -138,7 +141,11 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
         for block in self.blocks:
-            x, branch = block(x, branch)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                again = {"use_reentrant": False, "preserve_rng_state": self.config.dropout > 0}
+                x, branch = checkpoint(block, x, branch, **again)
+            else:
+                x, branch = block(x, branch)
         if last_only:
             x, branch = x[:, -1:], branch[:, -1:]
         x, _ = self.norm(x, branch)

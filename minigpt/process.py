@@ -37,3 +37,14 @@ def deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """During a block, fp32 products of matrices round their inputs to TF32 on a GPU, or do not, whatever was set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -17,9 +17,9 @@ from .errors import UserError
 
 # What --resume may change: where and how the run computes and reports, and how far it goes, but not what it computes.
 _CHANGEABLE = {
-    "resume", "out", "data", "kernels", "device", "dtype", "deterministic", "max_steps", "log_interval",
-    "eval_interval", "eval_tokens", "keep", "val_tokens", "sample_tokens", "prompt", "tensorboard",
-    "wandb",
+    "resume", "out", "data", "kernels", "device", "dtype", "tf32", "deterministic", "compile", "cuda_graph",
+    "checkpoint_activations", "parallel", "max_steps", "log_interval", "eval_interval", "eval_tokens", "keep",
+    "val_tokens", "sample_tokens", "prompt", "tensorboard", "wandb",
 }  # fmt: skip
 # Their product says which windows a step trains on; how it is cut up, the memory of the device.
 _CUTS = ("batch_size", "grad_accumulation")
@@ -81,11 +81,12 @@ def finished(folder: Path, steps: int) -> dict[str, Any] | None:
 
 
 def surroundings(
-    config: TrainConfig, ops: Backends, device: torch.device, dtype: torch.dtype, threads: int
+    config: TrainConfig, ops: Backends, device: torch.device, dtype: torch.dtype, threads: int, processes: int
 ) -> dict[str, str]:
     """All that decides how a run rounds and that `check` lets change: where it differs, so may the last bits."""
     found = {"device": device_name(device), "dtype": dtype_name(dtype), **ops.names}
-    found |= {name: str(getattr(config, name)) for name in ("deterministic", "max_steps", *_CUTS)}
+    rounding = ("tf32", "deterministic", "compile", "checkpoint_activations", "parallel", "max_steps", *_CUTS)
+    found |= {name: str(getattr(config, name)) for name in rounding} | {"processes": str(processes)}
     if device.type == "cpu":
         found["threads"] = str(threads)
     known = storage.versions()

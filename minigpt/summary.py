@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import resume, sampling, utilization
+from . import checkpoint, resume, sampling, utilization
 from .checkpoint import Checkpoint
 from .evaluate import Evaluation
+from .model import GPT
 from .report import write_text
 
 if TYPE_CHECKING:
@@ -24,14 +25,15 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
         f"model    {session.config.preset}: {model.parameter_count():,} parameters, "
         f"{model.config.vocab_size} tokens in the vocabulary"
     )
-    line(f"device   {session.device}, {resume.dtype_name(session.dtype)}")
+    together = f", one of {session.world.size} processes ({session.world.kind})" if session.world.size > 1 else ""
+    line(f"device   {session.device}, {resume.dtype_name(session.dtype)}{together}")
     line(f"folder   {session.folder}" + (f", from step {session.progress.step}" if found else ""))
     session.display.table(session.ops.table())
     if session.ops.warning:
         session.warn(session.ops.warning)
     if found and (why := resume.why_not_exact(found.state["surroundings"], session.surroundings)):
         session.warn(f"WARNING: from here on not bit-exact with the run that was never stopped: {why}")
-    if session.metrics.kept < session.progress.step:
+    if session.metrics and session.metrics.kept < session.progress.step:
         session.warn(
             f"WARNING: {session.metrics.path} has {session.metrics.kept} of the {session.progress.step} steps so far; "
             "the others are lost"
@@ -51,7 +53,7 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     )
     if config.sample_tokens:
         text = sampling.complete(
-            session.model,
+            _whole_model(session),
             session.tokenizer,
             config.prompt,
             max_new_tokens=config.sample_tokens,
@@ -72,6 +74,8 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         "device": str(session.device),
         "device_name": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "CPU",
         "dtype": resume.dtype_name(session.dtype),
+        "parallel": session.world.kind,
+        "processes": session.world.size,
         "torch": torch.__version__,
         "steps": progress.step,
         "seconds": round(session.seconds_before + time.monotonic() - session.began, 3),
@@ -93,3 +97,10 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     write_text(session.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     session.display.line(f"written to {session.folder}; more text: python generate.py --run {session.folder}")
     return summary
+
+
+def _whole_model(session: "Session") -> GPT:
+    """The model as this process alone can call it: what fsdp has cut up, from the last checkpoint."""
+    if session.world.kind != "fsdp":
+        return session.model
+    return checkpoint.load(session.folder / checkpoint.LAST).model(session.ops, session.device)

@@ -4,13 +4,28 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import backends, checkpoint, dataset, faults, generators, plots, process, resume, summary, utilization, watching
+from . import (
+    backends,
+    checkpoint,
+    dataset,
+    faults,
+    generators,
+    graphs,
+    parallel,
+    plots,
+    process,
+    resume,
+    summary,
+    utilization,
+    watching,
+)  # fmt: skip
 from .allocator import keep_freed_memory
 from .batches import Batches
 from .checkpoint import BEST, LAST, Checkpoint
@@ -20,6 +35,7 @@ from .evaluate import Evaluation, evaluate
 from .folder import Lock, new_folder, remove_if_empty
 from .learning import Learner, learning_rate
 from .model import GPT
+from .parallel import ALONE, World
 from .report import Clock, Display, Measures, Metrics
 from .resume import Progress
 
@@ -31,8 +47,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Writes to config.out, or a new folder runs/PRESET-N; or goes on in config.resume. Raises UserError for what a person
     can put right, and Stopped when Ctrl-C or SIGTERM ended it, once the last checkpoint is written.
+
+    With config.parallel it is one of the processes that torchrun has started; the first one writes and prints.
     """
-    with faults.memory_told(), process.deterministic(config.deterministic), Session(config) as session:
+    with (
+        faults.memory_told(),
+        process.deterministic(config.deterministic),
+        process.tf32(config.tf32),
+        parallel.join(config) as world,
+        Session(config, world) as session,
+    ):
         done = session.progress.step
         if done == config.max_steps and (stored := resume.finished(session.folder, done)):
             session.display.line(
@@ -49,25 +73,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
 class Session:
     """One run of the program on one run of training: from nothing, or from the last checkpoint.
 
-    It holds the run's folder until `close`, or the end of a `with` block.
+    It holds the run's folder until `close`, or the end of a `with` block. Of several processes each has one; the first
+    one's is the one that writes.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, world: World = ALONE):
         self.began = time.monotonic()
-        self.config = config
-        self.display = Display(Console(), config.max_steps)
-        watching.check(config)
+        self.config, self.world = config, world
+        self.display = Display(Console(quiet=not world.first), config.max_steps)
         with ExitStack() as held:
-            found = self._hold_run(held) if config.resume else None
-            self.device = pick_device(config.device)
-            if self.device.type == "cpu":
-                keep_freed_memory()
-            self.dtype = pick_dtype(config.dtype, self.device)
-            self.ops = backends.resolve(config.kernels, self.device)
-            # One beside Triton's interpreter: others would wait for it, and take the processor to do so.
-            self.threads = 1 if self.ops.interpreted else torch.get_num_threads()
-            self.surroundings = resume.surroundings(config, self.ops, self.device, self.dtype, self.threads)
-            batches = self._read_text(found)
+            found = world.in_turn(lambda: self._hold_run(held)) if config.resume else None
+            batches = world.in_turn(lambda: self._prepare(found))
             self._make_learner(batches, found)
             self.measures = Measures(self.device)
             self.clock = Clock(self.device, self.progress.train_seconds, self.progress.train_tokens)
@@ -75,10 +91,13 @@ class Session:
             self.seconds_before = self.progress.seconds
             self.drawn = self.began
             if not found:
-                self._hold_new_folder(held)
-            self.metrics = Metrics(self.folder / "metrics.csv", self.progress.step)
-            held.callback(self.metrics.close)
-            self.watchers = watching.start(config, self.folder, self.progress.step, held)
+                self.folder = world.first_does(lambda: self._hold_new_folder(held))
+                # It shows before any training whether the disk has room, and from it on a kill loses steps alone.
+                self._save(LAST)
+            self.metrics: Metrics | None = None
+            """Of the first process; None in the others."""
+            self.watchers: list[watching.Watcher] = []
+            world.first_does(lambda: self._write_metrics(held))
             self._held = held.pop_all()
         summary.introduce(self, found)
 
@@ -93,7 +112,10 @@ class Session:
         self._held.close()
 
     def run(self, stop: StopRequest) -> None:
-        """Train up to the last step, evaluating and saving on the way."""
+        """Train up to the last step, evaluating and saving on the way.
+
+        Several processes must stop after the same step, so they look at `stop` where they report anyway.
+        """
         config, progress = self.config, self.progress
         first = progress.step
         self.clock.start()
@@ -105,9 +127,11 @@ class Session:
                 # The first step compiles kernels and warms the caches up: it does not count in the speed.
                 self.clock.start()
                 since = progress.step
-            if stop.requested or progress.step % config.eval_interval == 0 or progress.step == config.max_steps:
+            asked = self.world.size == 1 or progress.step % config.log_interval == 0
+            stopping = asked and self.world.any(stop.requested) and progress.step < config.max_steps
+            if stopping or self._evaluation_is_due():
                 self.clock.stop((progress.step - since) * self.tokens_per_step)
-                self._evaluate(stop)
+                self._evaluate(stopping)
                 self.clock.start()
                 since = progress.step
             elif progress.step % config.log_interval == 0:
@@ -115,27 +139,51 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the final weights, sample, draw the curves and write the summary, which is returned."""
-        self.metrics.close()
-        return summary.conclude(self, self.evaluate(self.config.val_tokens))
+        if self.metrics:
+            self.metrics.close()
+        final = self.evaluate(self.config.val_tokens)
+        return self.world.first_does(lambda: summary.conclude(self, final))
 
     def _hold_run(self, held: ExitStack) -> Checkpoint:
         """The checkpoint to go on from, and the run's folder, until `held` lets go of it."""
         self.folder = self.config.resume
         checkpoint.stored_config(self.folder)  # where there is none, nothing is to be written either
-        held.callback(Lock(self.folder).release)
+        if self.world.first:
+            held.callback(Lock(self.folder).release)
         found = checkpoint.resumable(self.folder, self.warn)
         resume.check(self.config, found)
         return found
 
-    def _hold_new_folder(self, held: ExitStack) -> None:
-        """A folder for a new run, until `held` lets go of it, with a first checkpoint in it.
+    def _hold_new_folder(self, held: ExitStack) -> Path:
+        """A folder for a new run, until `held` lets go of it."""
+        folder = new_folder(self.config.out, self.config.preset)
+        held.callback(remove_if_empty, folder)
+        held.callback(Lock(folder).release)
+        return folder
 
-        That one shows before any training whether there is room on the disk, and from it on a kill loses steps alone.
-        """
-        self.folder = new_folder(self.config.out, self.config.preset)
-        held.callback(remove_if_empty, self.folder)
-        held.callback(Lock(self.folder).release)
-        self._save(LAST)
+    def _write_metrics(self, held: ExitStack) -> None:
+        self.metrics = Metrics(self.folder / "metrics.csv", self.progress.step)
+        held.callback(self.metrics.close)
+        self.watchers = watching.start(self.config, self.folder, self.progress.step, held)
+
+    def _prepare(self, found: Checkpoint | None) -> Batches:
+        """Settle what this process computes on, and read the text."""
+        config = self.config
+        watching.check(config)
+        self.device = pick_device(parallel.device_of(config, self.world))
+        graphs.check(config, self.device)
+        if self.device.type == "cpu":
+            if config.tf32:
+                raise UserError("--tf32 is of GPUs, and this runs on a CPU: leave it out")
+            keep_freed_memory()
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.ops = backends.resolve(config.kernels, self.device)
+        # One beside Triton's interpreter: others would wait for it, and take the processor to do so.
+        self.threads = 1 if self.ops.interpreted else torch.get_num_threads()
+        self.surroundings = resume.surroundings(
+            config, self.ops, self.device, self.dtype, self.threads, self.world.size
+        )
+        return self._read_text(found)
 
     def _read_text(self, found: Checkpoint | None) -> Batches:
         config = self.config
@@ -149,7 +197,7 @@ class Session:
             )
         self.validation = self.corpus.validation.to(self.device)
         window = config.window or config.block_size
-        batches = Batches(self.corpus.train, window, config.batch_size, config.seed, self.device)
+        batches = Batches(self.corpus.train, window, self.world.share(config)[0], config.seed, self.device)
         if len(self.validation) < 2:
             raise UserError(f"{self.corpus.source} has too little text to validate on: take a longer text")
         self.tokens_per_step = config.batch_size * batches.window * config.grad_accumulation
@@ -160,15 +208,18 @@ class Session:
         self.model = GPT(self.config.model_config(self.tokenizer.vocab_size), self.ops)
         if found:
             found.load_weights(self.model)
-        self.model.to(self.device)
+        parallel.spread(self.model, self.world, self.device)
         self.flops_per_token = utilization.flops_per_token(self.model, batches.window)
-        self.learner = Learner(self.model, self.config, batches, self.dtype)
+        self.learner = Learner(self.model, self.config, batches, self.dtype, self.world)
         self.progress = Progress()
         if found:
-            found.load_optimizer(self.model, self.learner.optimizer)
             if scaler := found.state["scaler"]:  # a run that had none begins with a fresh one
                 self.learner.scaler.load_state_dict(scaler)
             self.progress = Progress(**found.state["progress"])
+        if self.world.rank:  # each process drops other activations
+            generators.seed((self.config.seed + self.world.rank + (self.progress.step << 20)) % 2**63)
+        if found:
+            found.load_optimizer(self.model, self.learner.optimizer, self.world.rank)
 
     def _step(self, number: int) -> Tensor:
         try:
@@ -179,13 +230,14 @@ class Session:
         # Only here, where nothing holds the failed step's tensors any more, is their memory free again.
         raise UserError(f"{faults.what_fits(self.learner)}; --resume {self.folder} takes them too")
 
-    def _evaluate(self, stop: StopRequest) -> None:
-        """Report, evaluate where that is due, save, and raise Stopped where a stop was asked for."""
+    def _evaluation_is_due(self) -> bool:
+        return self.progress.step % self.config.eval_interval == 0 or self.progress.step == self.config.max_steps
+
+    def _evaluate(self, stopping: bool) -> None:
+        """Report, evaluate where that is due, save, and raise Stopped when `stopping`."""
         progress = self.progress
         rows = self._arrived(everything=True)
-        stopped = stop.requested and progress.step < self.config.max_steps
-        due = progress.step % self.config.eval_interval == 0 or progress.step == self.config.max_steps
-        if due:
+        if due := self._evaluation_is_due():
             result = self.evaluate(self.config.eval_tokens)
             rows[-1] |= {"val_loss": result.loss, "perplexity": result.perplexity}
         self._report(rows, self.clock.rate)
@@ -198,19 +250,22 @@ class Session:
                 f"step {progress.step}: training loss {rows[-1]['train_loss']:.4f}, validation loss {result.loss:.4f} "
                 f"({result.tokens:,} tokens{mark})"
             )
-        self.metrics.sync()  # a checkpoint must not know of more steps than they
+        if self.metrics:
+            self.metrics.sync()  # a checkpoint must not know of more steps than they
         self._save(LAST)
-        if time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
+        if self.world.first and time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
             self.draw()
-        if stopped:
-            raise Stopped(
+        if stopping:
+            told = Stopped(
                 f"stopped after step {progress.step} of {self.config.max_steps}, and saved; "
                 f"to go on: python train.py --resume {self.folder}"
             )
+            told.silent = not self.world.first
+            raise told
 
     def evaluate(self, max_tokens: int) -> Evaluation:
         """The loss on the validation split, or on so many tokens of it (0: all)."""
-        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype)
+        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype, world=self.world)
 
     def _arrived(self, *, everything: bool = False) -> list[dict[str, float]]:
         """Rows of metrics.csv for the steps whose losses have come from the device."""
@@ -226,7 +281,8 @@ class Session:
         if not rows:
             return
         rows[-1]["tokens_per_second"] = rate
-        self.metrics.write(rows)
+        if self.metrics:
+            self.metrics.write(rows)
         for watcher in self.watchers:
             watcher.write(rows)
         if warning := faults.count_skipped(rows, self.progress, fp16=self.dtype == torch.float16):
@@ -245,9 +301,9 @@ class Session:
         self.drawn = time.monotonic()
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """The share of the device's peak in percent; None where that peak is not known."""
-        name = resume.device_name(self.device)
-        return utilization.mfu_percent(tokens_per_second, self.flops_per_token, name, self.dtype)
+        """The share of the devices' peak in percent; None where that peak is not known."""
+        name, one = resume.device_name(self.device), tokens_per_second / self.world.size
+        return utilization.mfu_percent(one, self.flops_per_token, name, self.dtype)
 
     def _save(self, name: str) -> None:
         progress = self.progress
@@ -261,7 +317,7 @@ class Session:
         }
         stored = replace(self.config, resume=None, out=None)
         last = {"optimizer": self.learner.optimizer, "keep": self.config.keep} if name == LAST else {}
-        checkpoint.save(self.folder / name, self.model, self.tokenizer, stored, state, **last)
+        checkpoint.save(self.folder / name, self.model, self.tokenizer, stored, state, **last, world=self.world)
 
     def warn(self, text: str) -> None:
         """Show a line that is not to be overlooked."""

@@ -36,7 +36,7 @@ def other_value(field, now):
     special = {
         "preset": "tiny", "data": "pydocs", "out": Path("a/b"), "kernels": "eager", "device": "cpu", "dtype": "bf16",
         "position": "sinusoidal", "prompt": "--x", "n_head": 2, "window": 3, "dropout": 0.25,
-        "beta1": 0.5, "beta2": 0.5, "min_learning_rate": 1e-9,
+        "beta1": 0.5, "beta2": 0.5, "min_learning_rate": 1e-9, "parallel": "ddp",
     }  # fmt: skip
     if field.name in special:
         return special[field.name]

@@ -38,6 +38,23 @@ def test_what_a_person_caused_is_one_line(exception, status, line, capsys):
     assert written.err.startswith(line) and written.err.count("\n") == 1 and written.out == ""
 
 
+def test_of_several_processes_one_tells_what_all_of_them_met(monkeypatch, capsys):
+    monkeypatch.setattr("minigpt.errors._SECONDS_TO_TELL", 0)
+
+    def told(rank_here, *, rank=None, silent=False):
+        monkeypatch.setenv("RANK", str(rank_here))
+        error = UserError("so it is")
+        error.rank, error.silent = rank, silent
+        with pytest.raises(SystemExit) as leaving:
+            door(fails(error))
+        assert leaving.value.code == 1
+        return capsys.readouterr().err
+
+    assert told(0) == told(0, rank=0) == "error: so it is\n"
+    assert told(3) == told(3, rank=3, silent=True) == ""
+    assert told(3, rank=3) == "[rank 3] error: so it is\n"
+
+
 @pytest.mark.parametrize("exception", [ValueError("a bug"), FileNotFoundError(2, "No such file", "data.json")])
 def test_a_bug_keeps_its_traceback(exception):
     with pytest.raises(type(exception)):

@@ -56,7 +56,7 @@ def test_the_gradient_is_clipped_to_its_norm(clip, monkeypatch):
     learner, seen = make(grad_clip=clip), []
     monkeypatch.setattr(learner.optimizer, "step", lambda: seen.append(_norm(learner)))
     _, norm = learner.step(0).tolist()
-    learner.backward(0)
+    learner.backward(learner.data(0))
     assert norm == pytest.approx(_norm(learner), rel=1e-5) and norm > 0.1
     assert seen == pytest.approx([clip or norm], rel=1e-3)
 

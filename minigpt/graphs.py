@@ -1,0 +1,82 @@
+"""A whole training step as one CUDA graph: forward, backward, clipping and optimizer, launched by one call.
+
+A small model keeps a GPU busy for less time than the host needs to launch its kernels one by one; a graph's launches
+cost the host nothing. What is captured reads and writes the same addresses each time, so a step's data is copied to
+where the captured one had its own, and the learning rate is a tensor.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .learning import Data, Learner
+
+WARM_UP = 3
+"""Steps that run as they are, before one is captured: they compile kernels and make what is made at first use."""
+
+
+def check(config: TrainConfig, device: torch.device) -> None:
+    """Raise UserError for a step that cannot be captured."""
+    if not config.cuda_graph:
+        return
+    if device.type != "cuda":
+        raise UserError(f"--cuda-graph needs a GPU, and this runs on {device}: leave it out")
+    if config.checkpoint_activations and config.dropout:
+        raise UserError(
+            "--cuda-graph cannot capture --checkpoint-activations with dropout, which reads the random generator: "
+            "leave out one of the two, or take --dropout 0"
+        )
+
+
+class GraphedStep:
+    """Learner.advance, captured at the fourth call and replayed from then on."""
+
+    def __init__(self, learner: "Learner"):
+        self._learner = learner
+        self._warm = 0
+        self._data: Data = []
+        self._graph: Any = None
+        self._measured = torch.empty(0)
+
+    def __call__(self, data: "Data") -> Tensor:
+        """As Learner.advance. Raises UserError where something in the step cannot be captured."""
+        if self._warm < WARM_UP:
+            self._warm += 1
+            return beside(lambda: self._learner.advance(data))
+        if self._graph is None:
+            self._data = [(inputs.clone(), targets.clone()) for inputs, targets in data]
+            self._graph, self._measured = capture(lambda: self._learner.advance(self._data))
+        for kept, new in zip(self._data, data, strict=True):
+            for there, here in zip(kept, new, strict=True):
+                there.copy_(here)
+        self._graph.replay()
+        return self._measured.clone()  # the next replay writes there
+
+
+def beside(work: Any) -> Tensor:
+    """`work` on a stream of its own, as capturing wants it to have been done before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = work()
+    torch.cuda.current_stream().wait_stream(side)
+    return found
+
+
+def capture(work: Any) -> tuple[Any, Tensor]:
+    """The graph of what `work` launches, not yet run, and what it returns. Raises UserError where that cannot be."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            found = work()
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise UserError(f"--cuda-graph cannot capture this step ({reason}): leave it out") from error
+    return graph, found
