@@ -4,6 +4,9 @@ Nothing about the position in the data needs to be stored to go on with a run, a
 same batches.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ class Batches:
     """Batches of windows for training, each epoch all of the text in shuffled windows, cut at a random offset.
 
     tokens (N,): an int64 tensor, or an array of integers mapped from a file. The first goes to `device` whole (None: it
-    stays where it is), of the second each batch does. `window` tokens per window. Raises UserError when the text is
-    shorter than one window.
+    stays where it is), of the second each batch does, from pinned memory. `window` tokens per window. Raises UserError
+    when the text is shorter than one window.
     """
 
     def __init__(
@@ -45,11 +48,40 @@ class Batches:
             self._rows = tokens.unfold(0, window + 1, 1)
         # One window fewer than fit, where the text allows, so that the first can start anywhere in a window.
         self._per_epoch = max(1, len(tokens) // window - 1)
+        self._reader: ThreadPoolExecutor | None = None
+        self._read_ahead: dict[tuple[int, int], Future[Tensor]] = {}
         self._epoch = -1
         self._starts = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (batch_size, window) int64 each, of the batch with this number, 0 or more."""
+        if isinstance(self._rows, Tensor):
+            rows = self._rows[self._batch_starts(index)]
+        else:
+            self.expect([index])
+            rows = self._read_ahead.pop((index, self.batch_size)).result().to(self._device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Begin to read the batches with these numbers, which are wanted next, if they come from a file.
+
+        On a thread beside this one, so that the disk is waited for while the device computes.
+        """
+        if isinstance(self._rows, Tensor):
+            return
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "batches")
+        for key in ((index, self.batch_size) for index in indices):
+            if key not in self._read_ahead:
+                self._read_ahead[key] = self._reader.submit(self._read, key[0])
+
+    def _read(self, index: int) -> Tensor:
+        """The rows (batch_size, window + 1) int64 of a batch; for a GPU pinned, so that the copy waits for nothing."""
+        rows = torch.from_numpy(self._rows[self._batch_starts(index).numpy()].astype(np.int64))
+        return rows.pin_memory() if self._device.type == "cuda" else rows
+
+    def _batch_starts(self, index: int) -> Tensor:
+        """Where each window of a batch starts, (batch_size,) int64."""
         wanted, end = index * self.batch_size, (index + 1) * self.batch_size
         parts = []
         while wanted < end:
@@ -57,17 +89,7 @@ class Batches:
             part = self._epoch_starts(epoch)[first : first + end - wanted]
             parts.append(part)
             wanted += len(part)
-        rows = self._gather(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return rows[:, :-1], rows[:, 1:]
-
-    def _gather(self, starts: Tensor) -> Tensor:
-        """The rows (n, window + 1) int64 that start there, on the device."""
-        if isinstance(self._rows, Tensor):
-            return self._rows[starts]
-        rows = torch.from_numpy(self._rows[starts.numpy()].astype(np.int64))
-        if self._device.type == "cuda":
-            rows = rows.pin_memory()  # so that the copy waits for nothing
-        return rows.to(self._device, non_blocking=True)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _epoch_starts(self, epoch: int) -> Tensor:
         """Where each window of an epoch starts, in the order of training."""

@@ -72,8 +72,9 @@ class Learner:
 
     def data(self, number: int) -> Data:
         """The batches of that step, those of this process."""
-        first = (number * self.world.size + self.world.rank) * self.passes
-        return [self.batches[index] for index in range(first, first + self.passes)]
+        found = [self.batches[index] for index in self._indices(number)]
+        self.batches.expect(self._indices(number + 1))
+        return found
 
     def advance(self, data: Data) -> Tensor:
         """The part of a step that the device does."""
@@ -101,6 +102,10 @@ class Learner:
         """The loss () of one batch, (B, T) int64 each, in nats per token."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.run(inputs, targets)[1]
+
+    def _indices(self, number: int) -> range:
+        first = (number * self.world.size + self.world.rank) * self.passes
+        return range(first, first + self.passes)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

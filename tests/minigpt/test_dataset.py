@@ -82,3 +82,18 @@ def test_a_checkpoint_is_no_text(small):
     train(small(out=Path("r"), max_steps=1))
     with pytest.raises(UserError, match="r/last is no prepared text"):
         dataset.load("r/last")
+
+
+def test_batches_of_a_file_are_read_ahead_once_and_in_any_order(both):
+    held, mapped = (Batches(dataset.load(str(path)).train, 16, 4, seed=3) for path in both)
+    read, reading = [], mapped._read
+    mapped._read = lambda index: (read.append(index), reading(index))[1]
+    mapped.expect(range(5))
+    for index in (3, 0, 9, 4, 9):
+        assert torch.equal(held[index][0], mapped[index][0])
+    held.expect(range(5))
+    # Another batch size is other windows, although the number is the same.
+    held.batch_size = mapped.batch_size = 2
+    for index in (1, 2):
+        assert torch.equal(held[index][1], mapped[index][1])
+    assert read == [0, 1, 2, 3, 4, 9, 9, 1, 2]

@@ -27,3 +27,16 @@ def test_algorithms_are_set_and_given_back(wanted, monkeypatch):
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_tf32_is_what_was_asked_for_whatever_was_set(allowed, before):
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyError), process.tf32(allowed):
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

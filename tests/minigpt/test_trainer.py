@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import StopAfter, assert_same_run, losses, rows
+from training_runs import StopAfter, Waits, assert_same_run, losses, rows
 
 from kernels.op import count_launches
 from minigpt import backends, checkpoint, trainer
@@ -376,3 +376,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(small):
 def test_the_tokenizer_of_a_run_knows_its_whole_text(small):
     train(small(out=Path("r"), max_steps=1, sample_tokens=0))
     assert checkpoint.load(Path("r/last")).tokenizer == CharTokenizer.from_text(Path("text.txt").read_text())
+
+
+def test_the_loop_waits_for_the_device_only_to_report(small):
+    before = []
+    with Session(small(out=Path("r"), max_steps=21, log_interval=5, eval_interval=100)) as session:
+        step = session._step
+        session._step = lambda number: (before.append(len(waits.found)), step(number))[1]
+        with Waits() as waits, session.display.running(0):
+            session.run(StopRequest())
+    assert before == [number // 5 for number in range(21)]
+    assert waits.found[:4] == ["tolist"] * 4

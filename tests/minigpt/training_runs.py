@@ -2,6 +2,9 @@
 
 import csv
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 
 def rows(folder):
     """metrics.csv."""
@@ -31,3 +34,34 @@ class StopAfter:
     @property
     def requested(self):
         return self.session.progress.step >= self.step
+
+
+class Waits(TorchDispatchMode):
+    """Notes, during a `with` block, what makes the host wait for the device."""
+
+    _METHODS = ("tolist", "numpy", "cpu")
+
+    def __enter__(self):
+        self.found = []
+        self._before = {name: getattr(torch.Tensor, name) for name in self._METHODS}
+        for name, method in self._before.items():
+            setattr(torch.Tensor, name, self._noting(name, method))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, method in self._before.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*error)
+
+    def _noting(self, name, method):
+        def noted(*arguments, **options):
+            self.found.append(name)
+            return method(*arguments, **options)
+
+        return noted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
