@@ -53,6 +53,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def of_the_compiler(error: BaseException) -> UserError | None:
+    """What to say of an error of torch.compile, which needs more than training does; None for any other."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    reason = " ".join(str(error).split("\n")[0].split())
+    return UserError(f"--compile does not work here ({reason}): install what it needs, or leave it out")
+
+
 @contextmanager
 def memory_told() -> Iterator[None]:
     """Run a block: out of memory becomes a UserError that says what to take less of."""

@@ -179,26 +179,34 @@ def device_of(config: TrainConfig, world: World) -> str:
     return f"cuda:{world.local_rank}" if world.kind != "none" and _uses_gpus(config) else config.device
 
 
-def spread(model: GPT, world: World, device: torch.device) -> None:
-    """Put `model` on `device`; under fsdp, this process's part of it. Before an optimizer is made."""
+def spread(model: GPT, world: World, device: torch.device, dtype: torch.dtype) -> None:
+    """Put `model` on `device`; under fsdp, this process's part of it. Before an optimizer is made.
+
+    Cut up are attention and MLP of each block, one after the other, and the rest: embeddings, norms, head. Parameters
+    of the former go round in `dtype`, which is what autocast makes of them (it would keep that copy for backward,
+    whole); all gradients are added up in fp32.
+    """
     if world.kind != "fsdp":
         model.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (world.size,))
-    # A block gives back views, which the next one adds to out of place.
+    # What a part returns is only added to out of place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)  # moves what it cuts up, block by block
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = {} if dtype == torch.float32 else {"mp_policy": half}
+    for part in _parts(model):
+        fully_shard(part, mesh=mesh, **policy)  # moves what it cuts up
+    fully_shard(model, mesh=mesh)
 
 
 def wrap(model: GPT, world: World, *, compiled: bool) -> nn.Module:
     """What to call in place of `model`: its gradients are averaged over the processes; `compiled` if that is wanted."""
     if compiled and world.kind == "fsdp":
-        for block in model.blocks:  # parameters come and go between the blocks
-            block.compile()
+        for part in _parts(model):  # parameters come and go between them
+            part.compile()
         return model
     module = torch.compile(model) if compiled else model
     if world.kind != "ddp":
@@ -230,6 +238,10 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
     # Every process has the same value already.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _parts(model: GPT) -> list[nn.Module]:
+    return [part for block in model.blocks for part in (block.attention, block.mlp)]
 
 
 def _is_cut_up(tensor: Tensor) -> bool:

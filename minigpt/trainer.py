@@ -208,7 +208,7 @@ class Session:
         self.model = GPT(self.config.model_config(self.tokenizer.vocab_size), self.ops)
         if found:
             found.load_weights(self.model)
-        parallel.spread(self.model, self.world, self.device)
+        parallel.spread(self.model, self.world, self.device, self.dtype)
         self.flops_per_token = utilization.flops_per_token(self.model, batches.window)
         self.learner = Learner(self.model, self.config, batches, self.dtype, self.world)
         self.progress = Progress()
@@ -225,6 +225,8 @@ class Session:
         try:
             return self.learner.step(number)
         except (RuntimeError, MemoryError) as error:
+            if told := faults.of_the_compiler(error):
+                raise told from error
             if not faults.is_out_of_memory(error):
                 raise
         # Only here, where nothing holds the failed step's tensors any more, is their memory free again.

@@ -332,6 +332,18 @@ def test_out_of_memory_with_one_window_or_before_any(small, monkeypatch):
     assert not Path("s").exists()
 
 
+def test_a_compiler_that_is_missing_is_one_line(small, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nonexistent"))
+    with pytest.raises(
+        UserError, match=r"--compile does not work here \(.*compiler.*\): install what it needs"
+    ) as told:
+        train(small(out=Path("r"), compile=True))
+    assert "\n" not in str(told.value)
+
+
 def test_other_errors_of_a_step_stay_what_they_are(small, monkeypatch):
     too_large(monkeypatch, 0, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
