@@ -11,7 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.15",
     packages=["kernels", "minigpt"],
-    package_data={"kernels": ["tiles/*.json"]},
+    package_data={"kernels": ["tiles/*.json"], "minigpt": ["pages/*.html"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",  # a CPU build of torch does not bring it

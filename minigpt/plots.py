@@ -52,7 +52,7 @@ def curves(metrics_csv: Path, png: Path, *, title: str = "") -> None:
         _logarithmic(perplexity)
         for axes in (loss, perplexity):
             _label_ends(axes)
-        _save(figure, png)
+        save(figure, png)
 
 
 def comparison(losses: tuple[np.ndarray, np.ndarray], names: tuple[str, str], png: Path, *, title: str = "") -> None:
@@ -81,10 +81,11 @@ def comparison(losses: tuple[np.ndarray, np.ndarray], names: tuple[str, str], pn
         apart.plot(steps, np.maximum(explained, smallest), color=QUIET, linestyle=":", label="explained by seeds alone")
         apart.set_yscale("log")
         apart.legend(frameon=False)
-        _save(figure, png)
+        save(figure, png)
 
 
-def _save(figure: Figure, png: Path) -> None:
+def save(figure: Figure, png: Path) -> None:
+    """Write a picture whole, or not at all. Raises UserError when it cannot be written."""
     temporary = png.with_name(f"{png.name}.tmp")
     with writing(png):
         try:
