@@ -1,6 +1,6 @@
 """A text of any size into a file of token ids that training maps into memory: in parallel, in constant memory.
 
-The text is read twice, in chunks of a few million bytes: once for its characters, once to write their tokens. For a BPE
+The text is read twice, in chunks of a million bytes: once for its characters, once to write their tokens. For a BPE
 tokenizer that is to be learnt, chunks of it are read in between. What is made is a folder, sealed with checksums as a
 checkpoint is:
 
@@ -33,7 +33,7 @@ from .tokenizers import Tokenizer
 
 TOKENS, MANIFEST, TOKENIZER = "tokens.bin", "manifest.json", "tokenizer.json"
 
-_CHUNK = 2 << 20  # bytes of text that a process works on at once: some ten times as much memory
+_CHUNK = 1 << 20  # bytes of text that a process works on at once: some ten times as much memory
 _MOST_TO_LEARN = 64 << 20
 """Bytes of text from which a BPE tokenizer is learnt; of a longer one, chunks spread evenly over it."""
 _TO_TRAIN = 0.9  # as of a text in memory
@@ -235,7 +235,7 @@ class _Processes:
         # Forked, they need not import PyTorch, which none of them uses.
         how = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context(how), _begin_process)
-        self._at_once = 2 * workers
+        self._at_once = workers + 2  # a process never waits for work, and few results wait to be taken
         self._sizes = [chunk.end - chunk.begin for chunk in chunks]
         self._progress = progress
 

@@ -91,7 +91,8 @@ def tokens_before(tokenizer: Tokenizer, ids: np.ndarray, characters: int) -> int
     """
     lengths = tokenizer.characters_per_token.copy()
     lengths[tokenizer.eos] = 1
-    ends = np.cumsum(lengths[ids])
+    ends = lengths[ids]
+    np.cumsum(ends, out=ends)
     # The token with the first character behind the cut; where it has the last before it too, the next with a character.
     found = int(np.searchsorted(ends, characters, side="right"))
     if found < len(ids) and ends[found] - lengths[ids[found]] < characters:
