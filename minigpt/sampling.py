@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .model import GPT
-from .tokenizers import EOS, SPECIAL, Tokenizer
+from .tokenizers import EOS, SPECIAL, CharTokenizer
 
 
 def sample(
@@ -54,7 +54,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: CharTokenizer | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `ids` (one or more), each as soon as it is known; at most `max_new_tokens`.
 
@@ -87,7 +87,7 @@ def generate(
 
 
 def _generate(
-    model: GPT, idx: Tensor, max_new_tokens: int, tokenizer: Tokenizer | None, options: dict
+    model: GPT, idx: Tensor, max_new_tokens: int, tokenizer: CharTokenizer | None, options: dict
 ) -> Iterator[int]:
     never = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     if tokenizer is not None:
@@ -116,7 +116,7 @@ def _next_logits(model: GPT, idx: Tensor) -> Tensor:
     return logits[0, -1].float().cpu()
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: CharTokenizer, prompt: str) -> list[int]:
     """The ids of a prompt. "" begins at a new line, or at <eos> where the text that was trained on has no lines.
 
     Raises UserError for characters that the model has never seen: they are named.
@@ -129,7 +129,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def stream(
     model: GPT,
-    tokenizer: Tokenizer,
+    tokenizer: CharTokenizer,
     prompt: str = "",
     *,
     max_new_tokens: int,
@@ -161,7 +161,7 @@ def stream(
     return pieces if stop is None else _until(pieces, stop)
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompt: str = "", **options) -> str:
+def complete(model: GPT, tokenizer: CharTokenizer, prompt: str = "", **options) -> str:
     """`prompt` and the text that continues it, at once; options and errors as `stream`."""
     return prompt + "".join(stream(model, tokenizer, prompt, **options))
 
@@ -195,7 +195,7 @@ def _check(vocab_size: int, temperature: float, top_k: int, top_p: float) -> Non
         raise UserError(f"top_p is {top_p:g}: it must be above 0 and at most 1")
 
 
-def _require_known(tokenizer: Tokenizer, text: str, what: str) -> None:
+def _require_known(tokenizer: CharTokenizer, text: str, what: str) -> None:
     if unknown := tokenizer.unknown(text):
         named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
         raise UserError(f"{what} has characters that the model has never seen ({named}): leave them out")

@@ -34,9 +34,9 @@ def flag(field, value):
 def other_value(field, now):
     """A valid value of a field that differs from the one it has."""
     special = {
-        "preset": "tiny", "data": "pydocs", "tokenizer": "bpe", "out": Path("a/b"), "kernels": "eager", "device": "cpu", "dtype": "bf16",
-        "position": "sinusoidal", "prompt": "--x", "n_head": 2, "window": 3, "dropout": 0.25,
-        "beta1": 0.5, "beta2": 0.5, "min_learning_rate": 1e-9,
+        "preset": "tiny", "data": "pydocs", "tokenizer": "bpe", "out": Path("a/b"), "kernels": "eager",
+        "device": "cpu", "dtype": "bf16", "position": "sinusoidal", "prompt": "--x", "n_head": 2, "window": 3,
+        "dropout": 0.25, "beta1": 0.5, "beta2": 0.5, "min_learning_rate": 1e-9,
     }  # fmt: skip
     if field.name in special:
         return special[field.name]
