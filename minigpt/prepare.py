@@ -75,6 +75,10 @@ def prepare(
     """
     if workers < 1:
         raise UserError(f"workers is {workers}: it must be at least 1")
+    if vocab_size and tokenizer != tokenizer_choice.BPE:
+        raise UserError(
+            "--vocab-size says how much --tokenizer bpe learns: leave it out; training's pads the vocabulary"
+        )
     if out.exists():
         raise UserError(f"{out} is there already: remove it, or choose another --out")
     files = _files(source)

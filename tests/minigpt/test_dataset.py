@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import losses
 
-from minigpt import corpora, dataset, plots, prepare
+from minigpt import corpora, dataset, plots, prepare, storage
 from minigpt.batches import Batches
 from minigpt.config import parse
 from minigpt.errors import UserError
@@ -113,6 +113,16 @@ def test_a_prepared_text_of_another_tokenizer_is_refused(small, both, both_in_bp
     with pytest.raises(UserError, match=f"prepared with another tokenizer.*--tokenizer {wanted[0]}.*leave that out"):
         train(small(data=folder, tokenizer=wanted[0], vocab_size=size))
     assert dataset.load(folder, kind, 280).tokens == dataset.load(folder).tokens
+
+
+def test_a_text_that_an_older_version_prepared_is_cut_where_it_was(both):
+    path = both[1] / "manifest.json"
+    before, manifest = dataset.load(str(both[1])), storage.read_json(path)
+    assert manifest.pop("train") == len(before.train)
+    storage.write_json(path, manifest)
+    storage.seal(both[1])
+    after = dataset.load(str(both[1]))
+    assert len(after.train) == len(before.train) and after.sha256 == before.sha256
 
 
 def test_characters_need_no_package(small, monkeypatch):

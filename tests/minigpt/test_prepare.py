@@ -167,6 +167,8 @@ def test_what_is_damaged_is_told():
         (["--data", "text.txt", "--workers", "-1"], "at least 1"),
         (["--data", "text.txt", "--tokenizer", "words"], "no tokenizer 'words'"),
         (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "258"], "at least 259"),
+        (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "-1"], "at least 259"),
+        (["--data", "text.txt", "--vocab-size", "300"], "--vocab-size says how much --tokenizer bpe learns"),
         ([], "--data"),
     ],
 )
