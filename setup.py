@@ -21,5 +21,5 @@ setup(
         "tyro>=0.9",
         "rich>=13",
     ],
-    extras_require={"test": TEST, "watch": ["tensorboard", "wandb"]},
+    extras_require={"test": TEST, "watch": ["tensorboard", "wandb"], "bpe": ["tokenizers>=0.20"]},
 )

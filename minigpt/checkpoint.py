@@ -33,7 +33,7 @@ from .config import ModelConfig, TrainConfig
 from .errors import Damaged, UserError, writing
 from .model import GPT
 from .parallel import ALONE, World
-from .tokenizers import CharTokenizer
+from .tokenizers import Tokenizer
 
 BEST, LAST = "best", "last"
 """The checkpoints of a run: of the lowest validation loss, and of the last step."""
@@ -48,7 +48,7 @@ class Checkpoint:
     folder: Path
     model_config: ModelConfig
     config: TrainConfig
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     state: dict[str, Any]
 
     def model(self, ops: Backends, device: torch.device) -> GPT:
@@ -101,7 +101,7 @@ class Checkpoint:
 def save(
     folder: Path,
     model: GPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     config: TrainConfig,
     state: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,

@@ -11,14 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import backends, checkpoint, compare, dataset, prepare, resume, sampling, showcase
+from . import backends, checkpoint, compare, dataset, prepare, resume, sampling, showcase, tokenizer_choice
 from .backends import Backends
 from .config import command_line, default_preset, pick_device, pick_dtype, preset
 from .errors import UserError
@@ -75,8 +76,11 @@ class Prepare:
 
     data: str
     """A text file, or a folder whose *.txt follow each other."""
-    tokenizer: Literal["characters"] = "characters"
-    """How text becomes tokens: each character is one."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar=tokenizer_choice.METAVAR)] = tokenizer_choice.CHAR
+    """How text becomes tokens: char, each character is one; bpe, frequent runs of bytes, learnt from the text; gpt2,
+    GPT-2's own, where its files are; or a folder or file with a tokenizer."""
+    vocab_size: int = 0
+    """With --tokenizer bpe: the tokens to learn, at least 259; 0: 1024."""
     out: Path | None = None
     """Folder to write to, which must not be there yet. Without one: the name of the data, ending in .tokens."""
     workers: int = 0
@@ -164,7 +168,8 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
         raise UserError(f"max_tokens is {options.max_tokens}: it must be 0 or more")
     found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
     ops, device = _ops(options)
-    corpus = dataset.load(options.data or found.config.data)
+    # The text of the run has its tokenizer; another one is read as it is, to be told what the tokenizer does not know.
+    corpus = dataset.load(options.data or found.config.data, found.tokenizer if options.data is None else None)
     if options.data is None:
         resume.check_text(found.config.data, found, corpus)
     model, tokenizer = found.model(ops, device), found.tokenizer
@@ -178,15 +183,19 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     began = time.perf_counter()
     if len(tokens) > 1:
         print(f"evaluating {found.folder} on {corpus.source} ...", file=sys.stderr, flush=True)
-    result = evaluate_model(model, tokens, max_tokens=options.max_tokens, dtype=pick_dtype(found.config.dtype, device))
+    dtype = pick_dtype(found.config.dtype, device)
+    lengths = tokenizer.characters_per_token
+    result = evaluate_model(model, tokens, lengths, max_tokens=options.max_tokens, dtype=dtype)
     rows = {
         "checkpoint": found.folder,
         "kernels": _named(ops),
         "text": f"the end of {corpus.source}",
+        "tokenizer": tokenizer.kind,
         "tokens": f"{result.tokens:,}",
-        "loss": f"{result.loss:.4f} nats per token",
+        "characters": f"{result.characters:,}",
+        "loss": f"{result.loss:.4f} nats per token, {result.loss_per_character:.4f} nats per character",
         "bits": f"{result.bits_per_character:.4f} per character",
-        "perplexity": f"{result.perplexity:.3f}",
+        "perplexity": f"{result.perplexity:.3f} per token",
         "time": f"{time.perf_counter() - began:.1f} s",
     }
     for name, value in rows.items():
@@ -246,7 +255,15 @@ def run_prepare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, refresh=True)
 
-        manifest = prepare.prepare(source, out, workers=options.workers or os.cpu_count() or 1, progress=progress)
+        manifest = prepare.prepare(
+            source,
+            out,
+            options.tokenizer,
+            options.vocab_size,
+            workers=options.workers or os.cpu_count() or 1,
+            progress=progress,
+            announce=_warn,
+        )
     print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
 
 

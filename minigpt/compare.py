@@ -78,7 +78,7 @@ class Trial:
         self.config = config
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
-        data = dataset.load(config.data, announce=announce)
+        data = dataset.load(config.data, config.tokenizer, config.vocab_size, announce=announce)
         self.tokenizer, self.tokens, self.validation = data.tokenizer, data.train, data.validation.to(self.device)
 
     def learner(self, kernels: str, seed: int, dtype: torch.dtype) -> Learner:
@@ -95,7 +95,13 @@ class Trial:
         learner = self.learner(kernels, seed, self.dtype)
         with process.threads(1 if learner.model.ops.interpreted else torch.get_num_threads()):
             measured = torch.stack([learner.step(number) for number in range(self.config.max_steps)])
-            found = evaluate(learner.model, self.validation, max_tokens=self.config.eval_tokens, dtype=self.dtype)
+            found = evaluate(
+                learner.model,
+                self.validation,
+                self.tokenizer.characters_per_token,
+                max_tokens=self.config.eval_tokens,
+                dtype=self.dtype,
+            )
         return measured.double().cpu().numpy(), found.loss
 
     def gradients(self, kernels: str, dtype: torch.dtype) -> dict[str, Tensor]:

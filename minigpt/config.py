@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import tyro
 
-from . import backends
+from . import backends, tokenizer_choice
 from .errors import UserError
 
 T = TypeVar("T")
@@ -103,6 +103,10 @@ class TrainConfig:
     data: str | None = None
     """What to train on: shakespeare, pydocs, a text file, or a folder that `python -m minigpt prepare` has written.
     Without one: shakespeare."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar=tokenizer_choice.METAVAR)] = None
+    """How text becomes tokens: char, each character is one; bpe, frequent runs of bytes, learnt from the text; gpt2,
+    GPT-2's own, where its files are; or a folder or file with a tokenizer. Without one: that of a prepared text, else
+    char."""
     out: Path | None = None
     """Folder to write to. Without one: a new runs/PRESET-N."""
     resume: Path | None = None
@@ -139,7 +143,8 @@ class TrainConfig:
     block_size: int = 64
     """The longest context, in tokens."""
     vocab_size: int = 0
-    """Pad the vocabulary up to this many tokens; 0: only those of the text."""
+    """Tokens in the vocabulary. With --tokenizer bpe, so many are learnt, at least 259; 0: 1024. Else the vocabulary is
+    padded up to so many; 0: only those of the tokenizer."""
     dropout: float = 0.0
     """Share of activations dropped in training."""
     bias: bool = False

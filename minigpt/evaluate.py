@@ -1,9 +1,13 @@
-"""How well a model predicts a text: nats and bits per token, and perplexity, over all of it."""
+"""How well a model predicts a text, over all of it: nats per token, perplexity, and bits per character.
+
+Only what is per character compares models of different tokenizers.
+"""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,27 +21,35 @@ _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean over the tokens of a text."""
+    """The mean over the tokens of a text, or over the characters that they stand for."""
 
     loss: float
     """Nats per token."""
     tokens: int
     """How many tokens were predicted."""
+    characters: int
+    """How many characters they stand for: of each, the token that has its first byte."""
+
+    @property
+    def loss_per_character(self) -> float:
+        """Nats per character; infinite where there is none."""
+        return self.loss * self.tokens / self.characters if self.characters else math.inf
 
     @property
     def bits_per_character(self) -> float:
-        """Bits per token, and a token is a character here."""
-        return self.loss / math.log(2)
+        """loss_per_character in bits."""
+        return self.loss_per_character / math.log(2)
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond a float."""
+        """exp(loss), per token; infinite where that is beyond a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def evaluate(
     model: GPT,
     tokens: Tensor,
+    characters_per_token: np.ndarray,
     *,
     max_tokens: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -47,6 +59,7 @@ def evaluate(
 
     Non-overlapping windows of block_size, the last one shorter where they do not fit, so that each of the N - 1 tokens
     after the first counts once. With `max_tokens`, no more than that many, in windows spread evenly over the text.
+    `characters_per_token` (V,), of the tokenizer, says how many characters each id stands for.
     Matrix products in `dtype`. Dropout is off meanwhile. Several processes call it together, and share the windows.
     Raises UserError when there is nothing to predict.
     """
@@ -54,6 +67,8 @@ def evaluate(
     count = sum(targets.numel() for _, targets in windows)
     if count == 0:
         raise UserError("the text to validate on needs at least 2 tokens: take a longer text")
+
+    lengths = torch.from_numpy(characters_per_token).to(tokens.device)
 
     def loss_sum(window: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = window
@@ -72,7 +87,8 @@ def evaluate(
             total += found if mine < len(windows) else 0.0
     finally:
         model.train(was_training)
-    return Evaluation(world.sum(total).item() / count, count)
+    characters = sum((lengths[targets].sum() for _, targets in windows), torch.zeros_like(lengths[0]))
+    return Evaluation(world.sum(total).item() / count, count, int(characters))
 
 
 def _windows(tokens: Tensor, block: int, max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

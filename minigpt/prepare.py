@@ -1,35 +1,44 @@
 """A text of any size into a file of token ids that training maps into memory: in parallel, in constant memory.
 
-The text is read twice, in chunks of a few million bytes: once for its characters, once to write their ids where they
-belong. What is made is a folder, sealed with checksums as a checkpoint is:
+The text is read twice, in chunks of a million bytes: once for its characters, once to write their tokens. For a BPE
+tokenizer that is to be learnt, chunks of it are read in between. What is made is a folder, sealed with checksums as a
+checkpoint is:
 
     tokens.bin       the ids, little-endian uint16, or uint32 where the vocabulary needs it
-    manifest.json    how many, of which type, from which files
+    manifest.json    how many, of which type, from which files, and how many of them to train on
     tokenizer.json   the tokenizer
     checksums.json   the SHA-256 of each of these
 """
 
+import itertools
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import storage
+from . import storage, tokenizer_choice, tokenizers
 from .errors import UserError, writing
-from .tokenizers import EOS, CharTokenizer
+from .tokenizers import Tokenizer
 
 TOKENS, MANIFEST, TOKENIZER = "tokens.bin", "manifest.json", "tokenizer.json"
 
-_CHUNK = 2 << 20  # bytes of text that a process works on at once: some ten times as much memory
+_CHUNK = 1 << 20  # bytes of text that a process works on at once: some ten times as much memory
+_MOST_TO_LEARN = 64 << 20
+"""Bytes of text from which a BPE tokenizer is learnt; of a longer one, chunks spread evenly over it."""
+_TO_TRAIN = 0.9  # as of a text in memory
+_SPACE = b" \n\r"
+_WINDOW = 1 << 12  # bytes that are looked through at once for a place to cut
 _BOM = b"\xef\xbb\xbf"
 _NO_TEXT = "give --data a text file, or a folder with *.txt in it"
 
@@ -47,14 +56,29 @@ class _Chunk:
     followed: bool
 
 
-def prepare(source: Path, out: Path, *, workers: int, progress: Progress) -> dict[str, Any]:
+def prepare(
+    source: Path,
+    out: Path,
+    tokenizer: str | None = None,
+    vocab_size: int = 0,
+    *,
+    workers: int,
+    progress: Progress,
+    announce: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Write the tokens of a text file, or of every *.txt in a folder, to the new folder `out`; its manifest.
 
     Files of a folder follow each other in the order of their paths, <eos> between them. Every line ends in "\\n",
-    wherever it was written. Raises UserError for what is no text, and when `out` is there or cannot be written.
+    wherever it was written. `tokenizer`, `vocab_size` and `announce` as in tokenizer_choice.choose. The tokens are
+    those of the whole text, whatever the chunks. Raises UserError for what is no text, for a tokenizer that cannot be
+    had, and when `out` is there or cannot be written.
     """
     if workers < 1:
         raise UserError(f"workers is {workers}: it must be at least 1")
+    if vocab_size and tokenizer != tokenizer_choice.BPE:
+        raise UserError(
+            "--vocab-size says how much --tokenizer bpe learns: leave it out; training's pads the vocabulary"
+        )
     if out.exists():
         raise UserError(f"{out} is there already: remove it, or choose another --out")
     files = _files(source)
@@ -64,18 +88,19 @@ def prepare(source: Path, out: Path, *, workers: int, progress: Progress) -> dic
         with writing(out), _Processes(workers, chunks, progress) as processes:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            counts, tokenizer = _survey(chunks, processes)
-            kind = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-            starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
-            with (draft / TOKENS).open("wb") as file:
-                file.truncate(starts[-1] * kind.itemsize)
-            write = partial(_write, path=draft / TOKENS, kind=kind, tokenizer=tokenizer)
-            for _ in processes.map("writing the tokens", write, list(zip(chunks, starts[:-1], strict=True))):
-                pass
-            storage.sync(draft / TOKENS)
-            manifest = {"tokens": starts[-1], "dtype": kind.str, "files": [str(path) for path in files]}
+            length, alphabet = _survey(chunks, processes)
+            made = tokenizer_choice.choose(
+                tokenizer,
+                vocab_size,
+                alphabet=alphabet,
+                texts=lambda: _to_learn_from(chunks, progress),
+                announce=announce,
+            )
+            storage.write_json(draft / TOKENIZER, made.to_json())
+            kind = np.dtype("<u2" if made.vocab_size <= 1 << 16 else "<u4")
+            tokens, train = _write(draft, kind, int(_TO_TRAIN * length), made, chunks, processes)
+            manifest = {"tokens": tokens, "train": train, "dtype": kind.str, "files": [str(path) for path in files]}
             storage.write_json(draft / MANIFEST, manifest)
-            storage.write_json(draft / TOKENIZER, tokenizer.to_json())
             storage.seal(draft)
             draft.rename(out)
             storage.sync(out.absolute().parent)
@@ -94,19 +119,17 @@ def _files(source: Path) -> list[Path]:
 
 
 def _chunks(path: Path, followed: bool) -> Iterator[_Chunk]:
-    """The chunks of a file; none begins within a character or between "\\r" and "\\n"."""
+    """The chunks of a file. Each but the first begins with white space, before which no other is.
+
+    So none begins within a character, between "\\r" and "\\n", or within what a tokenizer takes for one piece of text.
+    A text that has neither a space nor a line break for a long time makes a long chunk.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
             while True:
-                end = min(size, begin + _CHUNK)
-                file.seek(max(0, end - 1))
-                around = file.read(4)  # the byte before the end, and what may still belong to its character
-                for place in range(1, len(around)):
-                    if around[place] & 0xC0 != 0x80 and around[place - 1 : place + 1] != b"\r\n":
-                        break
-                    end += 1
+                end = _cut(file, begin + _CHUNK, size)
                 yield _Chunk(path, begin, end, followed and end == size)
                 if end == size:
                     return
@@ -115,16 +138,61 @@ def _chunks(path: Path, followed: bool) -> Iterator[_Chunk]:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or leave it out") from None
 
 
-def _survey(chunks: list[_Chunk], processes: "_Processes") -> tuple[list[int], CharTokenizer]:
-    """How many tokens each chunk makes, and the tokenizer that knows all of their characters."""
+def _cut(file: BinaryIO, place: int, size: int) -> int:
+    """The first place from `place` on where a chunk may end: a space or line break that follows none, or the end."""
+    while place < size:
+        begin = max(0, place - 4)  # so that the character before is whole
+        file.seek(begin)
+        data = file.read(_WINDOW)
+        for here in range(place - begin, len(data)):
+            # An undecodable byte is no white space; the survey tells it.
+            if data[here] in _SPACE and not data[max(0, here - 4) : here].decode(errors="replace")[-1:].isspace():
+                return begin + here
+        place = begin + len(data)
+    return size
+
+
+def _survey(chunks: list[_Chunk], processes: "_Processes") -> tuple[int, str]:
+    """The length of the text in characters, each <eos> one of them, and the characters that it has."""
     characters: set[str] = set()
-    counts = []
+    length = 0
     for count, seen in processes.map("reading the characters", _characters, chunks):
-        counts.append(count)
+        length += count
         characters |= seen
     if not any(character.strip() for character in characters):
         raise UserError(f"there is no text in {chunks[0].path}: {_NO_TEXT}")
-    return counts, CharTokenizer.from_text("".join(characters))
+    return length, "".join(characters)
+
+
+def _to_learn_from(chunks: list[_Chunk], progress: Progress) -> Iterator[str]:
+    """The texts from which a tokenizer is learnt: all chunks, or as many as are allowed, evenly spread."""
+    step = max(1.0, sum(chunk.end - chunk.begin for chunk in chunks) / _MOST_TO_LEARN)
+    chosen = [chunks[int(number * step)] for number in range(math.ceil(len(chunks) / step))]
+    total = sum(chunk.end - chunk.begin for chunk in chosen)
+    done = 0
+    for chunk in chosen:
+        yield _read(chunk)
+        done += chunk.end - chunk.begin
+        progress("learning the tokenizer", done, total)
+
+
+def _write(
+    folder: Path, kind: np.dtype, to_train: int, tokenizer: Tokenizer, chunks: list[_Chunk], processes: "_Processes"
+) -> tuple[int, int]:
+    """Write the tokens; how many they are, and how many of them belong to the first `to_train` characters."""
+    tokens = train = characters = 0
+    work = partial(_encode, folder=folder, kind=kind)
+    with (folder / TOKENS).open("wb") as file:
+        for data, length in processes.map("writing the tokens", work, chunks):
+            ids = np.frombuffer(data, kind)
+            if characters + length <= to_train:
+                train = tokens + len(ids)
+            elif characters < to_train:
+                train = tokens + tokenizers.tokens_before(tokenizer, ids, to_train - characters)
+            file.write(data)
+            tokens, characters = tokens + len(ids), characters + length
+    storage.sync(folder / TOKENS)
+    return tokens, train
 
 
 def _read(chunk: _Chunk) -> str:
@@ -145,12 +213,23 @@ def _characters(chunk: _Chunk) -> tuple[int, set[str]]:
     return len(text) + chunk.followed, set(text)
 
 
-def _write(task: tuple[_Chunk, int], path: Path, kind: np.dtype, tokenizer: CharTokenizer) -> None:
-    chunk, start = task
-    ids = tokenizer.encode(_read(chunk)).astype(kind)
-    with path.open("r+b") as file:
-        file.seek(start * kind.itemsize)
-        file.write(ids.tobytes() + (np.array([EOS], kind).tobytes() if chunk.followed else b""))
+def _encode(chunk: _Chunk, folder: Path, kind: np.dtype) -> tuple[bytes, int]:
+    """The ids of a chunk, and the number of its characters, a following <eos> being one."""
+    tokenizer = _stored_tokenizer(folder)
+    text = _read(chunk)
+    end = [tokenizer.eos] if chunk.followed else []
+    return tokenizer.encode(text).astype(kind).tobytes() + np.array(end, kind).tobytes(), len(text) + len(end)
+
+
+@cache  # a process reads it once, not with every chunk
+def _stored_tokenizer(folder: Path) -> Tokenizer:
+    return tokenizers.load(storage.read_json(folder / TOKENIZER))
+
+
+def _begin_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The package tokenizers would take all processors in each of the processes.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Processes:
@@ -159,10 +238,8 @@ class _Processes:
     def __init__(self, workers: int, chunks: list[_Chunk], progress: Progress):
         # Forked, they need not import PyTorch, which none of them uses.
         how = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        self._pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context(how), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-        )
-        self._at_once = 4 * workers
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context(how), _begin_process)
+        self._at_once = workers + 2  # a process never waits for work, and few results wait to be taken
         self._sizes = [chunk.end - chunk.begin for chunk in chunks]
         self._progress = progress
 
@@ -172,14 +249,18 @@ class _Processes:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def map(self, what: str, work: Callable[[Any], Any], tasks: list[Any]) -> Iterator[Any]:
-        """What `work` makes of each task, one for every chunk, in order; no more than a few are begun at a time."""
-        done = 0
+    def map(self, what: str, work: Callable[[_Chunk], Any], chunks: list[_Chunk]) -> Iterator[Any]:
+        """What `work` makes of each chunk, in order; only a few are begun before the first of them is taken."""
+        done, total = 0, sum(self._sizes)
+        begun: deque[Future] = deque()
+        waiting = iter(chunks)
         try:
-            for first in range(0, len(tasks), self._at_once):
-                for number, result in enumerate(self._pool.map(work, tasks[first : first + self._at_once]), first):
-                    done += self._sizes[number]
-                    self._progress(what, done, sum(self._sizes))
-                    yield result
+            for size in self._sizes:
+                for chunk in itertools.islice(waiting, self._at_once - len(begun)):
+                    begun.append(self._pool.submit(work, chunk))
+                result = begun.popleft().result()
+                done += size
+                self._progress(what, done, total)
+                yield result
         except BrokenProcessPool:
             raise UserError("a process was killed, perhaps for its memory: take fewer --workers") from None

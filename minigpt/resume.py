@@ -117,9 +117,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_text(data: str | None, found: Checkpoint, corpus: Dataset) -> None:
-    """Raise UserError where `corpus`, which --data `data` gave, is not the text that the run in `found` trained on."""
+    """Raise UserError where `corpus`, which --data `data` gave, is not what the run in `found` trained on."""
     stored = str(found.state.get("corpus"))
     if stored == corpus.sha256:
+        if corpus.tokenizer != found.tokenizer:
+            raise UserError(f"{found.folder} was trained with another tokenizer than that of {corpus.source}")
         return
     if data is not None and data == found.config.data:
         raise UserError(

@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint
 from .evaluate import Evaluation
 from .model import GPT
 from .report import write_text
+from .tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from .trainer import Session
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def introduce(session: "Session", found: Checkpoint | None) -> None:
     """Say what is about to run, on what, and why."""
     line, model = session.display.line, session.model
-    line(f"corpus   {session.corpus.source}: {session.corpus.tokens:,} characters")
+    line(f"corpus   {session.corpus.source}: {session.corpus.tokens:,} {_kind_of_tokens(session.tokenizer)}")
     line(
         f"model    {session.config.preset}: {model.parameter_count():,} parameters, "
         f"{model.config.vocab_size} tokens in the vocabulary"
@@ -48,8 +49,9 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         "evaluation and saving left out"
     )
     session.display.line(
-        f"validation: {final.loss:.4f} nats per character, {final.bits_per_character:.4f} bits, "
-        f"perplexity {final.perplexity:.3f}, over {final.tokens:,} tokens"
+        f"validation: {final.loss:.4f} nats per token, {final.loss_per_character:.4f} nats or "
+        f"{final.bits_per_character:.4f} bits per character, perplexity {final.perplexity:.3f} per token, over "
+        f"{final.tokens:,} tokens, {final.characters:,} characters"
     )
     if config.sample_tokens:
         text = sampling.complete(
@@ -66,6 +68,7 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     summary = {
         "preset": config.preset,
         "parameters": session.model.parameter_count(),
+        "tokenizer": session.tokenizer.kind,
         "vocab_size": session.model.config.vocab_size,
         "corpus": session.corpus.name,
         "seed": config.seed,
@@ -86,7 +89,9 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         "final_train_loss": progress.train_loss,
         "skipped_steps": progress.skipped,
         "val_loss": final.loss,
+        "val_loss_per_character": final.loss_per_character,
         "val_tokens": final.tokens,
+        "val_characters": final.characters,
         "bits_per_character": final.bits_per_character,
         "perplexity": final.perplexity,
         "best_val_loss": progress.best_val_loss,
@@ -104,3 +109,9 @@ def _whole_model(session: "Session") -> GPT:
     if session.world.kind != "fsdp":
         return session.model
     return checkpoint.load(session.folder / checkpoint.LAST).model(session.ops, session.device)
+
+
+def _kind_of_tokens(tokenizer: Tokenizer) -> str:
+    if tokenizer.kind == "characters":
+        return tokenizer.kind
+    return f"tokens ({tokenizer.kind}, {tokenizer.vocab_size:,} kinds)"

@@ -187,7 +187,9 @@ class Session:
 
     def _read_text(self, found: Checkpoint | None) -> Batches:
         config = self.config
-        self.corpus = dataset.load(config.data, announce=self.warn)
+        # A run that goes on has its tokenizer: it need not be made again, and files may have changed.
+        wanted = found.tokenizer if found else config.tokenizer
+        self.corpus = dataset.load(config.data, wanted, config.vocab_size, announce=self.warn)
         if found:
             resume.check_text(config.data, found, self.corpus)
         self.tokenizer = self.corpus.tokenizer
@@ -267,7 +269,8 @@ class Session:
 
     def evaluate(self, max_tokens: int) -> Evaluation:
         """The loss on the validation split, or on so many tokens of it (0: all)."""
-        return evaluate(self.model, self.validation, max_tokens=max_tokens, dtype=self.dtype, world=self.world)
+        lengths, world = self.tokenizer.characters_per_token, self.world
+        return evaluate(self.model, self.validation, lengths, max_tokens=max_tokens, dtype=self.dtype, world=world)
 
     def _arrived(self, *, everything: bool = False) -> list[dict[str, float]]:
         """Rows of metrics.csv for the steps whose losses have come from the device."""

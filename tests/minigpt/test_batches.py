@@ -32,7 +32,24 @@ def test_an_epoch_is_all_of_the_text_once_and_cut_elsewhere_each_time():
     for epoch in epochs:
         assert sorted(epoch) == list(range(min(epoch), min(epoch) + per_epoch * window, window))
         assert epoch != sorted(epoch)
-    assert len({min(epoch) for epoch in epochs}) > 1 and epochs[0] != epochs[1]
+    assert len({min(epoch) for epoch in epochs}) > 1
+    orders = [[(start - min(epoch)) // window for start in epoch] for epoch in epochs]
+    assert orders[0] != orders[1] != orders[2] != orders[0]  # not only cut elsewhere
+
+
+@pytest.mark.parametrize("batch", [1, 4, 50, 137, 300])
+def test_batches_across_the_ends_of_epochs_leave_nothing_out(batch):
+    """Each window of an epoch once, none of the next before that, whatever the batch; each batch asked for alone."""
+    length, window = 1000, 7
+    per_epoch = length // window - 1
+    one_by_one = starts(Batches(torch.arange(length), window, 1, seed=3), 3 * per_epoch)
+    count = 3 * per_epoch // batch
+    alone = [start for i in range(count) for start in starts_of(Batches(torch.arange(length), window, batch, 3)[i])]
+    assert alone == one_by_one[: count * batch] and count
+
+
+def starts_of(batch):
+    return batch[0][:, 0].tolist()
 
 
 def test_the_order_depends_on_nothing_but_seed_and_number():

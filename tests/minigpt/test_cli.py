@@ -239,8 +239,10 @@ def test_evaluate_gives_what_training_measured(call, trained):
     assert status == 0
     found = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert found["tokens"] == f"{summary['val_tokens']:,}"
-    assert found["loss"] == f"{summary['val_loss']:.4f} nats per token"
-    assert found["perplexity"] == f"{summary['perplexity']:.3f}"
+    assert found["characters"] == found["tokens"] == f"{summary['val_characters']:,}"  # a token is a character here
+    assert found["loss"] == "{0:.4f} nats per token, {0:.4f} nats per character".format(summary["val_loss"])
+    assert found["bits"] == f"{summary['bits_per_character']:.4f} per character"
+    assert found["perplexity"] == f"{summary['perplexity']:.3f} per token"
 
 
 def test_evaluate_on_another_text(call, trained, tmp_path):

@@ -34,9 +34,9 @@ def flag(field, value):
 def other_value(field, now):
     """A valid value of a field that differs from the one it has."""
     special = {
-        "preset": "tiny", "data": "pydocs", "out": Path("a/b"), "kernels": "eager", "device": "cpu", "dtype": "bf16",
-        "position": "sinusoidal", "prompt": "--x", "n_head": 2, "window": 3, "dropout": 0.25,
-        "beta1": 0.5, "beta2": 0.5, "min_learning_rate": 1e-9, "parallel": "ddp",
+        "preset": "tiny", "data": "pydocs", "tokenizer": "bpe", "out": Path("a/b"), "kernels": "eager",
+        "device": "cpu", "dtype": "bf16", "position": "sinusoidal", "prompt": "--x", "n_head": 2, "window": 3,
+        "dropout": 0.25, "beta1": 0.5, "beta2": 0.5, "min_learning_rate": 1e-9, "parallel": "ddp",
     }  # fmt: skip
     if field.name in special:
         return special[field.name]
@@ -162,6 +162,8 @@ def test_help_shows_every_flag_and_the_defaults_of_the_preset(capsys, no_gpu):
 def test_settings_survive_json():
     before = preset("gpt2", out=Path("runs/ä b"), prompt='\n\t"', data="pydocs", learning_rate=0.1 + 0.2)
     assert TrainConfig.from_json(json.loads(json.dumps(before.to_json()))) == before
+    older = {name: value for name, value in before.to_json().items() if name != "tokenizer"}
+    assert TrainConfig.from_json(older) == before  # runs of before there was a choice
     with pytest.raises(UserError, match="another version"):
         TrainConfig.from_json(before.to_json() | {"n_legs": 4})
 

@@ -22,10 +22,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make(source, out="out", workers=1, said=None):
-    return prepare.prepare(
-        Path(source), Path(out), workers=workers, progress=lambda *told: None if said is None else said.append(told)
-    )
+def make(source, out="out", *tokenizer, workers=1, said=None, announce=print):
+    def progress(*told):
+        if said is not None:
+            said.append(told)
+
+    return prepare.prepare(Path(source), Path(out), *tokenizer, workers=workers, progress=progress, announce=announce)
 
 
 def tokens(out="out"):
@@ -45,6 +47,70 @@ def test_every_cut_gives_the_tokens_of_the_text_in_memory(monkeypatch, chunk, st
     assert dataset.load("out").tokenizer == tokenizer
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 30, 1000])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_every_cut_gives_the_same_bpe_and_its_tokens(monkeypatch, chunk, start):
+    """The chunks are those in which the tokenizer is learnt, too."""
+    monkeypatch.setattr(prepare, "_CHUNK", chunk)
+    monkeypatch.setattr(prepare, "_WINDOW", 16)
+    text = (HARD + "it's  there,\u3000 \u3000\tit'll be\x85 there\n\n\n  日本語 日本語 ") * 3
+    Path("text.txt").write_bytes(start + text.encode())
+    manifest = make("text.txt", "out", "bpe", 300, workers=2)
+    held, mapped = dataset.load("text.txt", "bpe", 300), dataset.load("out")
+    assert mapped.tokenizer == held.tokenizer and held.tokenizer.vocab_size == 300
+    whole = held.tokenizer._coder.encode(corpora.load("text.txt").text, add_special_tokens=False).ids
+    assert tokens().tolist() == whole and manifest["tokens"] == len(whole)
+    assert held.train.tolist() == mapped.train.tolist() == whole[: manifest["train"]]
+    assert held.validation.tolist() == mapped.validation.tolist()
+    chunks = list(prepare._chunks(Path("text.txt"), False))
+    assert len(chunks) > 2 or chunk == 1000
+    assert [c.end for c in chunks[:-1]] == [c.begin for c in chunks[1:]] and chunks[0].begin == len(start)
+
+
+def test_files_of_a_folder_follow_each_other_in_bpe_too(monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK", 50)
+    Path("texts").mkdir()
+    texts = {"a.txt": "the end \r\n", "b.txt": "", "c.txt": "\ufeff the end" * 20, "d.txt": "日本語 the end"}
+    for name, text in texts.items():
+        Path("texts", name).write_bytes(text.encode())
+    manifest = make("texts", "out", "bpe", 270)
+    tokenizer = dataset.load("out").tokenizer
+    clean = [text.removeprefix("\ufeff").replace("\r\n", "\n") for text in texts.values()]
+    wanted = [id for text in clean for id in (*tokenizer.encode(text).tolist(), EOS)][:-1]
+    assert tokens().tolist() == wanted
+    # nine tenths of the characters, of which each <eos> is one
+    characters = sum(map(len, clean)) + 3
+    before = wanted[: manifest["train"]]
+    assert 0 <= len(tokenizer.decode(before)) + before.count(EOS) - int(0.9 * characters) < 10
+
+
+def test_bpe_is_learnt_from_chunks_all_over_a_long_text(monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK", 100)
+    monkeypatch.setattr(prepare, "_MOST_TO_LEARN", 1200)
+    lines = [f"{letter * 3} {letter * 4}\n" * 50 for letter in "abcdefgh"]
+    Path("text.txt").write_text("".join(lines))
+    said = []
+    make("text.txt", "out", "bpe", 1000, said=said, announce=said.append)
+    learnt = [now for kind, now, total in (told for told in said if isinstance(told, tuple)) if "learning" in kind]
+    assert learnt == sorted(learnt) and 900 < learnt[-1] <= 1200 + 100
+    tokenizer = dataset.load("out").tokenizer
+    assert {letter * 4 for letter in "abcdefgh"} <= {token.removeprefix("Ġ") for token in tokenizer.tokens}
+    assert tokens().tolist() == tokenizer.encode("".join(lines)).tolist()
+    assert any("too short for a BPE vocabulary of 1,000" in line for line in said if isinstance(line, str))
+
+
+def test_a_tokenizer_from_a_file_is_taken_as_it_is():
+    Path("one.txt").write_text("abc " * 30)
+    make("one.txt", "one")
+    Path("two.txt").write_text("cab " * 9)
+    make("two.txt", "two", "one")
+    assert dataset.load("two").tokenizer == dataset.load("one").tokenizer
+    Path("three.txt").write_text("abcd")
+    with pytest.raises(UserError, match=r"does not know.*'d'"):
+        make("three.txt", "three", "one")
+    assert not Path("three").exists()
+
+
 def test_processes_share_the_work_and_tell_how_far_they_are(monkeypatch):
     monkeypatch.setattr(prepare, "_CHUNK", 100)
     Path("text.txt").write_text("0123456789\n" * 500)
@@ -54,7 +120,7 @@ def test_processes_share_the_work_and_tell_how_far_they_are(monkeypatch):
     assert (tokens() == tokens("alone")).all() and len(tokens()) == 5500
     for what in ("reading the characters", "writing the tokens"):
         done = [now for kind, now, total in said if kind == what and total == 5500]
-        assert done == sorted(done) and len(done) == 55 and done[-1] == 5500
+        assert done == sorted(done) and len(done) == 51 and done[-1] == 5500  # cut at the ends of lines
 
 
 def test_files_of_a_folder_follow_each_other(tmp_path):
@@ -99,7 +165,10 @@ def test_what_is_damaged_is_told():
         (["--data", "text.txt", "--out", "text.txt"], "text.txt is there already"),
         (["--data", "text.txt", "--out", "text.txt/x"], "a part of the path is a file"),
         (["--data", "text.txt", "--workers", "-1"], "at least 1"),
-        (["--data", "text.txt", "--tokenizer", "words"], "words"),
+        (["--data", "text.txt", "--tokenizer", "words"], "no tokenizer 'words'"),
+        (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "258"], "at least 259"),
+        (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "-1"], "at least 259"),
+        (["--data", "text.txt", "--vocab-size", "300"], "--vocab-size says how much --tokenizer bpe learns"),
         ([], "--data"),
     ],
 )
@@ -148,22 +217,28 @@ def test_what_a_kill_left_is_written_anew():
     assert sorted(os.listdir()) == ["out", "text.txt"]
 
 
-@pytest.mark.parametrize("megabytes", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_memory_does_not_grow_with_the_text(megabytes):
+@pytest.mark.parametrize(
+    ("megabytes", "tokenizer"),
+    [(20, "char"), *(pytest.param(*long, marks=pytest.mark.slow) for long in ((300, "char"), (100, "bpe")))],
+)
+def test_memory_does_not_grow_with_the_text(megabytes, tokenizer):
     line = "“To be, or not to be”, that is the question — € 5.\n".encode()
     with Path("text.txt").open("wb") as file:
         for _ in range(megabytes):
             file.write(line * (1_000_000 // len(line)))
     code = """
-import resource
+import resource, sys
 from minigpt import commands
 peak = lambda who: resource.getrusage(who).ru_maxrss // 1024
 before = peak(resource.RUSAGE_SELF)
-commands.run_prepare(["--data", "text.txt", "--workers", "2"])
+commands.run_prepare(["--data", "text.txt", "--workers", "2", "--tokenizer", sys.argv[1]])
 print(before, peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, "-c", code, tokenizer],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     before, after, child = map(int, done.stdout.splitlines()[-1].split())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_runs import StopAfter, assert_same_run, losses
 
-from minigpt import checkpoint, generators, plots, storage
+from minigpt import bpe, checkpoint, generators, plots, prepare, storage
 from minigpt.config import parse
 from minigpt.errors import Stopped, UserError
 from minigpt.resume import why_not_exact
@@ -43,6 +43,7 @@ def stopped_and_not(small, after, **options):
         (7, {"kernels": "eager"}),
         (5, {"dropout": 0.2, "grad_accumulation": 2, "deterministic": True}),
         (7, {"dtype": "bf16"}),
+        (7, {"tokenizer": "bpe", "vocab_size": 270}),
     ],
     ids=str,
 )
@@ -52,6 +53,27 @@ def test_it_gives_the_run_that_was_never_stopped(small, capsys, after, options):
     assert len(losses(Path("whole"))) == 10 and "WARNING" not in capsys.readouterr().out
     for name in ("initial_loss", "final_train_loss", "val_loss", "best_val_loss", "best_step", "steps"):
         assert resumed[name] == whole[name]
+
+
+def test_a_run_keeps_its_tokenizer(small):
+    """The one in its checkpoint: neither the file that it came from nor learning it again is needed."""
+    storage.write_json(Path("tokenizer.json"), bpe.train(["is odd, is even. " * 9], 265).to_json())
+    train(small(out=Path("r"), max_steps=6, tokenizer="tokenizer.json"))
+    Path("tokenizer.json").unlink()
+    train(parse(["--resume", "r", "--max-steps", "8"]))
+    assert len(losses(Path("r"))) == 8 and checkpoint.load(Path("r/last")).tokenizer.vocab_size == 265
+    with pytest.raises(UserError, match=r"leave out --tokenizer \(tokenizer.json there, bpe here\)"):
+        train(parse(["--resume", "r", "--tokenizer", "bpe"]))
+
+
+def test_the_same_ids_of_another_tokenizer_are_another_text(small):
+    for name, letters in (("a", "ab"), ("b", "cd")):
+        Path(f"{name}.txt").write_text((letters + letters[::-1] + letters) * 40)
+        prepare.prepare(Path(f"{name}.txt"), Path(name), workers=1, progress=lambda *_: None)
+    assert Path("a/tokens.bin").read_bytes() == Path("b/tokens.bin").read_bytes()
+    train(small(out=Path("r"), data="a", max_steps=2))
+    with pytest.raises(UserError, match="trained with another tokenizer than that of the prepared text b"):
+        train(parse(["--resume", "r", "--data", "b", "--max-steps", "3"]))
 
 
 @pytest.mark.interpreter
