@@ -1,7 +1,5 @@
 """A mini-GPT that anyone can train in one command, on Triton kernels behind a flag.
 
-Importing `kernels` comes first, before anything of ours or PyTorch's optimizers: where there is no GPU it chooses
+What computes with PyTorch here imports `kernels` before it makes an optimizer: where there is no GPU that chooses
 Triton's interpreter, which is possible only until somebody imports Triton.
 """
-
-import kernels  # noqa: F401

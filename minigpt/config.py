@@ -1,25 +1,21 @@
 """What a run is made of: the model's and the training's settings, the presets, and the command line."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from . import backends, tokenizer_choice
+from .command_line import command_line
 from .errors import UserError
-
-T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -290,33 +286,6 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainCon
         )
     name = _peek(argv, "preset") or default_preset(request, pick_device(_peek(argv, "device") or "auto"))
     return command_line(TrainConfig, argv, prog=prog, default=preset(name, kernels=request or backends.AUTO))
-
-
-def command_line(kind: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
-    """An instance of the dataclass `kind` from flags such as --n-layer 2, `default` giving what they leave out.
-
-    Raises UserError, one line, for flags that do not fit; prints the typed help and raises SystemExit(0) for --help.
-    """
-    complaint = io.StringIO()
-    known = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=prog, args=list(argv), **known)
-    except SystemExit as leaving:
-        if not leaving.code:
-            raise
-        raise UserError(_one_line(complaint.getvalue(), prog)) from None
-
-
-def _one_line(box: str, prog: str) -> str:
-    """tyro's boxed complaint as one line: the complaint itself, and the flag that was perhaps meant."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    first = next((i for i, line in enumerate(lines) if line and i > 0), 0)
-    end = next((i for i in range(first, len(lines)) if not lines[i]), len(lines))
-    complaint = " ".join(lines[first:end]).rstrip(".")
-    meant = re.search(r"Perhaps you meant:.*?(--[\w-]+)", box, re.DOTALL)
-    suggestion = f"; did you mean {meant[1]}?" if meant else ""
-    return f"{complaint}{suggestion} (see {prog} --help)"
 
 
 def _peek(argv: Sequence[str], flag: str) -> str | None:

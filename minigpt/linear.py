@@ -5,6 +5,8 @@ which every PyTorch for x86 carries too, uses all of it: the products of the pre
 fast on a processor with AVX-512, and 1.1 times as fast on the same one held to AVX2.
 """
 
+import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

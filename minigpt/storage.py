@@ -11,13 +11,14 @@ import re
 import stat
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .errors import Damaged, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 """The version of what a folder of such files holds; a reader refuses a newer one."""
@@ -47,8 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """Write tensors by name as safetensors, and wait until they are on the disk."""
+    from safetensors.torch import save_file  # with it comes PyTorch, which preparing a text does without
+
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -58,8 +61,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     sync(path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> "dict[str, Tensor]":
     """The tensors in a file, by name, on the CPU. Raises Damaged when they cannot be read."""
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except FileNotFoundError:
