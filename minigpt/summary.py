@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import resume, sampling, utilization
+from . import generation, resume, utilization
 from .checkpoint import Checkpoint
 from .evaluate import Evaluation
 from .report import write_text
@@ -50,7 +50,7 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         f"perplexity {final.perplexity:.3f}, over {final.tokens:,} tokens"
     )
     if config.sample_tokens:
-        text = sampling.complete(
+        text = generation.complete(
             session.model,
             session.tokenizer,
             config.prompt,
