@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt import __main__ as command
-from minigpt import commands, config, errors, prompting, storage, trainer
+from minigpt import commands, config, prompting, storage, trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 8
@@ -42,22 +42,6 @@ def elsewhere(tmp_path_factory, monkeypatch):
     """Every test runs in an empty folder of its own, without the environment's choice of kernels."""
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     monkeypatch.delenv("MINIGPT_KERNELS", raising=False)
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs a program through its door: (status, stdout, stderr)."""
-
-    def run(main, *arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = 0
-        try:
-            errors.door(lambda: main(list(map(str, arguments))))
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def train(argv: list[str]) -> None:
