@@ -5,6 +5,7 @@ them. A step reads every weight and the filled slots once and computes next to n
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,19 +20,22 @@ class Cache:
 
     keys, values: (n_layer, rows, H, block_size, D), of the weights' dtype and on their device. lengths: (rows,) int64
     there too, how many slots of each row are filled; what lies in the slots beyond is finite and means nothing.
+    Raises UserError where there is no memory for so many rows.
     """
 
     def __init__(self, model: GPT, rows: int):
         config, weight = model.config, model.tokens.weight
         shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys, self.values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        try:
+            self.keys, self.values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        except RuntimeError as error:  # of which a GPU's OutOfMemoryError is one, and a CPU's has no type of its own
+            size = 2 * math.prod(shape) * weight.itemsize / 1e9
+            raise UserError(
+                f"there is no memory for the keys and values of {rows:,} rows, {size:,.1f} GB: take fewer "
+                "--num-samples or --beams, or --no-cache"
+            ) from error
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.rows = torch.arange(rows, device=weight.device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values, filled or not."""
-        return self.keys.nbytes + self.values.nbytes
 
     def reorder(self, rows: Sequence[int], filled: int) -> None:
         """Let each row go on from what row rows[i] holds in its first `filled` slots; several may from the same one."""

@@ -66,7 +66,10 @@ def steps(
         raise UserError("there is nothing to continue: give at least one token")
     reading = reader(model, prompts, num_samples, cache=cache, cuda_graph=cuda_graph)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    never, uniforms = never_drawn(model, tokenizer), Uniforms(seed, rows)
+    uniforms = Uniforms(seed, rows) if temperature else None
+    # Drawn on the CPU: a seed means the same on every device. The largest is found where the logits are.
+    place = torch.device("cpu") if temperature or table else next(model.parameters()).device
+    never = never_drawn(model, tokenizer).to(place)
 
     def run() -> Iterator[Step]:
         chosen = None
@@ -79,13 +82,10 @@ def steps(
 
 
 @torch.no_grad()
-def _choose(logits: Tensor, never: Tensor, uniforms: Uniforms, table: bool, options: dict) -> Step:
-    """Draw from logits (rows, V). On the CPU, so that a seed means the same on every device; the largest, where."""
-    greedy = options["temperature"] == 0
-    if not greedy or table:
-        logits = logits.cpu()
-    allowed = logits.masked_fill(never.to(logits.device), -math.inf)
-    ids = sample(allowed, **options, uniform=None if greedy else uniforms.next())
+def _choose(logits: Tensor, never: Tensor, uniforms: Uniforms | None, table: bool, options: dict) -> Step:
+    """Draw from logits (rows, V), on the device of `never`."""
+    logits = logits.to(never.device)
+    ids = sample(logits.masked_fill(never, -math.inf), **options, uniform=uniforms and uniforms.next())
     logprobs = logits.double().log_softmax(-1)
     its = logprobs.gather(-1, ids[:, None])[:, 0].cpu()
     if not its.isfinite().all():  # a NaN, or an infinity
