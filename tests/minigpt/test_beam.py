@@ -47,27 +47,37 @@ def brute_force(model, prompt, steps, penalty, ended) -> list[tuple[float, tuple
     return sorted(found, reverse=True)
 
 
+def ends_at(stop):
+    return lambda ids: stop is not None and ids[-1] == stop
+
+
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize(("penalty", "stop"), [(0.0, None), (0.0, 2), (1.0, 2), (3.0, 2)])
-def test_a_wide_beam_finds_what_brute_force_finds(penalty, stop, cache):
-    """A vocabulary of 4 and 4 steps; 4 beams of 4 steps look at fewer than all 256, and mostly find the best too."""
-    best = set()
+def test_as_many_beams_as_tokens_rank_every_pair_as_brute_force_does(penalty, stop, cache):
+    """Two steps of 4 beams look at all there is in a vocabulary of 4."""
+    for seed in range(4):
+        model, prompt, ended = build(4, seed=seed), [1, 3], ends_at(stop)
+        truth = brute_force(model, prompt, 2, penalty, ended)
+        found = beam_search(model, prompt, width=4, max_new_tokens=2, length_penalty=penalty, ended=ended, cache=cache)
+        assert [hypothesis.ids for hypothesis in found] == [ids for _, ids in truth[:4]]
+        for hypothesis, (score, ids) in zip(found, truth, strict=False):
+            assert hypothesis.score == pytest.approx(score, abs=1e-5)
+            assert hypothesis.logprobs == pytest.approx(log_probabilities(model, prompt, ids), abs=1e-5)
+
+
+@pytest.mark.parametrize(("penalty", "stop"), [(0.0, None), (0.0, 2), (1.0, 2), (3.0, 2)])
+def test_four_beams_find_the_best_of_four_steps(penalty, stop):
+    """... though they look at a part only of the 256: with these models the best is in it."""
+    lengths = set()
     for seed in range(3):
-        model, prompt = build(4, seed=seed), [1, 3]
-
-        def ended(ids):
-            return stop is not None and ids[-1] == stop
-
+        model, prompt, ended = build(4, seed=seed), [1, 3], ends_at(stop)
         truth = brute_force(model, prompt, 4, penalty, ended)
-        found = beam_search(model, prompt, width=4, max_new_tokens=4, length_penalty=penalty, ended=ended, cache=cache)
-        assert found[0].ids == truth[0][1] and found[0].score == pytest.approx(truth[0][0], abs=1e-5)
-        scores = dict((ids, score) for score, ids in truth)
-        for hypothesis in found:
-            assert hypothesis.score == pytest.approx(scores[hypothesis.ids], abs=1e-5)
-            assert hypothesis.logprobs == pytest.approx(log_probabilities(model, prompt, hypothesis.ids), abs=1e-5)
-        best.add(len(found[0].ids))
-    if stop is not None:
-        assert len(best) > 1 or best != {4}, "some of the best end at the stop"
+        found = beam_search(model, prompt, width=4, max_new_tokens=4, length_penalty=penalty, ended=ended)
+        scores = {ids: score for score, ids in truth}
+        assert found[0].ids == truth[0][1]
+        assert all(h.score == pytest.approx(scores[h.ids], abs=1e-5) for h in found)
+        lengths |= {len(h.ids) for h in found}
+    assert (len(lengths) > 1) == (stop is not None), "some end at the stop"
 
 
 def test_never_less_likely_than_greedy():
