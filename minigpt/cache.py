@@ -108,18 +108,19 @@ class GraphedStep:
         if device.type != "cuda":
             raise UserError(f"a CUDA graph needs a GPU, and the model is on {device}: say --no-cuda-graph")
         self._tokens = torch.zeros_like(cache.lengths)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what compiles or allocates at its first call does so before the capture
-                cache.lengths.zero_()
-                step(model, cache, self._tokens)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        cache.lengths.zero_()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = step(model, cache, self._tokens)
-        cache.lengths.zero_()
+        with torch.cuda.device(device):  # it need not be the first GPU
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what compiles or allocates at its first call does so before the capture
+                    cache.lengths.zero_()
+                    step(model, cache, self._tokens)
+            torch.cuda.current_stream().wait_stream(stream)
+            cache.lengths.zero_()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = step(model, cache, self._tokens)
+            cache.lengths.zero_()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `step`."""
