@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
 
-from minigpt import commands, errors
+from minigpt import errors, prompting
 
 if __name__ == "__main__":
-    errors.door(commands.generate)
+    errors.door(prompting.generate)

@@ -1,4 +1,4 @@
-"""The pictures of a results file: times with their spread, the roofline, and training speed."""
+"""The pictures of a results file: times with their spread, the roofline, and the speed of training and generation."""
 
 import os
 from collections.abc import Callable
@@ -33,10 +33,12 @@ def draw(document: dict[str, Any], path: Path) -> list[Path]:
     if not rows:
         return drawn
     with rc_context(STYLE):
-        if document["kind"] == "train":
-            for preset in dict.fromkeys(row["preset"] for row in rows):
-                mine = [row for row in rows if row["preset"] == preset]
-                drawn.append(_save(_training(document, mine), path, preset))
+        if document["kind"] != "kernels":
+            place, what = {"train": ("preset", "Training"), "decode": ("case", "Generation")}[document["kind"]]
+            for name in dict.fromkeys(row[place] for row in rows):
+                mine = [row for row in rows if row[place] == name]
+                slug = name.replace(", ", "-").replace(" ", "-")
+                drawn.append(_save(_speeds(document, mine, f"{what} {name}"), path, slug))
             return drawn
         for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
             mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
@@ -219,16 +221,16 @@ def _roofline(document: dict[str, Any], rows: list[dict[str, Any]], dtype: str) 
     return figure
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- training and generation
 
 
-def _training(document: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+def _speeds(document: dict[str, Any], rows: list[dict[str, Any]], what: str) -> Figure:
     """A bar for each configuration, to its median of tokens a second; a thin line from the 20th to the 80th."""
     figure = Figure(figsize=(10, 1.8 + 0.5 * len(rows)), dpi=130)
     _title(
         figure,
         document,
-        f"Training {rows[0]['preset']}, {rows[0]['dtype']}: tokens a second, line: 20th to 80th percentile",
+        f"{what}, {rows[0]['dtype']}: tokens a second, 20th to 80th percentile",
     )
     height = figure.get_size_inches()[1]
     axes = figure.subplots()
@@ -238,7 +240,7 @@ def _training(document: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     )
     seen = [withStroke(linewidth=3, foreground="white")]  # on dark bars too
     for place, row in enumerate(rows):
-        name = row["configuration"].split("+")[0]
+        name = row["configuration"].split("+")[0].split()[0]
         color = COLORS.get(name, COLORS["triton"] if "=" in name else INK)
         axes.barh(place, row["tokens_per_second"], color=color, height=0.6)
         low, high = row["p20_tokens_per_second"], row["p80_tokens_per_second"]

@@ -62,8 +62,8 @@ def _opening(document: dict[str, Any]) -> list[str]:
 
 
 def _body(document: dict[str, Any]) -> list[str]:
-    tables = _kernel_tables(document) if document["kind"] == "kernels" else _train_tables(document)
-    return [*tables, *_reasons(document)]
+    tables = {"kernels": _kernel_tables, "train": _train_tables, "decode": _decode_tables}[document["kind"]]
+    return [*tables(document), *_reasons(document)]
 
 
 # ---------------------------------------------------------------- the README's sections
@@ -74,6 +74,8 @@ def title(document: dict[str, Any]) -> str:
     if document["kind"] == "kernels":
         ops = _unique(row["op"] for row in document["rows"])
         return f"kernels {ops[0]}" if len(ops) == 1 else "kernels"
+    if document["kind"] == "decode":
+        return f"decode {' '.join(_unique(row['preset'] for row in document['rows']))}"
     peer = " beside nanoGPT" * any(row["configuration"] == "nanoGPT" for row in document["rows"])
     return f"train {' '.join(_unique(row['preset'] for row in document['rows']))}{peer}"
 
@@ -233,7 +235,8 @@ def _cell(row: dict[str, Any]) -> str:
 
 def _reasons(document: dict[str, Any]) -> list[str]:
     """A line for each reason why something has no number: who, where, and why."""
-    name, place = ("provider", "op") if document["kind"] == "kernels" else ("configuration", "preset")
+    kinds = {"kernels": ("provider", "op"), "train": ("configuration", "preset"), "decode": ("configuration", "case")}
+    name, place = kinds[document["kind"]]
     where: dict[tuple[str, str], dict[str, None]] = {}
     for row in document["rows"]:
         if row["status"] != "ok":
@@ -255,23 +258,47 @@ def _train_tables(document: dict[str, Any]) -> list[str]:
         mine = [row for row in rows if row["preset"] == preset]
         columns = {
             "configuration": [row["configuration"] for row in mine],
-            "tokens/s (20th to 80th)": [
-                f"{'~' * (results.key_of(document, row) in marked)}{number(row['tokens_per_second'])} "
-                f"({number(row['p20_tokens_per_second'])} to {number(row['p80_tokens_per_second'])})"
-                for row in mine
-            ],
+            "tokens/s (20th to 80th)": [_speed(row, results.key_of(document, row) in marked) for row in mine],
             f"time / {mine[0].get('ours')}": [f"{row['over_ours']:.2f}" if "over_ours" in row else "" for row in mine],
             "MFU": [_known(row.get("mfu_percent"), "{:.1f}%") for row in mine],
             "peak MiB": [_known(row.get("peak_memory_mib"), "{:,.0f}") for row in mine],
             "loss": [f"{row['last_loss']:.4f}" if row.get("last_loss") is not None else "" for row in mine],
             "note": [row.get("note", "") for row in mine],
         }
-        shown = {heading: cells for heading, cells in columns.items() if any(cells)}
         about = f"**{preset}**, {mine[0]['dtype']}, {mine[0]['tokens_per_step']:,} tokens a step, training alone."
-        table = _table([*shown], [list(cells) for cells in zip(*shown.values(), strict=True)])
-        parts += [f"{about} {document.get('mfu_formula', '')}".strip(), table]
+        parts += [f"{about} {document.get('mfu_formula', '')}".strip(), _columns(columns)]
     return parts
+
+
+def _speed(row: dict[str, Any], doubted: bool) -> str:
+    middle, low, high = (number(row[f"{end}tokens_per_second"]) for end in ("", "p20_", "p80_"))
+    return f"{'~' * doubted}{middle} ({low} to {high})"
+
+
+def _columns(columns: dict[str, list[str]]) -> str:
+    """A table of the columns that say something."""
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
+    return _table([*shown], [list(cells) for cells in zip(*shown.values(), strict=True)])
 
 
 def _known(value: float | None, form: str) -> str:
     return "unknown" if value is None else form.format(value)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def _decode_tables(document: dict[str, Any]) -> list[str]:
+    parts = []
+    rows, marked = [row for row in document["rows"] if row["status"] == "ok"], noise.disturbed(document)
+    for case in _unique(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case]
+        columns = {
+            "configuration": [row["configuration"] for row in mine],
+            "tokens/s (20th to 80th)": [_speed(row, results.key_of(document, row) in marked) for row in mine],
+            "times torch without cache": [f"{row['over_plain']:.2f}" if "over_plain" in row else "" for row in mine],
+            "weights and cache, GB/s": [number(row["gbps"]) if "gbps" in row else "" for row in mine],
+            "of a copy": [f"{row['copy_percent']:.0f}%" if "copy_percent" in row else "" for row in mine],
+        }
+        parts += [f"**{case}**, {mine[0]['dtype']}, greedy, from one token until the block is full.", _columns(columns)]
+    return parts

@@ -13,17 +13,22 @@ from benchmarks import machine, stats
 from minigpt.errors import UserError, writing
 
 SCHEMA = 1
-KINDS = ("kernels", "train")
+KINDS = ("kernels", "train", "decode")
 FOLDER = machine.ROOT / "benchmarks" / "results"
 KEYS = {
     "kernels": ("op", "case", "dtype", "pass", "provider"),
     "train": ("preset", "configuration"),
+    "decode": ("case", "configuration"),
 }
 """By kind of file: what names a row."""
 
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
 _SPEEDS = ("tokens_per_second", "p20_tokens_per_second", "p80_tokens_per_second", "tokens_per_step")
-NUMBERS = {"kernels": (*_TIMES, "gbps", "tflops", "intensity"), "train": (*_TIMES, *_SPEEDS)}
+NUMBERS = {
+    "kernels": (*_TIMES, "gbps", "tflops", "intensity"),
+    "train": (*_TIMES, *_SPEEDS),
+    "decode": (*_TIMES, *_SPEEDS),
+}
 """By kind of file: the numbers that every timed row has."""
 
 STATUSES = ("ok", "untimed", "skipped", "wrong", "error", "memory")

@@ -3,7 +3,7 @@
 1  versions; one kernel forward and backward, stop if wrong; every plan compiled; parity; the losses of short trainings;
    quick kernel benchmarks; the memory of one step of gpt2
 2  parity; the tile sweep
-3  parity; every kernel benchmark; the ladder; a trace of each backend
+3  parity; every kernel benchmark; the ladder; generation; a trace of each backend
 
 Each step is a process of its own with a time limit, its share of the minutes that are left, so that a step that takes
 too long leaves the later ones theirs; a step that fails ends nothing but itself. What there is is packed
@@ -132,6 +132,7 @@ def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
         parity(120, "bfloat16"),
         ours("kernels", 330, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
         ours("ladder", 240, "train", *preset, *more),
+        ours("decode", 120, "decode", "--quick", *([] if on_gpu else ["--preset", "tiny", "--block", "16"])),
     ]
     if on_gpu:
         steps.append(ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick"))

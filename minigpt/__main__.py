@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from . import commands, config, errors
+from . import commands, config, errors, prompting
 
 
 def train(argv: Sequence[str], prog: str) -> None:
@@ -18,7 +18,7 @@ def train(argv: Sequence[str], prog: str) -> None:
 
 COMMANDS = {
     "train": (train, "train a model on a text"),
-    "generate": (commands.generate, "write text with a trained model"),
+    "generate": (prompting.generate, "write text with a trained model"),
     "evaluate": (commands.evaluate, "measure how well a model predicts its text"),
     "prepare": (commands.run_prepare, "make a text of any size ready to train on"),
     "compare": (commands.run_compare, "check that two backends learn the same"),

@@ -33,6 +33,12 @@ class Torch:
     layer_norm = staticmethod(F.layer_norm)
 
     @staticmethod
+    def decode_attention(query, key_cache, value_cache, lengths):
+        """As kernels.decode_attention, of lengths from 1 on; what lies in the slots beyond must be finite."""
+        filled = torch.arange(key_cache.shape[2], device=lengths.device) < lengths[:, None]
+        return F.scaled_dot_product_attention(query, key_cache, value_cache, attn_mask=filled[:, None, None])
+
+    @staticmethod
     def add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5):
         total = residual + input
         return F.layer_norm(total, normalized_shape, weight, bias, eps), total
@@ -44,7 +50,7 @@ class Torch:
 
 # Which functions of a backend each op of the flag stands for: field of Backends -> name.
 _FUNCTIONS = {
-    "attention": {"attention": "scaled_dot_product_attention"},
+    "attention": {"attention": "scaled_dot_product_attention", "decode": "decode_attention"},
     "layer_norm": {"layer_norm": "layer_norm", "add_layer_norm": "add_layer_norm"},
     "loss": {"loss": "linear_cross_entropy"},
 }
@@ -68,12 +74,14 @@ class Backends:
     """The functions that the model calls, with the signatures that `kernels` gives them.
 
     attention(query, key, value, *, dropout_p=0.0, is_causal=False): (B, H, T, D) three times -> (B, H, T, D)
+    decode(query, key_cache, value_cache, lengths): (B, H, 1, D), (B, H, slots, D) twice, (B,) -> (B, H, 1, D)
     layer_norm(input, normalized_shape, weight, bias, eps): (..., C) -> (..., C)
     add_layer_norm(input, residual, normalized_shape, weight, bias, eps): (..., C) twice -> their sum's norm, their sum
     loss(input, head_weight, targets, *, linear_bias=None, ignore_index=-100): (N, C), (V, C), (N,) int64 -> ()
     """
 
     attention: Callable[..., torch.Tensor]
+    decode: Callable[..., torch.Tensor]
     layer_norm: Callable[..., torch.Tensor]
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     loss: Callable[..., torch.Tensor]

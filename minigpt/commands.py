@@ -1,5 +1,4 @@
-"""What a person does beside training, as command lines: generate, evaluate, prepare, compare,
-showcase.
+"""What a person does beside training and writing text, as command lines: evaluate, prepare, compare, showcase.
 
 Each command is a dataclass of typed options, from which the flags and the --help come, and a function that carries it
 out. They raise UserError for whatever a person can put right.
@@ -11,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -19,39 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import backends, checkpoint, compare, dataset, prepare, resume, sampling, showcase, tokenizer_choice
+from . import backends, checkpoint, compare, dataset, prepare, resume, showcase, tokenizer_choice
 from .backends import Backends
 from .config import command_line, default_preset, pick_device, pick_dtype, preset
 from .errors import UserError
 from .evaluate import evaluate as evaluate_model
 from .folder import new_folder, remove_if_empty
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Write text with a trained model, character by character."""
-
-    run: Path | None = None
-    """Folder of the run, or of one of its checkpoints. Without one: the newest run in runs/."""
-    prompt: str | None = None
-    """What the text continues. Without one it begins at a new line."""
-    max_new_tokens: int = 500
-    """Tokens to write at most."""
-    temperature: float = 0.8
-    """Below 1 keeps to what is likely, above 1 is more surprising; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Draw from so many of the likeliest tokens only; 0: from all of them."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens only whose probabilities sum to this."""
-    seed: int | None = None
-    """The same seed writes the same text; without one, every text is new."""
-    stop: str | None = None
-    """Stop before this text."""
-    kernels: str | None = None
-    """Backend of the ops: auto, eager, torch, triton, or one per op, such as attention=triton. Without one: the
-    environment's MINIGPT_KERNELS, else auto."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -127,47 +99,13 @@ class Showcase:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
 
-def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> None:
-    """Print a prompt and the text that a model continues it with, as it comes."""
-    options = command_line(Generate, sys.argv[1:] if argv is None else argv, prog=prog)
-    if options.prompt == "":
-        raise UserError("the prompt is empty: give --prompt at least one character, or leave it out")
-    found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
-    ops, device = _ops(options)
-    model = found.model(ops, device)
-    prompt = options.prompt or ""
-    pieces = sampling.stream(
-        model,
-        found.tokenizer,
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=options.stop,
-    )
-    # Only the text itself goes to stdout, so that it can be piped on.
-    print(f"{found.folder}, kernels: {_named(ops)}", file=sys.stderr, flush=True)
-    print(prompt, end="", flush=True)
-    began, characters = time.perf_counter(), 0
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-            characters += len(piece)
-    finally:
-        print(flush=True)
-    seconds = time.perf_counter() - began
-    print(f"{characters} characters, {characters / max(seconds, 1e-9):,.0f} a second", file=sys.stderr)
-
-
 def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt evaluate") -> None:
     """Print the loss of a model on the validation split of its text, or of another one."""
     options = command_line(Evaluate, sys.argv[1:] if argv is None else argv, prog=prog)
     if options.max_tokens < 0:
         raise UserError(f"max_tokens is {options.max_tokens}: it must be 0 or more")
-    found = checkpoint.find(options.run or checkpoint.newest_run(), _warn)
-    ops, device = _ops(options)
+    found = checkpoint.find(options.run or checkpoint.newest_run(), warn)
+    ops, device = ops_of(options)
     # The text of the run has its tokenizer; another one is read as it is, to be told what the tokenizer does not know.
     corpus = dataset.load(options.data or found.config.data, found.tokenizer if options.data is None else None)
     if options.data is None:
@@ -188,7 +126,7 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
     result = evaluate_model(model, tokens, lengths, max_tokens=options.max_tokens, dtype=dtype)
     rows = {
         "checkpoint": found.folder,
-        "kernels": _named(ops),
+        "kernels": named(ops),
         "text": f"the end of {corpus.source}",
         "tokenizer": tokenizer.kind,
         "tokens": f"{result.tokens:,}",
@@ -218,7 +156,7 @@ def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
     )
     for kernels in (options.a, options.b):
         if warning := backends.resolve(kernels, device).warning:
-            _warn(warning)
+            warn(warning)
             break
     folder = new_folder(options.out, "compare")
     try:
@@ -262,7 +200,7 @@ def run_prepare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
             options.vocab_size,
             workers=options.workers or os.cpu_count() or 1,
             progress=progress,
-            announce=_warn,
+            announce=warn,
         )
     print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
 
@@ -270,22 +208,24 @@ def run_prepare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
 def run_showcase(argv: Sequence[str] | None = None, prog: str = "python -m minigpt showcase") -> None:
     """Run the stations of the showcase; UserError when one fails."""
     options = command_line(Showcase, sys.argv[1:] if argv is None else argv, prog=prog)
-    ops, device = _ops(options)
+    ops, device = ops_of(options)
     showcase.run(ops, device, options.out, seed=options.seed)
 
 
-def _ops(options: Generate | Evaluate | Showcase) -> tuple[Backends, torch.device]:
-    """The backends and the device that a command asks for, and the warning that goes with them."""
+def ops_of(options: Any) -> tuple[Backends, torch.device]:
+    """The backends and the device that a command's `kernels` and `device` ask for; they may deserve a warning."""
     device = pick_device(options.device)
     ops = backends.resolve(options.kernels or os.environ.get("MINIGPT_KERNELS"), device)
     if ops.warning:
-        _warn(ops.warning)
+        warn(ops.warning)
     return ops, device
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Tell a person something on stderr that they should not miss."""
     Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _named(ops: Backends) -> str:
+def named(ops: Backends) -> str:
+    """Each op and what it runs on, in one line."""
     return ", ".join(f"{op}={backend}" for op, backend in ops.names.items())

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+FEWEST_ROWS = 4
+"""Below so many rows, as where one token is decoded, a product costs oneDNN more to begin than MKL to finish."""
+
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -28,6 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         not ours
         or 0 in (x.numel(), weight.numel())
+        or x.numel() < FEWEST_ROWS * weight.shape[-1]
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
     ):

@@ -4,6 +4,7 @@ Shapes: B sequences of T tokens, C = n_embd channels, H = n_head heads of D = C 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from .linear import Linear
 
 IGNORE = -100
 """A target with this value does not count in the loss."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""query, key, value (B, H, T, D) of the tokens at hand -> (B, H, T, D): how they attend, where a cache is in use."""
 
 
 class LayerNorm(nn.Module):
@@ -49,12 +53,16 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """With `attend` that decides to what the tokens attend, else to themselves and those before them."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
         )
-        y = self.ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = self.ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -85,10 +93,10 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(config, ops)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None, attend: Attend | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream x and the branch yet to be added to it, (B, T, C) each, after this block."""
         y, x = self.norm1(x, branch)
-        branch = F.dropout(self.attention(y), self.dropout, self.training)
+        branch = F.dropout(self.attention(y, attend), self.dropout, self.training)
         y, x = self.norm2(x, branch)
         return x, F.dropout(self.mlp(y), self.dropout, self.training)
 

@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import backends, checkpoint, corpora, sampling, tokenizers
+from . import backends, checkpoint, corpora, tokenizers
 from .backends import Backends
 from .config import preset
 from .errors import UserError
+from .generation import complete
 from .learning import make_optimizer
 from .model import GPT
 from .tokenizers import UNK, CharTokenizer
@@ -160,7 +161,7 @@ def generation(ops: Backends, device: torch.device, out: Path, seed: int) -> lis
     stored = checkpoint.load(_model_folder(out))
     model, made = stored.model(ops, device), stored.tokenizer
     length = len(TEXT) - len(PROMPT)
-    text = sampling.complete(model, made, PROMPT, max_new_tokens=length, temperature=0.8, top_k=5, seed=seed)
+    text = complete(model, made, PROMPT, max_new_tokens=length, temperature=0.8, top_k=5, seed=seed)
     same = sum(a == b for a, b in zip(text[len(PROMPT) :], TEXT[len(PROMPT) :], strict=False))
     return [
         Check("prompt", repr(PROMPT), text.startswith(PROMPT)),

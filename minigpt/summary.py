@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, resume, sampling, utilization
+from . import checkpoint, generation, resume, utilization
 from .checkpoint import Checkpoint
 from .evaluate import Evaluation
 from .model import GPT
@@ -54,7 +54,7 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         f"{final.tokens:,} tokens, {final.characters:,} characters"
     )
     if config.sample_tokens:
-        text = sampling.complete(
+        text = generation.complete(
             _whole_model(session),
             session.tokenizer,
             config.prompt,

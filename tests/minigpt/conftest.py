@@ -1,7 +1,8 @@
-"""A text and a run that are quickly trained."""
+"""A text and a run that are quickly trained, and a program run through its door."""
 
 import pytest
 
+from minigpt import errors
 from minigpt.config import preset
 
 
@@ -24,3 +25,19 @@ def small(text, tmp_path, monkeypatch):
         return preset("shakespeare-cpu", **({"data": str(text), "learning_rate": 1e-2} | shape | run | options))
 
     return settings
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a program through its door: (status, stdout, stderr)."""
+
+    def run(main, *arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            errors.door(lambda: main(list(map(str, arguments))))
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        return status, *capsys.readouterr()
+
+    return run

@@ -16,6 +16,7 @@ from minigpt.errors import UserError
 CPU = torch.device("cpu")
 NAMES = {
     "attention": "scaled_dot_product_attention",
+    "decode": "decode_attention",
     "layer_norm": "layer_norm",
     "add_layer_norm": "add_layer_norm",
     "loss": "linear_cross_entropy",
@@ -48,6 +49,12 @@ def test_the_torch_backend_is_pytorchs_functions():
     torch.testing.assert_close(
         backends.Torch.linear_cross_entropy(x, weight, target, linear_bias=bias),
         kernels.reference.linear_cross_entropy(x, weight, target, linear_bias=bias),
+    )
+    query, keys, values = (torch.randn(3, 2, slots, 4, dtype=torch.float64) for slots in (1, 7, 7))
+    lengths = torch.tensor([1, 7, 4])
+    torch.testing.assert_close(
+        backends.Torch.decode_attention(query, keys, values, lengths),
+        kernels.reference.decode_attention(query, keys, values, lengths),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt import __main__ as command
-from minigpt import commands, config, errors, storage, trainer
+from minigpt import commands, config, prompting, storage, trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 8
@@ -44,22 +44,6 @@ def elsewhere(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("MINIGPT_KERNELS", raising=False)
 
 
-@pytest.fixture
-def call(capsys):
-    """Runs a program through its door: (status, stdout, stderr)."""
-
-    def run(main, *arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = 0
-        try:
-            errors.door(lambda: main(list(map(str, arguments))))
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def train(argv: list[str]) -> None:
     trainer.train(config.parse(argv))
 
@@ -79,34 +63,34 @@ def one_line(result: tuple[int, str, str], *words: str) -> str:
 
 def test_generate_prints_the_text_and_nothing_else_on_stdout(call, trained):
     options = ["--run", trained / "runs" / "small", "--seed", 5, "--max-new-tokens", 30, "--kernels", "torch"]
-    status, out, error = call(commands.generate, *options, "--prompt", "The fox")
+    status, out, error = call(prompting.generate, *options, "--prompt", "The fox")
     assert status == 0
     assert out.startswith("The fox") and out.endswith("\n") and len(out) == len("The fox") + 30 + 1
     assert set(out) <= set(TEXT)
     assert "attention=torch" in error and "30 characters" in error
-    assert call(commands.generate, *options, "--prompt", "The fox")[1] == out  # the seed
+    assert call(prompting.generate, *options, "--prompt", "The fox")[1] == out  # the seed
     checkpoint = [*options[2:], "--run", trained / "runs" / "small" / "best"]
-    assert call(commands.generate, *checkpoint, "--prompt", "The fox")[1] == out
+    assert call(prompting.generate, *checkpoint, "--prompt", "The fox")[1] == out
 
 
 def test_generate_takes_the_newest_run(call, trained, monkeypatch):
     monkeypatch.chdir(trained)
-    status, out, error = call(commands.generate, "--max-new-tokens", 4, "--temperature", 0)
+    status, out, error = call(prompting.generate, "--max-new-tokens", 4, "--temperature", 0)
     assert status == 0 and len(out) == 5 and "runs/small" in error.replace("\\", "/")
 
 
 def test_generate_in_the_folder_of_the_run(call, trained, monkeypatch):
     monkeypatch.chdir(trained / "runs" / "small")
-    assert call(commands.generate, "--run", ".", "--max-new-tokens", 1)[0] == 0
+    assert call(prompting.generate, "--run", ".", "--max-new-tokens", 1)[0] == 0
     monkeypatch.chdir("last")
-    assert call(commands.generate, "--run", ".", "--max-new-tokens", 1)[0] == 0
+    assert call(prompting.generate, "--run", ".", "--max-new-tokens", 1)[0] == 0
 
 
 def test_generate_stops_before_the_stop_text(call, trained):
     run = ["--run", trained / "runs" / "small", "--max-new-tokens", 200, "--seed", 1, "--temperature", 5]
-    _, whole, _ = call(commands.generate, *run, "--prompt", "q")
+    _, whole, _ = call(prompting.generate, *run, "--prompt", "q")
     stop = whole[20:22]
-    status, out, _ = call(commands.generate, *run, "--prompt", "q", "--stop", stop)
+    status, out, _ = call(prompting.generate, *run, "--prompt", "q", "--stop", stop)
     assert status == 0
     assert out == "q" + whole[1 : 1 + whole[1:].index(stop)] + "\n"
 
@@ -114,13 +98,13 @@ def test_generate_stops_before_the_stop_text(call, trained):
 def test_kernels_of_the_environment_and_of_the_flag(call, trained, monkeypatch):
     run = ["--run", trained / "runs" / "small", "--max-new-tokens", 1]
     monkeypatch.setenv("MINIGPT_KERNELS", "eager")
-    assert "attention=eager" in call(commands.generate, *run)[2]
+    assert "attention=eager" in call(prompting.generate, *run)[2]
     assert (
         "attention=torch, layer_norm=eager"
-        in call(commands.generate, *run, "--kernels", "attention=torch,layer_norm=eager")[2]
+        in call(prompting.generate, *run, "--kernels", "attention=torch,layer_norm=eager")[2]
     )
     monkeypatch.setenv("MINIGPT_KERNELS", "cuda")
-    one_line(call(commands.generate, *run), "'cuda'", "triton")
+    one_line(call(prompting.generate, *run), "'cuda'", "triton")
 
 
 @pytest.mark.parametrize(
@@ -152,19 +136,19 @@ def test_kernels_of_the_environment_and_of_the_flag(call, trained, monkeypatch):
     ],
 )
 def test_generate_with_wrong_options(call, trained, options, words):
-    result = call(commands.generate, "--run", trained / "runs" / "small", *options)
+    result = call(prompting.generate, "--run", trained / "runs" / "small", *options)
     one_line(result, *words)
     assert result[1] == ""
 
 
 def test_generate_without_any_run(call, tmp_path):
-    one_line(call(commands.generate), "runs", "train first")
-    one_line(call(commands.generate, "--run", "missing"), "missing", "train first")
-    one_line(call(commands.generate, "--run", tmp_path), "no checkpoint")
+    one_line(call(prompting.generate), "runs", "train first")
+    one_line(call(prompting.generate, "--run", "missing"), "missing", "train first")
+    one_line(call(prompting.generate, "--run", tmp_path), "no checkpoint")
     for place in (".", "..", "/", ""):
-        one_line(call(commands.generate, "--run", place), "no checkpoint")
+        one_line(call(prompting.generate, "--run", place), "no checkpoint")
     (tmp_path / "file").write_text("x")
-    one_line(call(commands.generate, "--run", tmp_path / "file"), "no checkpoint")
+    one_line(call(prompting.generate, "--run", tmp_path / "file"), "no checkpoint")
 
 
 # checkpoints that are not whole
@@ -211,12 +195,12 @@ def shorten(path: Path) -> None:
 def test_generate_from_a_damaged_checkpoint(call, copy, name, damage, words):
     for checkpoint in ("best", "last", "last.1"):
         damage(copy / checkpoint / name)
-    one_line(call(commands.generate, "--run", copy, "--max-new-tokens", 1), *words)
+    one_line(call(prompting.generate, "--run", copy, "--max-new-tokens", 1), *words)
 
 
 def test_generate_says_when_it_does_not_take_the_best(call, copy):
     truncate(copy / "best" / "model.safetensors")
-    status, out, error = call(commands.generate, "--run", copy, "--max-new-tokens", 1)
+    status, out, error = call(prompting.generate, "--run", copy, "--max-new-tokens", 1)
     assert status == 0 and len(out) == 2
     assert error.startswith("WARNING: ") and f"Taking {copy / 'last'} instead" in error
 
@@ -225,7 +209,7 @@ def test_generate_from_a_model_that_has_diverged(call, copy):
     path = copy / "best" / "model.safetensors"
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
     storage.seal(path.parent)
-    status, _, error = call(commands.generate, "--run", copy, "--max-new-tokens", 1)
+    status, _, error = call(prompting.generate, "--run", copy, "--max-new-tokens", 1)
     assert status == 1
     assert error.splitlines()[-1].startswith("error: ") and "diverged" in error
 

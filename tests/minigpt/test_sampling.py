@@ -1,17 +1,13 @@
-"""Sampling against probabilities computed in plain Python, and the text that comes out of a model."""
+"""Sampling against probabilities computed in plain Python."""
 
-import itertools
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from minigpt.errors import UserError
-from minigpt.sampling import complete, encode_prompt, generate, sample, stream
-from minigpt.tokenizers import EOS, PAD, UNK, CharTokenizer
+from minigpt.sampling import Uniforms, sample
 
 
 def expected(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
@@ -117,185 +113,25 @@ def test_values_that_make_no_sense(options, named):
         sample(torch.zeros(7), **options)
 
 
-# Generation
+def test_a_number_decides_which_token_is_drawn():
+    """The token in whose share of [0, 1) it lies, those without a share left out at both ends."""
+    logits = torch.tensor([-math.inf, math.log(0.25), math.log(0.75), -math.inf], dtype=torch.float64)
+    numbers = [0.0, 0.1, 0.24, 0.26, 0.5, 1 - 2**-53]
+    drawn = sample(logits.expand(6, -1), uniform=torch.tensor(numbers, dtype=torch.float64))
+    assert drawn.tolist() == [1, 1, 1, 2, 2, 2]
+    kept = sample(logits.expand(6, -1), top_k=1, uniform=torch.tensor(numbers, dtype=torch.float64))
+    assert kept.tolist() == [2] * 6
 
 
-class Scripted(nn.Module):
-    """A model of `vocab_size` tokens that expects `next_of(ids)` after them, and remembers what it was shown."""
+def test_each_row_has_numbers_of_its_own():
+    def numbers(seed, rows, count=600):
+        uniforms = Uniforms(seed, rows)
+        return torch.stack([uniforms.next() for _ in range(count)], 1)
 
-    def __init__(self, next_of, vocab_size: int, block_size: int = 8, sure: float = 100.0):
-        super().__init__()
-        self.config = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
-        self.next_of, self.sure, self.seen = next_of, sure, []
-        self.unused = nn.Parameter(torch.zeros(()))
-
-    def forward(self, idx, targets=None, *, last_only=False):
-        assert last_only and not self.training and not torch.is_grad_enabled()
-        assert idx.dtype == torch.int64 and idx.shape[0] == 1 and idx.shape[1] <= self.config.block_size
-        self.seen.append(idx[0].tolist())
-        logits = torch.zeros(1, 1, self.config.vocab_size)
-        logits[0, 0, self.next_of(self.seen[-1])] = self.sure
-        return logits, None
-
-
-ALPHABET = CharTokenizer.from_text("\nabcdefghijklmnopqrstuvwxyz ")
-
-
-def writer(text: str, padded: int = 0, **keywords) -> Scripted:
-    """A model that writes `text` again and again, whatever comes before."""
-    ids = itertools.cycle(ALPHABET.encode(text).tolist())
-    return Scripted(lambda _: next(ids), ALPHABET.vocab_size + padded, **keywords)
-
-
-def counter(vocab_size: int = 70, **keywords) -> Scripted:
-    """A model that expects the number after the last one."""
-    return Scripted(lambda ids: (ids[-1] + 1) % vocab_size, vocab_size, **keywords)
-
-
-def test_tokens_come_one_at_a_time_and_feed_back():
-    model = counter(block_size=4)
-    ids = generate(model, [1, 2, 3], max_new_tokens=5, temperature=0)
-    assert next(ids) == 4 and len(model.seen) == 1
-    assert list(ids) == [5, 6, 7, 8]
-    # Never more than block_size, and always the latest.
-    assert model.seen == [[1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6], [4, 5, 6, 7]]
-
-
-def test_a_prompt_longer_than_the_block_is_cropped():
-    model = counter(block_size=4)
-    assert list(generate(model, torch.arange(20), max_new_tokens=1, temperature=0)) == [20]
-    assert model.seen == [[16, 17, 18, 19]]
-
-
-def test_nothing_asked_for_is_nothing_given():
-    model = counter()
-    assert list(generate(model, [1], max_new_tokens=0)) == [] and model.seen == []
-
-
-def test_the_model_is_left_as_it_was():
-    for training in (True, False):
-        model = counter().train(training)
-        list(generate(model, [1], max_new_tokens=2))
-        assert model.training is training
-
-
-def test_a_seed_gives_the_same_ids_and_leaves_pytorchs_generator_alone():
-    model = counter(sure=1.0)
     state = torch.get_rng_state()
-    runs = [list(generate(model, [1], max_new_tokens=30, seed=seed)) for seed in (7, 7, 8, None, None)]
-    assert runs[0] == runs[1]
-    assert len({tuple(run) for run in runs}) == 4
+    three = numbers(7, 3)
+    assert torch.equal(three[1], numbers(8, 1)[0]) and torch.equal(three, numbers(7, 3))
+    assert torch.equal(numbers(2**63 - 1, 2)[1], numbers(0, 1)[0])
+    assert len({tuple(row.tolist()) for row in (*three, *numbers(None, 2), *numbers(None, 2))}) == 7
+    assert 0 <= three.min() and three.max() < 1 and abs(three.mean() - 0.5) < 0.05
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_special_and_padding_tokens_are_never_drawn():
-    flat = Scripted(lambda _: 0, ALPHABET.vocab_size + 60, sure=0.0)
-    ids = list(
-        itertools.chain.from_iterable(
-            generate(flat, [3], max_new_tokens=100, seed=seed, tokenizer=ALPHABET) for seed in range(40)
-        )
-    )
-    assert set(ids) == set(range(3, ALPHABET.vocab_size))
-    for likeliest in (PAD, UNK, EOS, ALPHABET.vocab_size, ALPHABET.vocab_size + 59):
-        model = Scripted(lambda _, token=likeliest: token, ALPHABET.vocab_size + 60)
-        for temperature in (0, 1):
-            ids = generate(model, [3], max_new_tokens=9, temperature=temperature, tokenizer=ALPHABET)
-            assert all(3 <= token < ALPHABET.vocab_size for token in ids)
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        *((options | {"max_new_tokens": 1}, named) for options, named in BAD if "top_k" not in options),
-        ({"max_new_tokens": -1}, "max_new_tokens"),
-        ({"max_new_tokens": 1, "seed": -1}, "seed"),
-        ({"max_new_tokens": 1, "seed": 2**64}, "seed"),
-        # Above the tokenizer's vocabulary, although the padded one is larger.
-        ({"max_new_tokens": 1, "top_k": ALPHABET.vocab_size + 1}, f"top_k .* {ALPHABET.vocab_size} tokens"),
-    ],
-)
-def test_values_that_make_no_sense_are_told_before_the_first_token(options, named):
-    model = writer("a", padded=10)
-    with pytest.raises(UserError, match=named):
-        generate(model, [3], tokenizer=ALPHABET, **options)  # not even iterated over
-    assert model.seen == []
-
-
-def test_no_ids_to_continue():
-    with pytest.raises(UserError, match="nothing to continue"):
-        generate(counter(), [], max_new_tokens=1)
-
-
-def test_a_tokenizer_that_does_not_fit_the_model():
-    with pytest.raises(UserError, match="do not belong together"):
-        generate(counter(vocab_size=10), [3], max_new_tokens=1, tokenizer=ALPHABET)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_model_that_has_diverged(bad):
-    model = counter(sure=bad)
-    with pytest.raises(UserError, match="diverged"):
-        list(generate(model, [1], max_new_tokens=1))
-
-
-# Text
-
-
-def text_of(model: Scripted, **options) -> list[str]:
-    return list(
-        stream(model, ALPHABET, options.pop("prompt", ""), **{"max_new_tokens": 12, "temperature": 0} | options)
-    )
-
-
-def test_text_streams_character_by_character():
-    assert text_of(writer("hello ")) == list("hello hello ")
-
-
-def test_the_prompt_comes_first_and_is_what_the_model_sees():
-    model = writer("xyz", block_size=100)
-    assert complete(model, ALPHABET, "abc", max_new_tokens=3, temperature=0) == "abcxyz"
-    assert ALPHABET.decode(model.seen[0]) == "abc"
-
-
-def test_no_prompt_begins_at_a_new_line_or_at_eos():
-    model = writer("x")
-    assert complete(model, ALPHABET, max_new_tokens=2, temperature=0) == "xx"
-    assert ALPHABET.decode(model.seen[0]) == "\n"
-    assert encode_prompt(CharTokenizer.from_text("no lines"), "") == [EOS]
-
-
-@pytest.mark.parametrize(
-    ("script", "stop", "text"),
-    [
-        ("hello world ", "wor", "hello "),
-        ("hello world ", "h", ""),
-        ("aaab", "aab", "a"),  # the beginning of the stop text inside itself
-        ("ababac", "abac", "ab"),
-        ("aaaa", "aaaaa", ""),
-        ("hello ", "xyz", "hello hello "),
-        ("hello ", "hello hello h", "hello hello "),  # begun, and never finished
-        ("hello ", "hello hello ", ""),
-    ],
-)
-def test_stop_text(script, stop, text):
-    assert "".join(text_of(writer(script), stop=stop)) == text
-
-
-def test_text_is_held_back_only_while_it_may_be_the_stop_text():
-    pieces = text_of(writer("abxabc"), stop="abc", max_new_tokens=6)
-    assert pieces == ["abx"]  # "ab" twice waits for what follows
-    assert text_of(writer("xyz"), stop="abc", max_new_tokens=3) == ["x", "y", "z"]
-
-
-def test_unknown_characters_are_named():
-    with pytest.raises(UserError, match=r"prompt.*'é', 'Z', '\\udc80'"):
-        stream(writer("a"), ALPHABET, "aéZé\udc80", max_new_tokens=1)
-    with pytest.raises(UserError, match=r"stop text.*'!'"):
-        stream(writer("a"), ALPHABET, "a", max_new_tokens=1, stop="a!")
-    with pytest.raises(UserError, match=r"'0'.*\.\.\."):
-        encode_prompt(ALPHABET, "0123456789ABC")
-
-
-def test_an_empty_stop_text():
-    with pytest.raises(UserError, match="stop text is empty"):
-        stream(writer("a"), ALPHABET, "a", max_new_tokens=1, stop="")
