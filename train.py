@@ -7,13 +7,7 @@ if __name__ == "__main__":
 
 import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
 
-from minigpt import config, errors, trainer
-
-
-def main() -> None:
-    """Train as the command line says."""
-    trainer.train(config.parse())
-
+from minigpt import errors, trainer
 
 if __name__ == "__main__":
-    errors.door(main)
+    errors.door(trainer.run_train)

@@ -1,28 +1,32 @@
 """`python -m minigpt COMMAND`: every command of the package."""
 
-import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
-
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from . import commands, config, errors, prompting
+from . import errors
 
 
-def train(argv: Sequence[str], prog: str) -> None:
-    """Train a GPT on a text."""
-    from . import trainer
+class Command(NamedTuple):
+    """A command: the function that carries it out, of which module, and what it is for."""
 
-    trainer.train(config.parse(argv, prog))
+    module: str
+    function: str
+    meaning: str
 
 
 COMMANDS = {
-    "train": (train, "train a model on a text"),
-    "generate": (prompting.generate, "write text with a trained model"),
-    "evaluate": (commands.evaluate, "measure how well a model predicts its text"),
-    "prepare": (commands.run_prepare, "make a text of any size ready to train on"),
-    "compare": (commands.run_compare, "check that two backends learn the same"),
-    "showcase": (commands.run_showcase, "show in a minute that everything works here"),
+    "train": Command("trainer", "run_train", "train a model on a text"),
+    "generate": Command("prompting", "generate", "write text with a trained model"),
+    "evaluate": Command("commands", "evaluate", "measure how well a model predicts its text"),
+    "attention": Command("looking", "run_attention", "show where each head of a model looks"),
+    "prepare": Command("preparing", "run_prepare", "make a text of any size ready to train on"),
+    "compare": Command("commands", "run_compare", "check that two backends learn the same"),
+    "export": Command("exchange", "run_export", "write a model so that Hugging Face's GPT-2 loads it"),
+    "import": Command("exchange", "run_import", "make a run of a GPT-2 of Hugging Face"),
+    "showcase": Command("commands", "run_showcase", "show in a minute that everything works here"),
 }
 
 
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if name in ("-h", "--help"):
         print("usage: python -m minigpt COMMAND [OPTIONS]\n")
-        for command, (_, meaning) in COMMANDS.items():
+        for command, (_, _, meaning) in COMMANDS.items():
             print(f"  {command:<10}  {meaning}")
         print("\npython -m minigpt COMMAND --help lists the options of each.")
         return
@@ -42,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise errors.UserError(f"unknown command {name!r}: the commands are {known}{meant}")
-    run, _ = COMMANDS[name]
+    module, function, _ = COMMANDS[name]
+    # Each imports what it needs: preparing a text is to stay small beside PyTorch.
+    run = getattr(importlib.import_module(f"minigpt.{module}"), function)
     run(rest, f"python -m minigpt {name}")
 
 

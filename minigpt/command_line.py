@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import tyro
+from rich.console import Console
 
 from .errors import UserError
 
@@ -38,3 +39,8 @@ def _one_line(box: str, prog: str) -> str:
     meant = re.search(r"Perhaps you meant:.*?(--[\w-]+)", box, re.DOTALL)
     suggestion = f"; did you mean {meant[1]}?" if meant else ""
     return f"{complaint}{suggestion} (see {prog} --help)"
+
+
+def warn(text: str) -> None:
+    """Tell a person something on stderr that they should not miss."""
+    Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)

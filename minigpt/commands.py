@@ -1,4 +1,4 @@
-"""What a person does beside training and writing text, as command lines: evaluate, prepare, compare, showcase.
+"""What a person does beside training and writing text, as command lines: evaluate, compare, showcase.
 
 Each command is a dataclass of typed options, from which the flags and the --help come, and a function that carries it
 out. They raise UserError for whatever a person can put right.
@@ -10,17 +10,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import backends, checkpoint, compare, dataset, prepare, resume, showcase, tokenizer_choice
+from . import backends, checkpoint, compare, dataset, resume, showcase
 from .backends import Backends
-from .config import command_line, default_preset, pick_device, pick_dtype, preset
+from .command_line import command_line, warn
+from .config import default_preset, pick_device, pick_dtype, preset
 from .errors import UserError
 from .evaluate import evaluate as evaluate_model
 from .folder import new_folder, remove_if_empty
@@ -40,23 +39,6 @@ class Evaluate:
     """Backend of the ops, as for training. Without one: the environment's MINIGPT_KERNELS, else auto."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Write the tokens of a text of any size to a folder that training maps into memory."""
-
-    data: str
-    """A text file, or a folder whose *.txt follow each other."""
-    tokenizer: Annotated[str, tyro.conf.arg(metavar=tokenizer_choice.METAVAR)] = tokenizer_choice.CHAR
-    """How text becomes tokens: char, each character is one; bpe, frequent runs of bytes, learnt from the text; gpt2,
-    GPT-2's own, where its files are; or a folder or file with a tokenizer."""
-    vocab_size: int = 0
-    """With --tokenizer bpe: the tokens to learn, at least 259; 0: 1024."""
-    out: Path | None = None
-    """Folder to write to, which must not be there yet. Without one: the name of the data, ending in .tokens."""
-    workers: int = 0
-    """Processes that work on it; 0: one for each processor."""
 
 
 @dataclass(frozen=True)
@@ -177,34 +159,6 @@ def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
         raise UserError(f"{options.a} and {options.b} do not agree: {'; '.join(differing)}")
 
 
-def run_prepare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt prepare") -> None:
-    """Write the tokens of a text of any size to a folder that training maps into memory."""
-    options = command_line(Prepare, sys.argv[1:] if argv is None else argv, prog=prog)
-    source = Path(options.data)
-    out = options.out or source.absolute().with_suffix(".tokens")
-    began = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, refresh=True)
-
-        manifest = prepare.prepare(
-            source,
-            out,
-            options.tokenizer,
-            options.vocab_size,
-            workers=options.workers or os.cpu_count() or 1,
-            progress=progress,
-            announce=warn,
-        )
-    print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
-
-
 def run_showcase(argv: Sequence[str] | None = None, prog: str = "python -m minigpt showcase") -> None:
     """Run the stations of the showcase; UserError when one fails."""
     options = command_line(Showcase, sys.argv[1:] if argv is None else argv, prog=prog)
@@ -219,11 +173,6 @@ def ops_of(options: Any) -> tuple[Backends, torch.device]:
     if ops.warning:
         warn(ops.warning)
     return ops, device
-
-
-def warn(text: str) -> None:
-    """Tell a person something on stderr that they should not miss."""
-    Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def named(ops: Backends) -> str:

@@ -14,8 +14,8 @@ import tyro
 
 from . import checkpoint, generation, stops
 from .beam import beam_search
-from .commands import named, ops_of, warn
-from .config import command_line
+from .command_line import command_line, warn
+from .commands import named, ops_of
 from .errors import UserError, writing
 from .generation import Row, Writing
 from .model import GPT

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from . import (
 from .allocator import keep_freed_memory
 from .batches import Batches
 from .checkpoint import BEST, LAST, Checkpoint
-from .config import TrainConfig, pick_device, pick_dtype
+from .config import TrainConfig, parse, pick_device, pick_dtype
 from .errors import Stopped, StopRequest, UserError, stop_requests
 from .evaluate import Evaluation, evaluate
 from .folder import Lock, new_folder, remove_if_empty
@@ -40,6 +41,11 @@ from .report import Clock, Display, Measures, Metrics
 from .resume import Progress
 
 _SECONDS_BETWEEN_PICTURES = 30.0  # one takes about half a second
+
+
+def run_train(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    """Train as a command line (None: this program's) says."""
+    train(parse(argv, prog))
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def failed(result):
 
 def namespace(whole=kernels.reference, **broken):
     """The functions of a backend, some of them replaced."""
-    names = ("scaled_dot_product_attention", "layer_norm", "add_layer_norm", "linear_cross_entropy")
+    names = ("scaled_dot_product_attention", "decode_attention", "layer_norm", "add_layer_norm", "linear_cross_entropy")
     return types.SimpleNamespace(**({name: getattr(whole, name) for name in names} | broken))
 
 

@@ -1,0 +1,60 @@
+"""`python -m minigpt prepare`, which needs no PyTorch."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from . import prepare, tokenizer_choice
+from .command_line import command_line, warn
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Write the tokens of a text of any size to a folder that training maps into memory."""
+
+    data: str
+    """A text file, or a folder whose *.txt follow each other."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar=tokenizer_choice.METAVAR)] = tokenizer_choice.CHAR
+    """How text becomes tokens: char, each character is one; bpe, frequent runs of bytes, learnt from the text; gpt2,
+    GPT-2's own, where its files are; or a folder or file with a tokenizer."""
+    vocab_size: int = 0
+    """With --tokenizer bpe: the tokens to learn, at least 259; 0: 1024."""
+    out: Path | None = None
+    """Folder to write to, which must not be there yet. Without one: the name of the data, ending in .tokens."""
+    workers: int = 0
+    """Processes that work on it; 0: one for each processor."""
+
+
+def run_prepare(argv: Sequence[str], prog: str = "python -m minigpt prepare") -> None:
+    """Write the tokens of a text of any size to a folder that training maps into memory."""
+    options = command_line(Prepare, argv, prog=prog)
+    source = Path(options.data)
+    out = options.out or source.absolute().with_suffix(".tokens")
+    began = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, refresh=True)
+
+        manifest = prepare.prepare(
+            source,
+            out,
+            options.tokenizer,
+            options.vocab_size,
+            workers=options.workers or os.cpu_count() or 1,
+            progress=progress,
+            announce=warn,
+        )
+    print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
