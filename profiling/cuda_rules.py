@@ -7,7 +7,6 @@ for CUDA tensors; a test compares the two forward passes op by op.
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -30,6 +29,11 @@ class _Rules(TorchFunctionMode):
         return rule(*args, **(kwargs or {})) if rule else func(*args, **(kwargs or {}))
 
 
+def _contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Those of a checkpointed block's two runs: PyTorch lifts the rules during backward, where the second one is."""
+    return contextlib.nullcontext(), _Rules()
+
+
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Run fake CPU tensors through the ops that a CUDA GPU would run, as far as they allocate otherwise."""
@@ -37,10 +41,7 @@ def as_on_cuda() -> Iterator[None]:
         _Rules(),
         mock.patch.object(minigpt.linear, "_AVAILABLE", False),
         mock.patch.object(minigpt.gelu, "_on_cpu", lambda x: False),
-        # PyTorch lifts the rules for all that backward does: what it computes again needs them anew
-        mock.patch.object(
-            minigpt.model, "checkpoint", partial(checkpoint, context_fn=lambda: (nullcontext(), _Rules()))
-        ),
+        mock.patch.object(minigpt.model, "checkpoint", partial(checkpoint, context_fn=_contexts)),
     ):
         yield
 

@@ -477,7 +477,8 @@ def _document(**changes) -> dict:
     rows = [memory.as_json(_estimate(name, "bf16")) for name in ("torch", "eager")]
     settings = {
         "preset": "tiny", "batch_size": 2, "tokens": 64, "vocab_size": 100, "parameters": 145_764, "dtype": "bf16",
-        "grad_accumulation": 1, "checkpoint_activations": False, "device": "cuda", "arch": "sm_90", "torch": torch.__version__,
+        "grad_accumulation": 1, "checkpoint_activations": False, "device": "cuda", "arch": "sm_90",
+        "torch": torch.__version__,
     }  # fmt: skip
     return {"settings": settings, "fit_gb": [], "kernels": rows} | changes
 
