@@ -18,6 +18,7 @@ GB = 1e9
 FITS = (24, 80, 141)
 COUNTS = [2**power for power in range(11)]
 """GPUs looked at for what fits."""
+TABLES = ("parameters", "windows", "memory", "peak", "fits", "sent", "seconds")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--tflops", type=float, metavar="N", help="1e12 operations a second that a GPU reaches in training: your number"
     )
+    parser.add_argument("--table", **several, choices=TABLES, help="what to print (default: all)")
     parser.add_argument("--json", type=Path, help="write every number here, `-` for stdout instead of the tables")
     parser.add_argument("--png", type=Path, help="draw memory against GPUs here (or .svg, .pdf: by the name)")
     parser.set_defaults(run=run)

@@ -7,7 +7,7 @@ from typing import Any
 
 from profiling import scaling
 from profiling.pictures import BACKENDS
-from profiling.scaling_command import COUNTS, FITS, GB, Row
+from profiling.scaling_command import COUNTS, FITS, GB, TABLES, Row
 from profiling.scaling_memory import CATEGORIES, peak
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -27,16 +27,17 @@ def tables(rows: list[Row], arguments: argparse.Namespace) -> list[Table]:
         made_of.append([*_kind(row), *(f"{found[name] / GB:.2f}" for name in CATEGORIES), moment])
     fits = [[*_kind(row), *("no" if n is None else f"{n:,}" for n in row.fewest.values())] for row in rows]
     kinds = ["preset", "kernels", "parallel"]
-    found = [
-        ("Parameters, millions", ["preset", "an attention", "an MLP", "blocks", "root", "all"], _parameters(rows)),
-        ("Windows of a step: of one GPU, and shared out", ["preset", "one GPU", *names], _shared(rows)),
-        ("Peak of memory per GPU, GB, by GPUs", [*kinds, *names], memory),
-        (f"What the peak is made of on {last:,} GPUs, GB", [*kinds, *CATEGORIES, "at"], made_of),
-        ("Fewest GPUs (a power of two up to 1,024) on which it fits", [*kinds, *(f"{n} GB" for n in FITS)], fits),
-    ]
-    if last > 1:
-        found += _communication(rows, arguments, counts)
-    return found
+    groups = ["preset", "an attention", "an MLP", "blocks", "root", "all"]
+    limits = [f"{limit} GB" for limit in FITS]
+    made = {
+        "parameters": ("Parameters, millions", groups, _parameters(rows)),
+        "windows": ("Windows of a step: of one GPU, and shared out", ["preset", "one GPU", *names], _shared(rows)),
+        "memory": ("Peak of memory per GPU, GB, by GPUs", [*kinds, *names], memory),
+        "peak": (f"What the peak is made of, GPUs: {last:,}; GB", [*kinds, *CATEGORIES, "at"], made_of),
+        "fits": ("Fewest GPUs (a power of two up to 1,024) on which it fits", [*kinds, *limits], fits),
+        **_communication(rows, arguments, [gpus for gpus in counts if gpus > 1]),
+    }
+    return [made[name] for name in arguments.table or TABLES if made[name][2]]
 
 
 def _kind(row: Row) -> list[str]:
@@ -64,11 +65,10 @@ def _shared(rows: list[Row]) -> list[list[str]]:
     return list(made.values())
 
 
-def _communication(rows: list[Row], arguments: argparse.Namespace, counts: list[int]) -> list[Table]:
+def _communication(rows: list[Row], arguments: argparse.Namespace, several: list[int]) -> dict[str, Table]:
     """Bytes sent by each GPU, and the seconds that they take beside those of computing, for a person's own numbers."""
-    several = [gpus for gpus in counts if gpus > 1]
     sizes, times = {}, {}
-    for row in rows:
+    for row in rows if several else []:
         for name, steps in (("weak", row.steps), ("strong", row.shared)):
             key = (row.preset, row.parallel, name)
             found = [steps[gpus] for gpus in several]
@@ -78,10 +78,10 @@ def _communication(rows: list[Row], arguments: argparse.Namespace, counts: list[
     at = f"at {arguments.bandwidth:g} GB/s"
     computing = f", and for computing at {arguments.tflops:g} TFLOP/s" if arguments.tflops else ""
     title = f"Seconds of a step for sending {at}{computing}: numbers that were given, not measured"
-    return [
-        ("Sent by each GPU in a step, GB, by GPUs", headings, list(sizes.values())),
-        (title, headings, list(times.values())),
-    ]
+    return {
+        "sent": ("Sent by each GPU in a step, GB, by GPUs", headings, list(sizes.values())),
+        "seconds": (title, headings, list(times.values())),
+    }
 
 
 def _seconds(step: Any, arguments: argparse.Namespace) -> str:
@@ -114,6 +114,7 @@ def draw(rows: list[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     fields = dict(zip(presets, figure.subplots(1, len(presets), sharey=True, squeeze=False)[0], strict=True))
     most = max(max(row.steps) for row in rows)
+    windows = {row.preset: "{0.batch} x {0.tokens}".format(row.steps[max(row.steps)]) for row in rows}
     counts, top = [n for n in COUNTS if n <= most], 0.0
     for row in rows:
         step = row.steps[max(row.steps)]
@@ -123,7 +124,7 @@ def draw(rows: list[Row], path: Path) -> None:
         top = max(top, *sizes)
         fields[row.preset].plot(counts, sizes, label=f"{row.kernels}, {row.parallel}", linewidth=1.8, **style)
     for name, field in fields.items():
-        field.set_title(name, fontsize=10, loc="left")
+        field.set_title(f"{name}, {windows[name]} tokens a pass", fontsize=10, loc="left")
         field.set_xscale("log", base=2)
         field.set_xticks([n for n in (1, 8, 64, 512) if n <= most], [str(n) for n in (1, 8, 64, 512) if n <= most])
         field.minorticks_off()
@@ -131,7 +132,7 @@ def draw(rows: list[Row], path: Path) -> None:
         for limit in FITS:
             if limit < 1.2 * top:
                 field.axhline(limit, color="#999", linewidth=0.8, linestyle=":", zorder=0)
-                field.annotate(f"{limit} GB", (counts[-1], limit), ha="right", va="bottom", fontsize=8, color="#777")
+                field.annotate(f"{limit} GB", (counts[-1], limit), ha="right", va="top", fontsize=8, color="#777")
         field.spines[["top", "right"]].set_visible(False)
     first = fields[presets[0]]
     first.set_ylim(bottom=0)

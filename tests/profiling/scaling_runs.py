@@ -4,7 +4,7 @@ fake     one rank of many, on fake tensors and PyTorch's fake process group: eve
          collective. PyTorch's own fully_shard decides what is allocated; nothing of it is known here.
 gloo     two real processes on a small model: every collective is counted.
 
-A CASE is JSON: {"run": "fake", "gpus": 8, ...settings of the preset}.
+A CASE is JSON: {"run": "fake", "gpus": 8, "name": a preset, ...its settings}, or {"run": "gloo", "processes": 2, ...}.
 """
 
 import collections
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.device_mesh
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,11 +105,11 @@ def held(tensors) -> int:
     return sum(-(-size // 512) * 512 for size in storages.values())
 
 
-def fake(gpus, **settings):
+def fake(gpus, name="tiny", **settings):
     """What one of `gpus` GPUs holds and sends in a step under fsdp."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (gpus,))  # looks at values
-    config = preset("tiny", parallel="fsdp", **settings)
+    config = preset(name, parallel="fsdp", **settings)
     ours = Workspaces(TARGETS["sm_90"], 512)
     look = lambda *op: next((n for n in (ours(*op), cuda_rules.workspace(*op)) if n is not None), None)  # noqa: E731
     tracker = ShardedTracker(512, look)
@@ -206,18 +207,17 @@ def _step_of_a_process(config):
         learner.step(0)  # ddp makes its buckets anew after it
         with Watching() as watching:
             learner.step(1)
-        places, sizes = [], []
+        left, sizes = [], []
 
         def look(*_):
-            places.append({held.data_ptr() for held in storages(model)})
+            left.extend(StorageWeakRef(held) for held in storages(model))
             sizes.append(sum(held.nbytes() for held in storages(model)))
 
-        learner.optimizer.register_step_pre_hook(look)
-        for number in (2, 3):
-            keep = torch.empty(1 << 20)  # what was freed would be taken
-            learner.step(number)
-            del keep
-    return {"collectives": watching.found, "gradients": sizes[0], "gradients stay": places[0] == places[1]}
+        hook = learner.optimizer.register_step_pre_hook(look)
+        learner.step(2)
+        hook.remove()
+        stay = [not reference.expired() for reference in left]
+    return {"collectives": watching.found, "gradients": sizes[0], "gradients stay": stay}
 
 
 def storages(model):

@@ -3,7 +3,6 @@ two real processes."""
 
 import argparse
 import json
-import math
 import os
 import re
 import shlex
@@ -144,6 +143,11 @@ FAKE_TOO = [
     {"batch_size": 16, "gpus": 1000},
     {"vocab_size": 8192, "batch_size": 1, "window": 16, "tied_head": True, "gpus": 8},
 ]
+PRESETS_CUT = [
+    {"name": name, "kernels": kernels, "dtype": "bf16", "gpus": 8, "grad_accumulation": 2, "n_layer": n_layer} | more
+    for name, n_layer in (("gpt2", 12), ("gpt2-xl", 6))
+    for kernels, more in (("torch", {}), ("triton", {"checkpoint_activations": True}))
+]
 GLOO = [
     {"parallel": "ddp", "grad_accumulation": 4, "batch_size": 3},
     {"parallel": "fsdp", "grad_accumulation": 4, "batch_size": 3},
@@ -164,7 +168,7 @@ def default_runs():
 
 
 def _assert_one_rank_of_many(case, found):
-    settings = {key: value for key, value in (SHAPE | case).items() if key != "gpus"}
+    settings = {key: value for key, value in case.items() if key != "gpus"}
     step = _step("fsdp", case["gpus"], **settings)
     ours = scaling_memory.memory(step)["AdamW"]
     assert ours["parameters"] == found["parameters"] and ours["optimizer state"] == found["optimizer state"]
@@ -192,13 +196,13 @@ def _assert_two_processes(case, found):
     assert _large(found) == _by_kind_and_size(step)
     ours = 4 * scaling.count(scaling.all_shapes(step.model), 2 if case["parallel"] == "fsdp" else 1)
     assert found["gradients"] == ours
-    assert found["gradients stay"] or case["parallel"] != "ddp"
+    assert set(found["gradients stay"]) == {case["parallel"] == "ddp"}  # ddp keeps its buckets
 
 
 @needs_fork
 @pytest.mark.parametrize("index", range(len(FAKE)))
 def test_one_rank_of_many_holds_and_sends_what_fully_shard_does_on_fake_tensors(default_runs, index):
-    _assert_one_rank_of_many(FAKE[index], default_runs[len(GLOO) + index])
+    _assert_one_rank_of_many(SHAPE | FAKE[index], default_runs[len(GLOO) + index])
 
 
 @needs_fork
@@ -217,6 +221,13 @@ def test_so_it_is_in_more_cases():
     for case, one in zip(GLOO_TOO, found, strict=False):
         _assert_two_processes(case, one)
     for case, one in zip(FAKE_TOO, found[len(GLOO_TOO) :], strict=True):
+        _assert_one_rank_of_many(SHAPE | case, one)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_so_it_is_with_the_presets_own_sizes():
+    for case, one in zip(PRESETS_CUT, _runs(*({"run": "fake"} | case for case in PRESETS_CUT)), strict=True):
         _assert_one_rank_of_many(case, one)
 
 
@@ -317,12 +328,11 @@ def test_the_page_has_what_its_commands_make(run):
 
 def test_every_symbol_of_the_page_is_a_number_of_the_code():
     """The activations of a block as the page writes them, for gpt2's numbers."""
-    formula = re.search(r"A_block = (n \(.*?\))", DOC)[1]
+    formula = re.search(r"`A_block = (.*?)`", DOC)[1]
     step = _step(name="gpt2")
     numbers = {"n": step.rows, "C": step.model.n_embd, "H": step.model.n_head, "s": step.width}
     text = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
     assert eval(text, {"__builtins__": {}}, numbers) == scaling_memory.kept_by_block(step)
-    assert math.isfinite(_peak(step))
 
 
 @pytest.mark.parametrize(
