@@ -63,6 +63,7 @@ def estimate(config: TrainConfig, *, device: str = "cuda", arch: str = "sm_90", 
     dtype = DTYPES[config.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_rules.as_on_cuda() if on_cuda else nullcontext():
         model = GPT(config.model_config(vocabulary(config)), ops)
+        model.checkpoint_activations = config.checkpoint_activations
         optimizer = make_optimizer(model, config)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)

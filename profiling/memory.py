@@ -1,7 +1,7 @@
 """Where the memory of a training step goes, by kernel backend: estimated with no GPU, or measured on one.
 
 The estimate takes one step (forward, backward, clipping, AdamW) under fake tensors and counts every allocation. The
-standard case is fp32 parameters under bf16 autocast, the optimizer's state present, no activation checkpointing.
+standard case is fp32 parameters under bf16 autocast, the optimizer's state present, every activation kept.
 
     python -m profiling memory --preset gpt2 --kernels torch triton attention=triton,loss=torch --fit 24 80
 """
@@ -38,6 +38,9 @@ def add_to(commands) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="autocast's dtype (default: bf16)")
     parser.add_argument(
         "--grad-accumulation", type=int, default=1, metavar="N", help="forward and backward passes a step (default: 1)"
+    )
+    parser.add_argument(
+        "--checkpoint-activations", action="store_true", help="as in training: compute activations again in backward"
     )
     parser.add_argument("--estimate", action="store_true", help="estimate on a machine with a GPU too")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what the estimate is for")
@@ -93,7 +96,7 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Any]:
     for limit in arguments.fit:
         if not (math.isfinite(limit) and limit > 0):
             raise UserError(f"--fit must be above 0, not {limit:g}")
-    overrides: dict[str, Any] = {"dtype": arguments.dtype}
+    overrides: dict[str, Any] = {"dtype": arguments.dtype, "checkpoint_activations": arguments.checkpoint_activations}
     if arguments.batch_size is not None:
         overrides["batch_size"] = arguments.batch_size
     if arguments.block_size is not None:
@@ -159,6 +162,7 @@ def _document(arguments: argparse.Namespace, configs: dict[str, Any], measuring:
             "parameters": found.parameters,
             "dtype": config.dtype,
             "grad_accumulation": arguments.grad_accumulation,
+            "checkpoint_activations": config.checkpoint_activations,
             "device": arguments.device,
             "arch": arguments.arch if arguments.device == "cuda" else None,
             "torch": torch.__version__,

@@ -27,6 +27,7 @@ def title(document: Document) -> str:
     s = document["settings"]
     where = f"a GPU ({s['arch']})" if s["device"] == "cuda" else "a CPU"
     accumulated = f", {s['grad_accumulation']} passes a step" if s["grad_accumulation"] > 1 else ""
+    accumulated += ", activations computed again" if s["checkpoint_activations"] else ""
     autocast = "fp32" if s["dtype"] == "fp32" else f"fp32 parameters, {s['dtype']} autocast"
     return f"{s['preset']}, {s['batch_size']} x {s['tokens']} tokens{accumulated}, {autocast}: one step on {where}"
 

@@ -48,6 +48,7 @@ def measure(
 def _measure(config: TrainConfig, passes: int, snapshots: Path | None, device: torch.device) -> dict[str, Any]:
     ops = backends.resolve(config.kernels, device)
     model = GPT(config.model_config(vocabulary(config)), ops).to(device)
+    model.checkpoint_activations = config.checkpoint_activations
     optimizer = make_optimizer(model, config)
     batch = make_batch(config, vocabulary(config), device)
     dtype = DTYPES[config.dtype]

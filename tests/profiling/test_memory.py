@@ -107,6 +107,21 @@ def test_accumulated_gradients_are_there_beside_the_next_activations():
     assert twice.peak > once.peak
 
 
+@pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+def test_checkpointed_activations_are_not_kept(name, dtype, size):
+    """At the end of forward, by hand: of each block but the first what goes in, instead of all that is in it."""
+    rows, C, layers, heads = 4 * 512, 64, 3, 4
+    sizes = {"n_layer": layers, "batch_size": 4, "window": 512}
+    kept, again = (_estimate(name, dtype, checkpoint_activations=flag, **sizes) for flag in (False, True))
+    ends = [[p.bytes for p in found.timeline if p.phase == "forward"][-1]["activations"] for found in (kept, again)]
+    in_block = rows * ((8 + 10 * size) * C + 16 + 4 * heads) + (16 * C * C if dtype == "bf16" else 0)
+    between = rows * (4 + size) * C
+    stream = 4 * rows * C  # the last one, which the last norm keeps
+    assert ends[0] - ends[1] == pytest.approx(layers * in_block - (layers - 1) * between - stream, rel=0.001)
+    assert again.peak < kept.peak
+
+
 # ---------------------------------------------------------------- the timeline
 
 
@@ -462,9 +477,19 @@ def _document(**changes) -> dict:
     rows = [memory.as_json(_estimate(name, "bf16")) for name in ("torch", "eager")]
     settings = {
         "preset": "tiny", "batch_size": 2, "tokens": 64, "vocab_size": 100, "parameters": 145_764, "dtype": "bf16",
-        "grad_accumulation": 1, "device": "cuda", "arch": "sm_90", "torch": torch.__version__,
+        "grad_accumulation": 1, "checkpoint_activations": False, "device": "cuda", "arch": "sm_90",
+        "torch": torch.__version__,
     }  # fmt: skip
     return {"settings": settings, "fit_gb": [], "kernels": rows} | changes
+
+
+def test_the_command_takes_checkpointing_as_training_does(run):
+    asked = ("--preset", "tiny", "--kernels", "torch", "--estimate", "--checkpoint-activations", "--json", "-")
+    status, out, _ = run(*asked)
+    document = json.loads(out)
+    assert status == 0 and document["settings"]["checkpoint_activations"]
+    assert document["kernels"][0]["peak"] == _estimate("torch", "bf16", checkpoint_activations=True).peak
+    assert "computed again" in memory_report.title(document)
 
 
 def test_the_command_writes_everything_it_is_asked_for(tmp_path, run):
