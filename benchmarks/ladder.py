@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, noise, results, stats, suite, timing
-from minigpt import backends, config, corpora
+from minigpt import backends, config, corpora, graphs
 from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
 from minigpt.config import TrainConfig
@@ -35,14 +35,15 @@ DROPOUT_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Rung:
-    """One configuration of the ladder: what --kernels is given, and whether the model is compiled."""
+    """One configuration of the ladder: what --kernels is given, whether the model is compiled, the step captured."""
 
     kernels: str
     compiled: bool = False
+    graphed: bool = False
 
     @property
     def name(self) -> str:
-        return self.kernels + ("+compile" if self.compiled else "")
+        return self.kernels + "+compile" * self.compiled + "+graph" * self.graphed
 
     @property
     def has_triton(self) -> bool:
@@ -50,31 +51,33 @@ class Rung:
 
 
 def ladder() -> list[Rung]:
-    """Every configuration, in the order that kernels and compilation are added, then each kernel left out."""
+    """Every configuration, in the order that kernels, compilation and graph are added, then each kernel left out."""
     without = [",".join(f"{op}={'torch' if op == out else 'triton'}" for op in backends.OPS) for out in backends.OPS]
     rungs = [Rung("eager"), Rung("torch"), Rung("torch", True), Rung("triton"), Rung("triton", True)]
-    return [*rungs, *map(Rung, without)]
+    graphed = [Rung("torch", True, True), Rung("triton", False, True), Rung("triton", True, True)]
+    return [*rungs, *graphed, *map(Rung, without)]
 
 
 def chosen(names: list[str]) -> list[Rung]:
-    """Rungs by name; the whole ladder without one. Any value of --kernels will do, with +compile or without.
+    """Rungs by name; the whole ladder without one. Any value of --kernels will do, with +compile, +graph or both.
 
     Raises UserError for what no backend is called.
     """
     rungs = []
     for name in names:
-        request, plus, rest = name.partition("+")
-        if plus and rest != "compile":
-            raise UserError(f"unknown configuration {name!r}: a value of --kernels, or one with +compile")
+        request, *more = name.split("+")
+        if more not in ([], ["compile"], ["graph"], ["compile", "graph"]):
+            raise UserError(f"unknown configuration {name!r}: a value of --kernels, with +compile, +graph or neither")
         backends.parse_request(request)
-        rungs.append(Rung(request, bool(plus)))
+        rungs.append(Rung(request, "compile" in more, "graph" in more))
     return rungs or ladder()
 
 
 def finish(rows: list[dict[str, Any]]) -> None:
     """Enter each timed row's time over ours: all kernels, compiled if that ran; beside nanoGPT at least `torch`."""
     timed = {row["configuration"]: row for row in rows if row["status"] == "ok"}
-    candidates = ("triton+compile", "triton", *(("torch",) if "nanoGPT" in timed else ()))
+    whole = ("triton+compile+graph", "triton+graph", "triton+compile", "triton")
+    candidates = (*whole, *(("torch",) if "nanoGPT" in timed else ()))
     ours = next((timed[name] for name in candidates if name in timed), None)
     for row in timed.values() if ours else ():
         row["over_ours"] = float(f"{row['median_ms'] / ours['median_ms']:.4g}")
@@ -100,7 +103,8 @@ class Training:
         torch.manual_seed(settings.seed)
         ops = backends.resolve(rung.kernels, device)
         self.model = GPT(settings.model_config(tokenizer.vocab_size), ops).to(device)
-        settings = dataclasses.replace(settings, compile=rung.compiled)
+        settings = dataclasses.replace(settings, compile=rung.compiled, cuda_graph=rung.graphed)
+        graphs.check(settings, device)
         self.learner = Learner(self.model, settings, self.batches, self.dtype)
         self.done = 0
 

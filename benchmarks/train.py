@@ -1,8 +1,8 @@
 """`python -m benchmarks train`: the ladder, from plain arithmetic to every kernel compiled, as training runs it.
 
-Rungs: eager, torch, torch+compile, triton, triton+compile, and all kernels but one. Every rung trains the same model
-from the same weights on the same batches; its losses must agree with PyTorch's, or its speed is not given. Then
-steps of all rungs are timed in turns. What counts is a whole optimizer step, forward, backward, clipping and AdamW;
+Rungs: eager, torch, torch+compile, triton, triton+compile, three of them as CUDA graphs, and all kernels but one. Every
+rung trains the same model from the same weights on the same batches; its losses must agree with PyTorch's, or its speed
+is not given. Then steps of all rungs are timed in turns. What counts is a whole optimizer step, forward, backward, clipping and AdamW;
 evaluation, saving and the first steps, which compile, are left out.
 """
 
@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("train", help="training end to end, one kernel after another", description=__doc__)
     parser.add_argument("--preset", help="of minigpt (default: shakespeare; on a CPU shakespeare-cpu)")
     parser.add_argument(
-        "--rung", nargs="+", action="extend", default=[], help="configurations, as `torch` or `triton+compile`"
+        "--rung", nargs="+", action="extend", default=[], help="configurations, as `torch` or `triton+compile+graph`"
     )
     parser.add_argument("--steps", type=int, help="steps before the losses are compared (default: 60, --quick 20)")
     parser.add_argument("--rounds", type=int, help="samples of a step of each rung (default: 40, --quick 12)")

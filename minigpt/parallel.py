@@ -10,6 +10,7 @@ Together they take the same steps as one process alone, up to rounding.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from .model import GPT
 T = TypeVar("T")
 
 _HOW = "torchrun --nproc-per-node N train.py --parallel ddp"
+_SECONDS_TO_LET_GO = 0.2
 # How the engines say that another process is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -171,6 +173,9 @@ def join(config: TrainConfig) -> Iterator[World]:
             raise
         raise Elsewhere("another process of this training has ended") from error
     finally:
+        # gloo's threads may need Python once more, to let go of the tensors of the last exchange. Ending gloo waits for
+        # them and keeps Python to itself meanwhile, so they go first.
+        time.sleep(_SECONDS_TO_LET_GO)
         dist.destroy_process_group()
 
 

@@ -19,8 +19,10 @@ def test_the_ladder_leaves_each_kernel_out():
     for op in backends.OPS:
         (without,) = [n for n in names if f"{op}=torch" in n]
         assert without.count("triton") == len(backends.OPS) - 1
-    assert [rung.name for rung in ladder.chosen(["torch+compile"])] == ["torch+compile"]
-    for wrong in ("cuda", "torch+graphs", "attention=fast"):
+    assert {"triton+graph", "triton+compile+graph"} <= set(names)
+    for name in ("torch+compile", "torch+graph", "attention=triton+compile+graph"):
+        assert [rung.name for rung in ladder.chosen([name])] == [name]
+    for wrong in ("cuda", "torch+graphs", "torch+graph+compile", "attention=fast"):
         with pytest.raises(UserError):
             ladder.chosen([wrong])
 
@@ -53,9 +55,10 @@ def test_a_rung_trains_as_the_trainer_does(tmp_path):
 
 def test_rows_of_a_run_on_a_cpu():
     settings = config.preset("tiny", **SMALL)
-    rungs = ladder.chosen(["eager", "torch", "triton"])
+    rungs = ladder.chosen(["eager", "torch", "triton", "torch+graph"])
     rows = ladder.measure(settings, rungs, CPU, steps=2, rounds=6)
-    assert [r["status"] for r in rows] == ["ok", "ok", "skipped"]
+    assert [r["status"] for r in rows] == ["ok", "ok", "skipped", "skipped"]
+    assert "--cuda-graph needs a GPU" in rows[3]["reason"]
     assert "interpreter" in rows[2]["reason"] and "tokens_per_second" not in rows[2]
     assert rows[0]["mfu_percent"] is None and len(rows[1]["samples_ms"]) == 6
     assert rows[1]["tokens_per_second"] == pytest.approx(128 / rows[1]["median_ms"] * 1e3, rel=1e-4)
