@@ -2,8 +2,8 @@
 
 Rungs: eager, torch, torch+compile, triton, triton+compile, three of them as CUDA graphs, and all kernels but one. Every
 rung trains the same model from the same weights on the same batches; its losses must agree with PyTorch's, or its speed
-is not given. Then steps of all rungs are timed in turns. What counts is a whole optimizer step, forward, backward, clipping and AdamW;
-evaluation, saving and the first steps, which compile, are left out.
+is not given. Then steps of all rungs are timed in turns. What counts is a whole optimizer step, forward, backward,
+clipping and AdamW; evaluation, saving and the first steps, which compile, are left out.
 """
 
 import argparse
