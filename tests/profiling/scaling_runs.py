@@ -155,33 +155,42 @@ def gloo(processes, **settings):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here, there = os.pipe()
+    (here, there), (wait, go) = os.pipe(), os.pipe()
     children = []
+
+    def tell(rank, found):
+        """Say it, and end when all have. Nothing is taken down: gloo's thread has works to let go of that know of the
+        dispatch mode, for which it needs Python, and who destroys the group waits for that thread and holds Python.
+        """
+        os.write(there, json.dumps([rank, found]).encode() + b"\n")
+        os.close(there)
+        os.read(wait, 1)
+        os._exit(0)
+
     for rank in range(processes):
         if child := os.fork():
             children.append(child)
             continue
-        status = 1
         try:
+            os.close(go)
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
             )  # fmt: skip
-            found = _step_of_a_process(preset("tiny", device="cpu", **settings))
-            if rank == 0:
-                os.write(there, json.dumps(found).encode())
-            status = 0
+            _steps_of_a_process(preset("tiny", device="cpu", **settings), tell)
         except BaseException:
             traceback.print_exc()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(1)
     os.close(there)
     with open(here) as told:
-        text = told.read()
+        said = dict(json.loads(line) for line in told)
+    os.close(go)
+    os.close(wait)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(statuses):
         raise RuntimeError(f"the processes ended with {statuses}")
-    return json.loads(text)
+    return said[0]
 
 
 class RandomBatches:
@@ -197,7 +206,7 @@ class RandomBatches:
         pass
 
 
-def _step_of_a_process(config):
+def _steps_of_a_process(config, tell):
     with join(config) as world:
         torch.manual_seed(0)
         model = GPT(config.model_config(VOCABULARY), backends.resolve(config.kernels, torch.device("cpu")))
@@ -217,7 +226,7 @@ def _step_of_a_process(config):
         learner.step(2)
         hook.remove()
         stay = [not reference.expired() for reference in left]
-    return {"collectives": watching.found, "gradients": sizes[0], "gradients stay": stay}
+        tell(world.rank, {"collectives": watching.found, "gradients": sizes[0], "gradients stay": stay})
 
 
 def storages(model):
