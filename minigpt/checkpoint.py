@@ -184,6 +184,8 @@ def resumable(run: Path, announce: Callable[[str], None]) -> Checkpoint:
     there is no whole one, or when a newer version has written it.
     """
     found, damaged = _first_whole(_with_previous(run / LAST), lambda folder: load(folder, to_resume=True))
+    if not (run / LAST).exists():
+        announce(f"WARNING: {run / LAST} is missing. Going on from the checkpoint before it, {found.folder}")
     for folder, error in damaged:
         aside = folder.with_name(f"{folder.name}.damaged")
         with writing(aside):
@@ -231,7 +233,8 @@ def _first_whole(folders: list[Path], read: Callable[[Path], Any]) -> tuple[Any,
             return read(folder), damaged
         except Damaged as error:
             damaged.append((folder, error))
-    raise damaged[0][1]
+    first, *others = (error.problem for _, error in damaged)
+    raise Damaged(first + (f" (and so are those before it: {'; '.join(others)})" if others else ""))
 
 
 def _described(folder: Path) -> Checkpoint:

@@ -32,7 +32,8 @@ def command_line(kind: type[T], argv: Sequence[str], *, prog: str, default: T | 
 
 def _one_line(box: str, prog: str) -> str:
     """tyro's boxed complaint as one line: the complaint itself, and the flag that was perhaps meant."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    lines = [line.strip("│|╭╮╰╯─ ") for line in box.splitlines()]
+    lines = ["" if set(line) <= set("+-─") else line for line in lines]  # a border, as a terminal without ─ has it
     first = next((i for i, line in enumerate(lines) if line and i > 0), 0)
     end = next((i for i in range(first, len(lines)) if not lines[i]), len(lines))
     complaint = " ".join(lines[first:end]).rstrip(".")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from . import backends, tokenizer_choice
+from . import backends, storage, tokenizer_choice
 from .command_line import command_line
 from .errors import UserError
 
@@ -280,7 +280,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainCon
     if (run := _peek(argv, "resume")) is not None:
         from . import checkpoint  # it imports this module
 
+        if (Path(run) / storage.SEAL).is_file():
+            raise UserError(f"{run} is a checkpoint, and --resume takes the folder of the run: {Path(run).parent}")
         default = checkpoint.stored_config(Path(run))
+        if "WORLD_SIZE" not in os.environ:  # the run may have had several processes; this one is alone
+            default = dataclasses.replace(default, parallel="none")
         return command_line(
             TrainConfig, argv, prog=prog, default=dataclasses.replace(default, kernels=request or default.kernels)
         )

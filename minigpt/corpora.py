@@ -93,7 +93,10 @@ def _file(path: str) -> Corpus:
     except FileNotFoundError:
         raise UserError(f"there is no file {path!r}: {what_to_do}") from None
     except IsADirectoryError:
-        raise UserError(f"{path!r} is a folder: {what_to_do}") from None
+        raise UserError(
+            f"{path!r} is a folder that was not prepared: python -m minigpt prepare --data {path} makes one to train on "
+            "of its texts; or give --data a text file"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise UserError(
             f"{path!r} cannot be read ({getattr(error, 'strerror', None) or error}): {what_to_do}"

@@ -127,20 +127,29 @@ def door(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         if error.silent or (error.rank is None and _rank() > 0):
-            time.sleep(_SECONDS_TO_TELL)  # torchrun ends all processes as soon as one of them has failed
+            # torchrun ends all processes as soon as one of them has failed
+            time.sleep(min(_SECONDS_TO_TELL, 1.0) if isinstance(error, Stopped) else _SECONDS_TO_TELL)
             sys.exit(error.exit_status)
         where = f"[rank {error.rank}] " if error.rank else ""
         _fail(where + ("" if isinstance(error, Stopped) else "error: "), str(error), error.exit_status)
     except KeyboardInterrupt:
         _fail("", "stopped by Ctrl-C", 130)
     except BrokenPipeError:
-        # Python flushes stdout once more while it shuts down; what is left must go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _end_at_a_closed_pipe()
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):  # which rich makes an exit of its own of
+            raise
+        _end_at_a_closed_pipe()
     except OSError as error:
         if error.errno not in _REASONS:
             raise
         _fail("error: ", str(_told(error, None)), 1)
+
+
+def _end_at_a_closed_pipe() -> NoReturn:
+    # Python flushes stdout once more while it shuts down; what is left must go nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _rank() -> int:

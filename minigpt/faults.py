@@ -57,7 +57,8 @@ def of_the_compiler(error: BaseException) -> UserError | None:
     """What to say of an error of torch.compile, which needs more than training does; None for any other."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return None
-    reason = " ".join(str(error).split("\n")[0].split())
+    said = [line for line in str(error).split("Set TORCHDYNAMO_VERBOSE")[0].splitlines() if line.strip()]
+    reason = " ".join(" ".join(dict.fromkeys((said[0], said[-1]))).split())[:400]
     return UserError(f"--compile does not work here ({reason}): install what it needs, or leave it out")
 
 

@@ -10,11 +10,13 @@ Together they take the same steps as one process alone, up to rounding.
 """
 
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -72,13 +74,12 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether some process has a true `flag`."""
+    def command(self, run: Path) -> str:
+        """What a person types to go on with a run in as many processes."""
+        resume = f"train.py --resume {shlex.quote(str(run))}"
         if self.size == 1:
-            return flag
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+            return f"python {resume}"
+        return f"torchrun --nproc-per-node {self.size} {resume} --parallel {self.kind}"
 
     def first_does(self, work: Callable[[], T]) -> T:
         """What `work` gives in the first process, in every one. A UserError of it is raised in every one."""
@@ -114,6 +115,32 @@ class World:
 
 
 ALONE = World()
+
+
+class Agreement:
+    """A question that several processes ask each other at every step, without waiting for the answer."""
+
+    def __init__(self, world: World):
+        self._world = world
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def some(self, flag: bool) -> bool:
+        """Whether some process had a true `flag` when it was asked last, the same in all; alone, `flag` itself."""
+        if self._world.size == 1:
+            return flag
+        before, self._asked = self._asked, None
+        found = torch.tensor(int(flag))
+        self._asked = found, dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0])
+
+    def end(self) -> None:
+        """Wait for the last answer."""
+        if self._asked:
+            self._asked[1].wait()
+            self._asked = None
 
 
 class Elsewhere(UserError):
@@ -171,7 +198,9 @@ def join(config: TrainConfig) -> Iterator[World]:
     except RuntimeError as error:
         if not any(words in str(error) for words in _GONE):
             raise
-        raise Elsewhere("another process of this training has ended") from error
+        told = UserError("another process of this training has ended before its time")
+        told.silent = not world.first
+        raise told from error
     finally:
         # gloo's threads may need Python once more, to let go of the tensors of the last exchange. Ending gloo waits for
         # them and keeps Python to itself meanwhile, so they go first.

@@ -10,12 +10,14 @@ checkpoint is:
     checksums.json   the SHA-256 of each of these
 """
 
+import ctypes
 import itertools
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,6 +31,7 @@ import numpy as np
 
 from . import storage, tokenizer_choice, tokenizers
 from .errors import UserError, writing
+from .lock import Lock
 from .tokenizers import Tokenizer
 
 TOKENS, MANIFEST, TOKENIZER = "tokens.bin", "manifest.json", "tokenizer.json"
@@ -84,6 +87,10 @@ def prepare(
     files = _files(source)
     chunks = [chunk for number, path in enumerate(files, 1) for chunk in _chunks(path, number < len(files))]
     draft = out.with_name(out.name + ".writing")
+    with writing(out):
+        if not out.parent.exists():
+            out.parent.mkdir(parents=True)
+    lock = Lock(out.with_name(out.name + ".lock"), f"another process is preparing {out}", "choose another --out")
     try:
         with writing(out), _Processes(workers, chunks, progress) as processes:
             shutil.rmtree(draft, ignore_errors=True)
@@ -99,17 +106,24 @@ def prepare(
             storage.write_json(draft / TOKENIZER, made.to_json())
             kind = np.dtype("<u2" if made.vocab_size <= 1 << 16 else "<u4")
             tokens, train = _write(draft, kind, int(_TO_TRAIN * length), made, chunks, processes)
-            manifest = {"tokens": tokens, "train": train, "dtype": kind.str, "files": [str(path) for path in files]}
+            manifest = {"tokens": tokens, "train": train, "dtype": kind.str, "files": [_name(path) for path in files]}
             storage.write_json(draft / MANIFEST, manifest)
             storage.seal(draft)
             draft.rename(out)
             storage.sync(out.absolute().parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        lock.release()
     return manifest
 
 
+def _name(path: Path) -> str:
+    return str(path).encode(errors="backslashreplace").decode()  # a name may be no text
+
+
 def _files(source: Path) -> list[Path]:
+    if not source.exists():
+        raise UserError(f"there is no {source}: {_NO_TEXT}")
     if source.is_file():
         return [source]
     files = sorted(path for path in source.rglob("*.txt") if path.is_file()) if source.is_dir() else []
@@ -226,8 +240,14 @@ def _stored_tokenizer(folder: Path) -> Tokenizer:
     return tokenizers.load(storage.read_json(folder / TOKENIZER))
 
 
+_PR_SET_PDEATHSIG = 1
+
+
 def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # end with the process that gives it work, however that ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The package tokenizers would take all processors in each of the processes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -1,8 +1,11 @@
 """`python -m minigpt prepare`, which needs no PyTorch."""
 
 import os
+import shlex
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,11 +39,17 @@ def run_prepare(argv: Sequence[str], prog: str = "python -m minigpt prepare") ->
     """Write the tokens of a text of any size to a folder that training maps into memory."""
     options = command_line(Prepare, argv, prog=prog)
     source = Path(options.data)
-    out = options.out or source.absolute().with_suffix(".tokens")
+    name = f"{source.absolute().name if source.is_dir() else source.stem}.tokens"
+    out = options.out or source.absolute().with_name(name)
     began = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does, with its processes
+    with (
+        ExitStack() as held,
+        Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bar,
+    ):
+        held.callback(signal.signal, signal.SIGTERM, before)
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -57,4 +66,8 @@ def run_prepare(argv: Sequence[str], prog: str = "python -m minigpt prepare") ->
             progress=progress,
             announce=warn,
         )
-    print(f"{manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s: python train.py --data {out}")
+    seconds, files = time.perf_counter() - began, len(manifest["files"])
+    print(
+        f"{manifest['tokens']:,} tokens of {files} file{'s' * (files != 1)} in {seconds:.1f} s: "
+        f"python train.py --data {shlex.quote(str(out))}"
+    )

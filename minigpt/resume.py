@@ -80,6 +80,13 @@ def finished(folder: Path, steps: int) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) and summary.get("steps") == steps else None
 
 
+def without_effect(config: TrainConfig, found: Checkpoint) -> str:
+    """The settings that `config` asks for anew of a run that is finished, as the end of a sentence; "" for none."""
+    told = [f"--{name.replace('_', '-')}" for name in ("val_tokens", "sample_tokens", "prompt", "eval_tokens")
+            if getattr(config, name) != getattr(found.config, name)]  # fmt: skip
+    return f"; {', '.join(told)} would change nothing without more steps" if told else ""
+
+
 def surroundings(
     config: TrainConfig, ops: Backends, device: torch.device, dtype: torch.dtype, threads: int, processes: int
 ) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from . import checkpoint, generation, resume, utilization
 from .checkpoint import Checkpoint
+from .errors import UserError
 from .evaluate import Evaluation
 from .model import GPT
 from .report import write_text
@@ -24,8 +26,13 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
     line(f"corpus   {session.corpus.source}: {session.corpus.tokens:,} {_kind_of_tokens(session.tokenizer)}")
     line(
         f"model    {session.config.preset}: {model.parameter_count():,} parameters, "
-        f"{model.config.vocab_size} tokens in the vocabulary"
+        f"{model.config.vocab_size} tokens in the vocabulary{_padding(session)}"
     )
+    if session.config.warmup_steps >= session.config.max_steps:
+        line(
+            f"note     --warmup-steps {session.config.warmup_steps} is not below --max-steps "
+            f"{session.config.max_steps}: the learning rate never gets to {session.config.learning_rate:g}"
+        )
     together = f", one of {session.world.size} processes ({session.world.kind})" if session.world.size > 1 else ""
     line(f"device   {session.device}, {resume.dtype_name(session.dtype)}{together}")
     line(f"folder   {session.folder}" + (f", from step {session.progress.step}" if found else ""))
@@ -53,7 +60,8 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         f"{final.bits_per_character:.4f} bits per character, perplexity {final.perplexity:.3f} per token, over "
         f"{final.tokens:,} tokens, {final.characters:,} characters"
     )
-    if config.sample_tokens:
+    diverged = not math.isfinite(final.loss)
+    if config.sample_tokens and not diverged:
         text = generation.complete(
             _whole_model(session),
             session.tokenizer,
@@ -64,7 +72,6 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         )
         write_text(session.folder / "samples.txt", text + "\n")
         session.display.line(f"sample:\n{text}")
-    session.draw()
     summary = {
         "preset": config.preset,
         "parameters": session.model.parameter_count(),
@@ -100,7 +107,14 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     # JSON has no number for what is not finite
     summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
     write_text(session.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    session.display.line(f"written to {session.folder}; more text: python generate.py --run {session.folder}")
+    session.draw()
+    if diverged:
+        raise UserError(
+            f"the training has diverged, its validation loss is not finite ({session.folder} has what was measured): "
+            "start again with a lower --learning-rate or a longer --warmup-steps"
+        )
+    more = f"python generate.py --run {shlex.quote(str(session.folder))}"
+    session.display.line(f"written to {session.folder}; more text: {more}")
     return summary
 
 
@@ -109,6 +123,11 @@ def _whole_model(session: "Session") -> GPT:
     if session.world.kind != "fsdp":
         return session.model
     return checkpoint.load(session.folder / checkpoint.LAST).model(session.ops, session.device)
+
+
+def _padding(session: "Session") -> str:
+    known = session.tokenizer.vocab_size
+    return "" if known == session.model.config.vocab_size else f", padded: the tokenizer has {known}"
 
 
 def _kind_of_tokens(tokenizer: Tokenizer) -> str:

@@ -33,7 +33,7 @@ from .checkpoint import BEST, LAST, Checkpoint
 from .config import TrainConfig, parse, pick_device, pick_dtype
 from .errors import Stopped, StopRequest, UserError, stop_requests
 from .evaluate import Evaluation, evaluate
-from .folder import Lock, new_folder, remove_if_empty
+from .folder import hold, new_folder, remove_if_empty
 from .learning import Learner, learning_rate
 from .model import GPT
 from .parallel import ALONE, World
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if done == config.max_steps and (stored := resume.finished(session.folder, done)):
             session.display.line(
                 f"nothing to do: all {done} steps of {session.folder} are done, and it is evaluated; "
-                "a larger --max-steps goes on"
+                f"a larger --max-steps goes on{resume.without_effect(config, session.found)}"
             )
             return stored
         with process.threads(session.threads):
@@ -104,8 +104,9 @@ class Session:
             """Of the first process; None in the others."""
             self.watchers: list[watching.Watcher] = []
             world.first_does(lambda: self._write_metrics(held))
+            self.found = found
+            summary.introduce(self, found)
             self._held = held.pop_all()
-        summary.introduce(self, found)
 
     def __enter__(self) -> "Session":
         return self
@@ -118,12 +119,10 @@ class Session:
         self._held.close()
 
     def run(self, stop: StopRequest) -> None:
-        """Train up to the last step, evaluating and saving on the way.
-
-        Several processes must stop after the same step, so they look at `stop` where they report anyway.
-        """
+        """Train up to the last step, evaluating and saving on the way."""
         config, progress = self.config, self.progress
         first = progress.step
+        agreement = parallel.Agreement(self.world)  # several processes must stop after the same step
         self.clock.start()
         since = first
         while progress.step < config.max_steps:
@@ -133,8 +132,7 @@ class Session:
                 # The first step compiles kernels and warms the caches up: it does not count in the speed.
                 self.clock.start()
                 since = progress.step
-            asked = self.world.size == 1 or progress.step % config.log_interval == 0
-            stopping = asked and self.world.any(stop.requested) and progress.step < config.max_steps
+            stopping = agreement.some(stop.requested) and progress.step < config.max_steps
             if stopping or self._evaluation_is_due():
                 self.clock.stop((progress.step - since) * self.tokens_per_step)
                 self._evaluate(stopping)
@@ -142,6 +140,7 @@ class Session:
                 since = progress.step
             elif progress.step % config.log_interval == 0:
                 self._report(self._arrived(), self.clock.rate_now((progress.step - since) * self.tokens_per_step))
+        agreement.end()
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the final weights, sample, draw the curves and write the summary, which is returned."""
@@ -155,7 +154,7 @@ class Session:
         self.folder = self.config.resume
         checkpoint.stored_config(self.folder)  # where there is none, nothing is to be written either
         if self.world.first:
-            held.callback(Lock(self.folder).release)
+            held.callback(hold(self.folder).release)
         found = checkpoint.resumable(self.folder, self.warn)
         resume.check(self.config, found)
         return found
@@ -164,7 +163,7 @@ class Session:
         """A folder for a new run, until `held` lets go of it."""
         folder = new_folder(self.config.out, self.config.preset)
         held.callback(remove_if_empty, folder)
-        held.callback(Lock(folder).release)
+        held.callback(hold(folder).release)
         return folder
 
     def _write_metrics(self, held: ExitStack) -> None:
@@ -268,7 +267,7 @@ class Session:
         if stopping:
             told = Stopped(
                 f"stopped after step {progress.step} of {self.config.max_steps}, and saved; "
-                f"to go on: python train.py --resume {self.folder}"
+                f"to go on: {self.world.command(self.folder)}"
             )
             told.silent = not self.world.first
             raise told

@@ -75,6 +75,18 @@ def test_a_closed_pipe_ends_quietly():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_closed_pipe_ends_quietly_under_rich_too():
+    program = (
+        "from rich.console import Console\nfrom minigpt.errors import door\n"
+        "door(lambda: [Console().print('x' * 1000) for _ in range(1000)])"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_writing_names_the_file_of_a_failed_write(tmp_path):
     path = tmp_path / "large"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

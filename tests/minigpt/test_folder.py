@@ -9,36 +9,36 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import UserError
-from minigpt.folder import Lock, new_folder, remove_if_empty
+from minigpt.folder import hold, new_folder, remove_if_empty
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_one_lock_at_a_time(tmp_path):
-    lock = Lock(tmp_path)
+    lock = hold(tmp_path)
     with pytest.raises(UserError, match=f"another training is at work in {tmp_path} \\(process {os.getpid()}\\)"):
-        Lock(tmp_path)
+        hold(tmp_path)
     lock.release()
     assert os.listdir(tmp_path) == []
-    Lock(tmp_path).release()
+    hold(tmp_path).release()
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = f"from minigpt.folder import Lock; from pathlib import Path; lock = Lock(Path({str(tmp_path)!r})); print(1)"
+    code = f"from minigpt.folder import hold; from pathlib import Path; lock = hold(Path({str(tmp_path)!r})); print(1)"
     code += "; import time; sys = __import__('sys'); sys.stdout.flush(); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match=f"process {other.pid}"):
-            Lock(tmp_path)
+            hold(tmp_path)
         other.send_signal(signal.SIGKILL)
         other.wait()
     assert os.listdir(tmp_path) == ["lock"]
-    Lock(tmp_path).release()
+    hold(tmp_path).release()
 
 
 def test_a_lock_file_that_its_holder_took_away_is_no_lock(tmp_path, monkeypatch):
     """Another training may release between this one's opening of the file and its locking."""
-    first, opened = Lock(tmp_path), os.open
+    first, opened = hold(tmp_path), os.open
 
     def open_then_release(*arguments):
         descriptor = opened(*arguments)
@@ -47,15 +47,15 @@ def test_a_lock_file_that_its_holder_took_away_is_no_lock(tmp_path, monkeypatch)
         return descriptor
 
     monkeypatch.setattr(os, "open", open_then_release)
-    second = Lock(tmp_path)
+    second = hold(tmp_path)
     with pytest.raises(UserError):
-        Lock(tmp_path)
+        hold(tmp_path)
     second.release()
 
 
 def test_a_folder_that_cannot_be_locked_is_told(tmp_path):
     with pytest.raises(UserError, match="missing/lock"):
-        Lock(tmp_path / "missing")
+        hold(tmp_path / "missing")
 
 
 def test_new_folders_are_numbered(tmp_path, monkeypatch):

@@ -167,6 +167,12 @@ def test_the_windows_of_a_step_are_shared_out():
         share(4, batch_size=6, grad_accumulation=6)
 
 
+def test_the_command_that_goes_on():
+    assert ALONE.command(Path("runs/a b")) == "python train.py --resume 'runs/a b'"
+    together = World("fsdp", 0, 2).command(Path("runs/a"))
+    assert together == "torchrun --nproc-per-node 2 train.py --resume runs/a --parallel fsdp"
+
+
 STARTED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 

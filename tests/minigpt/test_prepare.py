@@ -1,16 +1,21 @@
 """A prepared text has the tokens that the text in memory has, however it is cut, and in constant memory."""
 
+import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minigpt import commands, corpora, dataset, prepare, storage
+from minigpt import corpora, dataset, prepare, storage
+from minigpt.__main__ import main
 from minigpt.errors import UserError
+from minigpt.lock import Lock
 from minigpt.tokenizers import EOS, SPECIAL, CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +162,7 @@ def test_what_is_damaged_is_told():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--data", "missing"], "no text in missing"),
+        (["--data", "missing"], "there is no missing"),
         (["--data", "empty.txt"], "no text in empty.txt"),
         (["--data", "blank.txt"], "no text in blank.txt"),
         (["--data", "nothing"], "no text in nothing"),
@@ -181,7 +186,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(monkeypatch, arguments, said
     Path("text.txt").write_text("A text.")
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match=said) as raised:
-        commands.run_prepare(arguments)
+        main(["prepare", *arguments])
     assert "\n" not in str(raised.value) and sorted(Path().rglob("*")) == before
 
 
@@ -245,3 +250,55 @@ print(own // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 102
     own, child = map(int, peaks.split())
     # A process that was forked has the parent's libraries in its count too.
     assert max(own, child) < 150 and imported == "False"
+
+
+def test_a_second_one_for_the_same_folder_is_refused(tmp_path):
+    Path("text.txt").write_text("A text.\n" * 50)
+    lock = Lock(Path("out.lock"), "another process is preparing out", "choose another --out")
+    with pytest.raises(UserError, match=r"another process is preparing out \(process \d+\): wait for it, stop it, or"):
+        make("text.txt")
+    lock.release()
+    make("text.txt")
+    assert sorted(os.listdir()) == ["out", "text.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends processes with their parent")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_one_that_began_them(number):
+    Path("text.txt").write_text("To be, or not to be: that is the question.\n" * 200_000)
+    code = "import sys; from minigpt.__main__ import main; main(['prepare', '--data', 'text.txt', '--workers', '2'])"
+    begun = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(children(begun.pid)) < 2 and begun.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    of_it = children(begun.pid)
+    assert len(of_it) == 2
+    begun.send_signal(number)
+    begun.wait(timeout=60)
+    while any(Path(f"/proc/{child}/stat").exists() for child in of_it) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{child}/stat").exists() for child in of_it)
+    if number == signal.SIGTERM:
+        assert os.listdir() == ["text.txt"]
+
+
+def children(pid):
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def test_the_name_of_what_is_made(capsys):
+    Path("texts.v1").mkdir()
+    Path("texts.v1/a.txt").write_text("One text.")
+    name = os.fsdecode(b"texts.v1/\xff.txt")
+    Path(name).write_text("Another.")
+    main(["prepare", "--data", "texts.v1", "--workers", "1"])
+    assert "of 2 files in" in capsys.readouterr().out
+    files = json.loads(Path("texts.v1.tokens/manifest.json").read_text())["files"]
+    assert files == ["texts.v1/a.txt", "texts.v1/\\udcff.txt"]
+    with pytest.raises(UserError, match="there is no nowhere"):
+        main(["prepare", "--data", "nowhere"])

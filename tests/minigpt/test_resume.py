@@ -1,6 +1,7 @@
 """Going on with a run: the same bits as one that was never stopped, or a line that says why not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,31 @@ def test_the_generators_of_python_and_numpy_go_on_too(small, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", draw)
     stopped_and_not(small, 4, max_steps=8)
     assert drawn[8:] == drawn[:8] and len(set(drawn)) == 8
+
+
+def test_a_checkpoint_that_is_missing_is_told(small, capsys):
+    train(small(out=Path("r"), max_steps=10))
+    shutil.rmtree("r/last")
+    train(parse(["--resume", "r"]))
+    assert "WARNING: r/last is missing. Going on from the checkpoint before it, r/last.1" in capsys.readouterr().out
+
+
+def test_where_all_are_damaged_all_are_named(small):
+    train(small(out=Path("r"), max_steps=10))
+    for name in ("last", "last.1"):
+        (Path("r") / name / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"r/last/config\.json.*and so are those before it: r/last\.1/config\.json"):
+        parse(["--resume", "r"])
+
+
+def test_a_checkpoint_in_place_of_a_run_is_told(small):
+    train(small(out=Path("r"), max_steps=1))
+    with pytest.raises(UserError, match=r"r/last is a checkpoint, and --resume takes the folder of the run: r$"):
+        parse(["--resume", "r/last"])
+
+
+def test_settings_without_effect_on_a_finished_run_are_told(small, capsys):
+    train(small(out=Path("r"), max_steps=1))
+    train(parse(["--resume", "r", "--prompt", "1", "--sample-tokens", "5"]))
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "--sample-tokens, --prompt would change nothing without more steps" in said

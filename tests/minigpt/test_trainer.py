@@ -399,3 +399,11 @@ def test_the_loop_waits_for_the_device_only_to_report(small):
             session.run(StopRequest())
     assert before == [number // 5 for number in range(21)]
     assert waits.found[:4] == ["tolist"] * 4
+
+
+def test_a_run_that_has_diverged_does_not_end_as_one_that_has_not(small):
+    with pytest.raises(UserError, match=r"the training has diverged.*r has what was measured.*lower --learning-rate"):
+        train(small(out=Path("r"), max_steps=5, learning_rate=1e30, warmup_steps=0, grad_clip=0.0))
+    summary = json.loads(Path("r/summary.json").read_text())
+    assert summary["val_loss"] is None and summary["skipped_steps"] == 4
+    assert Path("r/curves.png").exists() and not Path("r/samples.txt").exists()
