@@ -16,12 +16,20 @@ def train(argv: Sequence[str], prog: str) -> None:
     trainer.train(config.parse(argv, prog))
 
 
+def experiment(argv: Sequence[str], prog: str) -> None:
+    """Run an experiment and tell what came out."""
+    from .experiments.command import run_experiment
+
+    run_experiment(argv, prog)
+
+
 COMMANDS = {
     "train": (train, "train a model on a text"),
     "generate": (commands.generate, "write text with a trained model"),
     "evaluate": (commands.evaluate, "measure how well a model predicts its text"),
     "prepare": (commands.run_prepare, "make a text of any size ready to train on"),
     "compare": (commands.run_compare, "check that two backends learn the same"),
+    "experiment": (experiment, "run experiments and tell what came out"),
     "showcase": (commands.run_showcase, "show in a minute that everything works here"),
 }
 
