@@ -98,7 +98,7 @@ def _scaling(scale: Scale, place: Place) -> dict[str, Run]:
 
 
 def _residuals(scale: Scale, place: Place) -> dict[str, Run]:
-    deep = scale.run(n_layer=8, steps=max(1, scale.steps // 2))
+    deep = scale.run(n_layer=8, steps=max(2, scale.steps // 2))
     return {"with": deep, "without": replace(deep, variant="no residuals")}
 
 

@@ -95,9 +95,7 @@ def _carry_out(chosen: list[Experiment], scale: Scale, options: Options, place: 
     try:
         logged = (options.log or _default_log(options, out)) if options.name == ALL else None
         if logged is not None:
-            with writing(logged):
-                logged.parent.mkdir(parents=True, exist_ok=True)
-                logged.open("a", encoding="utf-8").close()  # known now, and not after half an hour
+            _check_writable(logged)
         planned = plan(chosen, scale, options.seeds, place)
         work = Work(planned, store, place)
         print(work.told, flush=True)
@@ -204,6 +202,16 @@ def _chosen(name: str) -> list[Experiment]:
         meant = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"unknown experiment {name!r}: there are {known}{meant}")
     return [EXPERIMENTS[name]]
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UserError now, and not after half an hour, where a file cannot be written."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("a", encoding="utf-8").close()
+        if not there:
+            path.unlink()
 
 
 def _default_log(options: Options, out: Path) -> Path:

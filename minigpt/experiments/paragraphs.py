@@ -48,6 +48,8 @@ def rates(groups: Groups) -> str:
         if np.isfinite(reached).all():
             told = f"{spread(reached, 0)} of {group.run.steps:,} steps"
             parts.append(f"{fast} had reached the last loss of {label} after {told}.")
+    if len(best.results[0]["train"]) < 6:
+        return paragraph(parts)  # too few points to be rough
     rough = {label: training_roughness(group) for label, group in groups.items()}
     told = ", ".join(f"{number(float(values.mean()), 4)} at {label}" for label, values in rough.items())
     parts.append(
@@ -273,9 +275,12 @@ def _ends(groups: Groups) -> str:
 
 
 def _closest(measured: np.ndarray, reference: np.ndarray, temperatures: list[float]) -> float | None:
+    """The temperature whose mean is nearest to the reference; None where several are, or a text had no words."""
     if not (np.isfinite(measured).all() and np.isfinite(reference).all()):
         return None
-    return temperatures[int(np.argmin(np.abs(measured.mean(axis=0) - reference.mean())))]
+    distance = np.abs(measured.mean(axis=0) - reference.mean())
+    nearest = np.flatnonzero(distance == distance.min())
+    return temperatures[nearest[0]] if len(nearest) == 1 else None
 
 
 TELL: dict[str, Callable[[Groups], str]] = {
