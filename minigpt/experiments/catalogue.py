@@ -14,8 +14,8 @@ class Scale:
 
     steps: int
     seeds: int
-    finding_seeds: int
-    """Those of the experiment that claims something new."""
+    more_seeds: int
+    """Those of the experiments whose differences are small."""
     batch_size: int
     block_size: int
     eval_tokens: int
@@ -31,7 +31,7 @@ class Scale:
         return Run(**(shape | {"steps": self.steps} | options))
 
 
-CPU = Scale(700, 3, 4, 12, 64, 20480, 1200, 25, (64, 128, 256, 512))
+CPU = Scale(700, 3, 5, 12, 64, 20480, 1200, 25, (64, 128, 256, 512))
 GPU = Scale(4000, 3, 5, 64, 256, 1 << 18, 1200, 100, (256, 512, 1024, 2048))
 QUICK = Scale(10, 2, 2, 2, 16, 256, 60, 3, (16, 32), 300)
 
@@ -45,11 +45,11 @@ class Experiment:
     question: str
     said: str
     runs: Callable[[Scale, Place], dict[str, Run]]
-    claims_something_new: bool = False
+    small_differences: bool = False
 
     def seeds(self, scale: Scale, asked: int) -> int:
         """How many seeds each setting gets: what was asked for, or what the scale has."""
-        return asked or (scale.finding_seeds if self.claims_something_new else scale.seeds)
+        return asked or (scale.more_seeds if self.small_differences else scale.seeds)
 
 
 def _rates(scale: Scale, place: Place) -> dict[str, Run]:
@@ -159,6 +159,7 @@ EXPERIMENTS = {
             "Does it matter whether positions are learned or fixed?",
             "the two give nearly the same results (Vaswani et al. 2017)",
             _positions,
+            small_differences=True,
         ),
         Experiment(
             "tokens",
@@ -201,7 +202,7 @@ EXPERIMENTS = {
             "Is GPT-2's 0.02 right for narrower models, or should it grow as 1/sqrt(width)?",
             "weights begin with a standard deviation of 0.02, which is GPT-2's, at every width",
             _initial,
-            claims_something_new=True,
+            small_differences=True,
         ),
     )
 }

@@ -41,7 +41,7 @@ class Options:
     out: Path | None = None
     """Folder for the results. Without one: runs/experiments, with --quick runs/experiments-quick."""
     seeds: int = 0
-    """Seeds of each setting; 0: 3, and at least 4 where something new is claimed."""
+    """Seeds of each setting; 0: 3, or 5 where differences are small."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one. On a GPU the runs are larger."""
     kernels: str | None = None

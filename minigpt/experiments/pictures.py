@@ -39,6 +39,19 @@ def draw(name: str, groups: Groups, png: Path, title: str) -> None:
 
 
 def _rates(figure: Figure, groups: Groups) -> None:
+    training, validation = figure.subplots(1, 2)
+    frame(training, "Training loss", _NATS)
+    for color, group in zip(COLORS, groups.values(), strict=False):
+        _band(training, *group.curve("train", "loss"), color)
+    _losses(validation, groups)
+    low = min(axes.get_ylim()[0] for axes in (training, validation))
+    high = max(axes.get_ylim()[1] for axes in (training, validation))
+    for axes in (training, validation):
+        axes.set_ylim(low, high)
+    _legend(figure, validation)
+
+
+def _positions(figure: Figure, groups: Groups) -> None:
     curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
     _losses(curves, groups)
     _points(ends, {label: group.final() for label, group in groups.items()}, "Validation loss at the end")
@@ -237,7 +250,7 @@ _DRAW: dict[str, Callable[[Figure, Groups], None]] = {
     "rates": _rates,
     "size": _size,
     "shape": _shape,
-    "positions": _rates,
+    "positions": _positions,
     "tokens": _tokens,
     "temperature": _temperature,
     "scaling": _scaling,

@@ -88,12 +88,13 @@ def compared(
     if found.sign == 0:
         interval = f"{number(found.low, digits)} to {number(found.high, digits)}"
         start = f"{a} and {b} differ by {number(found.mean, digits)} ± {number(found.sd, digits)} seed by seed"
+        lower = int((np.asarray(values_a) < np.asarray(values_b)).sum())
+        start += f" (lower in {lower} of {found.seeds}; 95% interval of the mean {interval}): "
         ends = {
-            None: "seeds alone can explain that",
-            0: "seeds alone can explain that, so nothing speaks against what is usually said",
+            None: "these seeds do not tell them apart",
+            0: "these seeds do not tell them apart, nor show them equal",
         }
-        end = ends.get(said, "these seeds neither bear out nor contradict what is usually said")
-        return f"{start} (95% interval of the mean {interval}): {end}."
+        return start + ends.get(said, "these seeds neither bear out nor contradict what is usually said") + "."
     more = number(abs(found.mean), digits)
     interval = " to ".join(number(abs(value), digits) for value in sorted((found.low, found.high), key=abs))
     start = f"{a} is {'lower' if found.sign < 0 else 'higher'} than {b} by {more} ± {number(found.sd, digits)}"
