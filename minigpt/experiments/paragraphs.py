@@ -108,7 +108,8 @@ def tokens(groups: Groups) -> str:
     parts = [
         f"A BPE token stands for {number(each, 2)} characters of the training text, so that a window of as many tokens "
         f"shows the model {number(each, 2)} times the text; the larger vocabulary makes the model "
-        f"{steps.parameters:,} parameters for {chars.parameters:,}. Bits per character at the end: "
+        f"{steps.parameters:,} parameters for {chars.parameters:,}. Its merges are learnt from all of the text, the "
+        "validating tenth too. Bits per character at the end: "
         + listed(f"{label} {spread(group.final('bits'))}" for label, group in groups.items())
         + f" ({seeds_told(chars.seeds)})."
     ]
