@@ -128,7 +128,7 @@ def _residuals(figure: Figure, groups: Groups) -> None:
     _losses(curves, named)
     rows = next(iter(groups.values())).results[0]["gradients"]
     for axes, at in zip(depths, (0, -1), strict=True):
-        frame(axes, f"Gradient by depth, step {rows[at]['step']:,}", "norm, log scale", xlabel="block")
+        frame(axes, f"Gradient, step {rows[at]['step']:,}", "norm by depth, log scale", xlabel="block")
         for color, group in zip(COLORS, groups.values(), strict=False):
             norms = group.layers("gradients", "norm", at)
             _band(axes, np.arange(1, norms.shape[1] + 1), norms, color, marker="o")
@@ -136,7 +136,7 @@ def _residuals(figure: Figure, groups: Groups) -> None:
     low = min(axes.get_ylim()[0] for axes in depths)
     high = max(axes.get_ylim()[1] for axes in depths)
     for axes in depths:
-        axes.set_ylim(low, high)
+        axes.set_ylim(low / 1.5, high * 1.5)
     _legend(figure, curves)
 
 
@@ -162,9 +162,9 @@ def _kernels(figure: Figure, groups: Groups) -> None:
 def _initial(figure: Figure, groups: Groups) -> None:
     panels = figure.subplots(1, 2)
     labels = list(groups)
-    titles = ("Loss of 0.02 less that of the larger", "The same, second half")
+    titles = ("0.02 against 0.02 sqrt(768 / width)", "The same, second half")
     for axes, title, second in zip(panels, titles, (False, True), strict=True):
-        frame(axes, title, "nats per character; below 0 the small one leads")
+        frame(axes, title, "difference of validation losses, nats; below 0: 0.02 leads")
         axes.axhline(0, color=INK, linewidth=1)
         for color, by_width, fixed in zip(COLORS, labels[::2], labels[1::2], strict=False):
             steps, small = groups[fixed].curve("validation", "loss")
