@@ -63,7 +63,7 @@ def write_log(sections: dict[str, str], pictures: dict[str, Path], log: Path, pl
         "# A log of experiments\n\n"
         f"Written by `python -m minigpt experiment all` on {datetime.now(UTC):%Y-%m-%d} from the numbers that it "
         f"measured, the sentences too: {where}, {place.settings_told}, kernels {ops}. The runs took {minutes:.0f} "
-        f"minutes in all. The text is {place.dataset().source}, {place.dataset().tokens:,} characters, the last tenth "
+        f"minutes in all. The text is {place.dataset().name}, {place.dataset().tokens:,} characters, the last tenth "
         "of which validates.\n\n"
         "Every comparison is made seed by seed: the same seed means the same order of the text and, where the shapes "
         "are equal, the same initial weights. A difference is called one where its 95% interval (Student's t over "

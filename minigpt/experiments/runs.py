@@ -131,7 +131,8 @@ class Place:
     @property
     def settings_told(self) -> str:
         """What the runs compute with, in words."""
-        threads = "" if self.device.type == "cuda" else f" on {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        threads = "" if self.device.type == "cuda" else f" on {count} thread{'s' if count > 1 else ''}"
         return f"torch {storage.versions()['torch']}{threads}, {str(self.dtype).removeprefix('torch.')}"
 
     @cached_property
