@@ -10,7 +10,7 @@ setup(
     description="A mini-GPT whose attention, layer norm and cross-entropy are Triton kernels behind a flag",
     license="MIT",
     python_requires=">=3.11,<3.15",
-    packages=["kernels", "minigpt"],
+    packages=["kernels", "minigpt", "minigpt.experiments"],
     package_data={"kernels": ["tiles/*.json"], "minigpt": ["pages/*.html"]},
     install_requires=[
         "torch>=2.11",

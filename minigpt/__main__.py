@@ -24,6 +24,7 @@ COMMANDS = {
     "attention": Command("looking", "run_attention", "show where each head of a model looks"),
     "prepare": Command("preparing", "run_prepare", "make a text of any size ready to train on"),
     "compare": Command("commands", "run_compare", "check that two backends learn the same"),
+    "experiment": Command("experiments.command", "run_experiment", "run experiments and tell what came out"),
     "export": Command("exchange", "run_export", "write a model so that Hugging Face's GPT-2 loads it"),
     "import": Command("exchange", "run_import", "make a run of a GPT-2 of Hugging Face"),
     "showcase": Command("commands", "run_showcase", "show in a minute that everything works here"),

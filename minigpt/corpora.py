@@ -94,8 +94,8 @@ def _file(path: str) -> Corpus:
         raise UserError(f"there is no file {path!r}: {what_to_do}") from None
     except IsADirectoryError:
         raise UserError(
-            f"{path!r} is a folder that was not prepared: python -m minigpt prepare --data {path} makes one to train on "
-            "of its texts; or give --data a text file"
+            f"{path!r} is a folder that was not prepared: python -m minigpt prepare --data {path} makes one of its "
+            "texts to train on; or give --data a text file"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise UserError(

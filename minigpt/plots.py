@@ -67,12 +67,12 @@ def comparison(losses: tuple[np.ndarray, np.ndarray], names: tuple[str, str], pn
             figure.suptitle(title, x=0.012, ha="left", fontsize=12, color=QUIET)
         both, apart = figure.subplots(1, 2)
         steps = np.arange(1, losses[0].shape[1] + 1)
-        _frame(both, "Training loss", "nats per token: the mean of the seeds, and all of them")
+        frame(both, "Training loss", "nats per token: the mean of the seeds, and all of them")
         for values, name, color, style in zip(losses, names, COLORS.values(), ("-", (0, (4, 3))), strict=True):
             both.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
             both.plot(steps, values.mean(axis=0), color=color, linestyle=style, linewidth=2.0, label=name)
         both.legend(frameon=False)
-        _frame(apart, "Distance of the means", "nats per token, log scale")
+        frame(apart, "Distance of the means", "nats per token, log scale")
         distance = np.abs(losses[0].mean(axis=0) - losses[1].mean(axis=0))
         spread = np.sqrt(np.mean([values.var(axis=0, ddof=1) for values in losses], axis=0))
         smallest = 1e-9  # equal bits have a distance too that a logarithm can show
@@ -135,10 +135,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _frame(axes: Axes, title: str, unit: str) -> None:
+def frame(axes: Axes, title: str, unit: str, *, xlabel: str = "step") -> None:
+    """Give a panel its title, the unit below it, the name of its horizontal axis, and quiet grid lines."""
     axes.set_title(title, loc="left", pad=22)
     axes.text(0, 1.025, unit, transform=axes.transAxes, color=QUIET, fontsize=10.5)
-    axes.set_xlabel("step")
+    axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(axis="y", color=GRID, linewidth=0.9)
@@ -147,7 +148,7 @@ def _frame(axes: Axes, title: str, unit: str) -> None:
 
 
 def _panel(axes: Axes, title: str, unit: str, series: dict[str, Series], scale: Callable) -> None:
-    _frame(axes, title, unit)
+    frame(axes, title, unit)
     for name, (steps, losses) in series.items():
         if not len(steps):
             continue
