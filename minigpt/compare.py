@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import backends, dataset, generators, plots, process
+from .allocator import keep_freed_memory
 from .batches import Batches
 from .config import TrainConfig, pick_device, pick_dtype
 from .errors import UserError
@@ -77,6 +78,8 @@ class Trial:
     def __init__(self, config: TrainConfig, announce: Callable[[str], None]):
         self.config = config
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = pick_dtype(config.dtype, self.device)
         data = dataset.load(config.data, config.tokenizer, config.vocab_size, announce=announce)
         self.tokenizer, self.tokens, self.validation = data.tokenizer, data.train, data.validation.to(self.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from ..allocator import keep_freed_memory
 from ..command_line import command_line, warn
 from ..errors import Stopped, UserError, stop_requests, writing
 from ..lock import Lock
@@ -80,6 +81,8 @@ def run_experiment(argv: Sequence[str] | None = None, prog: str = "python -m min
         )
         if warning := place.ops().warning:
             warn(warning)
+        if place.device.type == "cpu":
+            keep_freed_memory()
         scale = QUICK if options.quick else GPU if place.device.type == "cuda" else CPU
         out = options.out or Path("runs/experiments-quick" if options.quick else "runs/experiments")
         try:
