@@ -1,6 +1,7 @@
 """HTML of the playground: colours that every eye tells apart, and text that stays text."""
 
 import html.parser
+import itertools
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_shades_are_readable_and_darken_with_every_step():
     for shade in SHADES:
         assert contrast(shade.background, shade.ink) >= 4.5, shade
         assert shade.background in marks.style() and shade.ink in marks.style()
-    for one, next_ in zip(SHADES, SHADES[1:], strict=False):
+    for one, next_ in itertools.pairwise(SHADES):
         assert one.bits < next_.bits
         assert luminance(one.background) - luminance(next_.background) > 0.04, next_
 
