@@ -109,7 +109,8 @@ def _share(share: float) -> str:
 
 def notes(text: Text) -> str:
     """What there is to know about a text: the notes on it, and how it ended."""
-    its = "".join(f'<p class="note">{escape(readable(line))}.</p>' for line in text.notes)
+    its = f'<p class="loud"><b>{escape(text.warning)}.</b></p>' if text.warning else ""
+    its += "".join(f'<p class="note">{escape(readable(line))}.</p>' for line in text.notes)
     return its + f'<p class="said">{escape(text.ended or "Writing ...")}</p>'
 
 

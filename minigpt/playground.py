@@ -36,6 +36,8 @@ _NOTHING_YET = (
     '<div class="page"><span class="empty">Type a prompt and press Write. Each token is coloured by how much it '
     "surprised the model; choose one to see what else could have stood there.</span></div>"
 )
+_MAPS_HINT = '<p class="hint">The attention maps of the text so far, a row for each layer.</p>'
+_SIDES_HINT = '<p class="hint">The same tokens through PyTorch\'s functions and through the Triton kernels.</p>'
 
 
 @dataclass(frozen=True)
@@ -211,14 +213,10 @@ def build(gradio: Any, models: Models) -> Any:
         with gradio.Tabs():
             with gradio.Tab("Attention"):
                 look = button("Show where each head looks", elem_id="look", size="md")
-                hint = _hint("The attention maps of the text so far, a row for each layer.")
-                maps = html(hint, elem_id="attention", js_on_load=_read("playground_attention.js"))
+                maps = html(_MAPS_HINT, elem_id="attention", js_on_load=_read("playground_attention.js"))
             with gradio.Tab("torch beside triton"):
                 both = button("Run the text on both", elem_id="both", size="md")
-                sides = still(
-                    _hint("The same tokens through PyTorch's functions and through the Triton kernels."),
-                    elem_id="sides",
-                )
+                sides = still(_SIDES_HINT, elem_id="sides")
 
         def told(run: str | None) -> str:
             return _or_problem(lambda: f"<p>{marks.escape(models.get(run, BACKENDS[0]).facts)}</p>")
@@ -242,7 +240,7 @@ def build(gradio: Any, models: Models) -> Any:
             [write.click, prompt.submit],
             writing,
             [session, run, prompt, kernels, *settings],
-            [write, stop, notes, text, others],
+            [write, stop, notes, text, others, maps, sides],
             concurrency_limit=8,
             show_progress="hidden",
             **private,
@@ -267,26 +265,25 @@ def build(gradio: Any, models: Models) -> Any:
 def _pictures(
     gradio: Any, models: Models, session: Session, run: str, prompt: str, kernels: str, settings: Settings
 ) -> Iterator[tuple]:
-    """What the page shows while a text grows: the buttons, the notes, the text, the alternatives."""
+    """What the page shows while a text grows: buttons, notes, text, alternatives; maps and backends, emptied."""
 
-    def picture(text: playing.Text) -> tuple:
+    def picture(text: playing.Text, first: bool) -> tuple:
         going = not text.ended
-        shown = f'<div class="page" tabindex="0" aria-label="the text">{marks.written(text)}</div>'
         buttons = gradio.update(interactive=not going), gradio.update(interactive=going)
-        return (*buttons, marks.notes(text), shown, gradio.skip() if going else marks.alternatives(text, None))
-
-    def refused(error: UserError) -> tuple:
-        buttons = gradio.update(interactive=True), gradio.update(interactive=False)
-        return (*buttons, marks.problem(str(error)), gradio.skip(), gradio.skip())
+        shown = f'<div class="page" tabindex="0" aria-label="the text">{marks.written(text)}</div>'
+        # What belongs to the text before must not stand beside the new one.
+        rest = (marks.alternatives(None, None), _MAPS_HINT, _SIDES_HINT) if first else (gradio.skip(),) * 3
+        return (*buttons, marks.notes(text), shown, *rest)
 
     last = 0.0
     try:
         for _ in playing.write(models, session, run, kernels, prompt, settings):
             if session.text.ended or time.monotonic() - last > _INTERVAL:
-                yield picture(session.text)
+                yield picture(session.text, first=not last)
                 last = time.monotonic()
     except UserError as error:
-        yield refused(error)
+        buttons = gradio.update(interactive=True), gradio.update(interactive=False)
+        yield (*buttons, marks.problem(str(error)), *(gradio.skip(),) * 4)
 
 
 def _or_problem(work: Callable[[], str]) -> str:
@@ -295,10 +292,6 @@ def _or_problem(work: Callable[[], str]) -> str:
         return work()
     except UserError as error:
         return marks.problem(str(error))
-
-
-def _hint(text: str) -> str:
-    return f'<p class="hint">{text}</p>'
 
 
 def _read(name: str) -> str:

@@ -63,6 +63,8 @@ class Text:
     tokens: list[Token] = field(default_factory=list)
     ended: str = ""
     stopping: bool = False
+    warning: str | None = None
+    """What nobody should miss: that Triton's interpreter writes it."""
 
 
 @dataclass
@@ -210,11 +212,9 @@ def write(models: Models, session: Session, run: str | None, kernels: str, promp
         )
     settings = settings.checked(generation.fitting(loaded.model, tokenizer))
     length, notes = settings.length, list(loaded.warnings)
-    if loaded.ops.interpreted:
-        notes.append(loaded.ops.warning)
-        if length > INTERPRETED_TOKENS:
-            notes.append(f"{INTERPRETED_TOKENS} tokens are written, not {length:,}: the interpreter is slow")
-            length = INTERPRETED_TOKENS
+    if loaded.ops.interpreted and length > INTERPRETED_TOKENS:
+        notes.append(f"{INTERPRETED_TOKENS} tokens are written, not {length:,}: the interpreter is slow")
+        length = INTERPRETED_TOKENS
     ids = generation.encode_prompt(tokenizer, prompt)
     if not prompt:
         notes.append("The prompt is empty: the text begins at a new line")
@@ -234,7 +234,7 @@ def write(models: Models, session: Session, run: str | None, kernels: str, promp
             seed=settings.seed,
         )
     session.stop()  # of an older text, should one still grow
-    session.text = Text(run, kernels, prompt, ids, notes)
+    session.text = Text(run, kernels, prompt, ids, notes, warning=loaded.ops.warning)
     yield from _grow(models, session.text, loaded, writing)
 
 

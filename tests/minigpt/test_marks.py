@@ -107,6 +107,13 @@ def test_what_cannot_be_seen_is_marked_and_lines_stay_lines():
     shown.encode("utf-8")
 
 
+def test_the_interpreter_is_told_loudly():
+    text = a_text()
+    assert "loud" not in marks.notes(text)
+    text.warning = "slow < INTERPRETER"
+    assert '<p class="loud"><b>slow &lt; INTERPRETER.</b></p>' in marks.notes(text)
+
+
 def test_a_text_that_grows_has_a_caret_and_a_long_prompt_is_cut():
     assert "caret" in marks.written(a_text("x", ended="")) and "caret" not in marks.written(a_text("x"))
     words = Parsed(marks.written(a_text("a" * 500 + "b" * 2000))).words
