@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import generation, process
+from . import generation
 from .errors import UserError
-from .playing import BACKENDS, Loaded, Models, Session, check_ids
+from .models import BACKENDS, Loaded, Models
+from .playing import Session, check_ids
 
 _INTERPRETED = (24, 6)  # tokens to read and to write where Triton's interpreter runs one of the two
 _COMPILED = (1024, 32)
@@ -82,7 +83,7 @@ def _run(models: Models, loaded: Loaded, name: str, ids: list[int], more: int) -
     def write() -> list[int]:
         return list(generation.generate(model, ids, max_new_tokens=more, temperature=0, tokenizer=loaded.tokenizer))
 
-    with models.turn, process.threads(1 if interpreted else torch.get_num_threads()):
+    with models.computing(loaded):
         logits, written = read(), write()  # the first call compiles
         rates = (None, None) if interpreted else (_rate(read, len(ids)), _rate(write, more))
     return Side(name, interpreted, *rates, written), logits.double()

@@ -18,9 +18,9 @@ BYTES = BPETokenizer((*SPECIAL, *ALPHABET), ())
 """BPE that has learnt nothing: every character beyond ASCII is several tokens."""
 
 
-def write_run(folder: Path, tokenizer=CHARACTERS, *, seed=1, block_size=32):
+def write_run(folder: Path, tokenizer=CHARACTERS, *, seed=1, block_size=32, n_layer=2):
     """A run with one checkpoint; its logits differ enough for some tokens to be likely. Gives the model."""
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": block_size, "tied_head": False}
+    shape = {"n_layer": n_layer, "n_head": 2, "n_embd": 32, "block_size": block_size, "tied_head": False}
     config = preset("shakespeare-cpu", **shape, device="cpu")
     torch.manual_seed(seed)
     model = GPT(config.model_config(tokenizer.vocab_size), resolve("eager", torch.device("cpu")))

@@ -294,13 +294,19 @@ def test_sliders_at_their_ends(tab, label, value, said):
 
 
 @slow
-def test_stop(tab):
+def test_stop(tab, served):
+    write_run(served.runs / "deep", n_layer=32)  # slow enough to be stopped
+    tab.page.click("#refresh")
+    tab.page.wait_for_function("document.querySelector('#run input').value === 'letters'")
+    tab.choose("deep")
+    tab.see("#facts", "32 layers")
     tab.set("Length", 1000)
     tab.write("The fox", wait=None)
     tab.page.wait_for_selector("#text [data-i='5']")
     tab.page.click("#stop")
     tab.see("#notes", "Stopped after")
     assert 5 < len(tab.tokens) < 1000
+    shutil.rmtree(served.runs / "deep")
 
 
 @slow
