@@ -139,6 +139,7 @@ def _how(gradio: Any, port: int) -> dict[str, Any]:
             "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"]), Middleware(Policy)],
             "docs_url": None,
             "redoc_url": None,
+            "openapi_url": None,
         },
     }
 
