@@ -123,8 +123,8 @@ def comparison(result: Result) -> str:
     """Two backends, side by side."""
     interpreted = [side.name for side in result.sides if side.interpreted]
     loud = (
-        f'<p class="loud"><b>{escape(", ".join(interpreted))} ran in Triton\'s INTERPRETER, not on a GPU.</b> It checks '
-        "that the kernels compute the right thing; its time says nothing of their speed, so none is shown.</p>"
+        f'<p class="loud"><b>{escape(", ".join(interpreted))} ran in Triton\'s INTERPRETER, not on a GPU.</b> It '
+        "checks that the kernels compute the right thing; its time says nothing of speed, so none is shown.</p>"
         if interpreted
         else ""
     )
