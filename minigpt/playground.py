@@ -41,7 +41,7 @@ class Playground:
     """Folder of the runs to choose from."""
     port: int = 7860
     """Port of 127.0.0.1 to listen on. Where it is taken, the next free one; 0: any free one."""
-    open: Annotated[bool, tyro.conf.arg(aliases=("--browser",))] = True
+    browser: Annotated[bool, tyro.conf.arg(aliases=("--open",))] = True
     """Open a browser, where there is a screen."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
@@ -62,7 +62,7 @@ def run_playground(argv: Sequence[str], prog: str = "python -m minigpt playgroun
         if options.port not in (0, port):
             print(f"port {options.port} is taken: using {port}")
         print(f"playground: {address}  (Ctrl-C ends it)", flush=True)
-        if options.open and _screen():
+        if options.browser and _screen():
             webbrowser.open(address)
         while not stop.requested:
             time.sleep(0.1)
