@@ -11,7 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.15",
     packages=["kernels", "minigpt", "minigpt.experiments"],
-    package_data={"kernels": ["tiles/*.json"], "minigpt": ["pages/*.html"]},
+    package_data={"kernels": ["tiles/*.json"], "minigpt": ["pages/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",  # a CPU build of torch does not bring it
@@ -21,5 +21,5 @@ setup(
         "tyro>=0.9",
         "rich>=13",
     ],
-    extras_require={"test": TEST, "watch": ["tensorboard", "wandb"], "bpe": ["tokenizers>=0.20"]},
+    extras_require={"test": TEST, "watch": ["tensorboard", "wandb"], "bpe": ["tokenizers>=0.20"], "web": ["gradio>=6"]},
 )

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": Command("commands", "evaluate", "measure how well a model predicts its text"),
     "attention": Command("looking", "run_attention", "show where each head of a model looks"),
     "prepare": Command("preparing", "run_prepare", "make a text of any size ready to train on"),
+    "playground": Command("playground", "run_playground", "open a local page to write with a model and look inside"),
     "compare": Command("commands", "run_compare", "check that two backends learn the same"),
     "experiment": Command("experiments.command", "run_experiment", "run experiments and tell what came out"),
     "export": Command("exchange", "run_export", "write a model so that Hugging Face's GPT-2 loads it"),

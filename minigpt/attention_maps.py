@@ -90,17 +90,19 @@ def draw(maps: Tensor, labels: list[str], png: Path, *, title: str = "") -> None
         save(figure, png)
 
 
-def write_page(maps: Tensor, labels: list[str], html: Path, *, title: str = "") -> None:
-    """Write a page that shows maps (n_layer, n_head, T, T) interactively and needs no network.
-
-    Raises UserError when it cannot be written.
-    """
+def page(maps: Tensor, labels: list[str], *, title: str = "") -> str:
+    """A page, as HTML, that shows maps (n_layer, n_head, T, T) interactively and needs no network."""
     # In thousandths: what an eye can tell apart, in a tenth of the bytes.
     shares = (maps * 1000).round().to(torch.int64).tolist()
     data = json.dumps({"title": title, "labels": labels, "maps": shares}, separators=(",", ":"))
     # In a script, "</" would end it, and what a prompt says must stay text.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    write_text(html, _PAGE.read_text(encoding="utf-8").replace('"MAPS"', data))
+    return _PAGE.read_text(encoding="utf-8").replace('"MAPS"', data)
+
+
+def write_page(maps: Tensor, labels: list[str], html: Path, *, title: str = "") -> None:
+    """Write `page` to a file. Raises UserError when it cannot be written."""
+    write_text(html, page(maps, labels, title=title))
 
 
 def shown(text: str) -> str:

@@ -20,6 +20,7 @@ leaves a whole one, and what is damaged later has one before it to go back to.
 import itertools
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,12 +217,23 @@ def find(path: Path, announce: Callable[[str], None]) -> Checkpoint:
     return found
 
 
+def runs(root: Path = Path("runs")) -> list[Path]:
+    """The folders in `root` that hold a checkpoint, the one whose checkpoint was written last first."""
+    newest: dict[Path, float] = {}
+    for name, end in itertools.product((BEST, LAST), ("", ".[0-9]*")):
+        for path in root.glob(f"*/{name}{end}/{_MODEL}"):
+            with suppress(FileNotFoundError):  # a training renames its checkpoints, a person removes them
+                run = path.parent.parent
+                newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
+    return sorted(newest, key=lambda run: newest[run], reverse=True)
+
+
 def newest_run(root: Path = Path("runs")) -> Path:
     """The run under `root` whose checkpoint was written last. Raises UserError when there is none."""
-    found = [path for name in (BEST, LAST) for end in ("", ".[0-9]*") for path in root.glob(f"*/{name}{end}/{_MODEL}")]
+    found = runs(root)
     if not found:
         raise UserError(f"there is no run with a checkpoint in {root}: train first, or name the run's folder")
-    return max(found, key=lambda path: path.stat().st_mtime).parent.parent
+    return found[0]
 
 
 def _first_whole(folders: list[Path], read: Callable[[Path], Any]) -> tuple[Any, list[tuple[Path, Damaged]]]:

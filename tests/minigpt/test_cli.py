@@ -312,6 +312,7 @@ def test_every_command_has_typed_help(call, name):
         "prepare": ["--data"],
         "export": ["--to", "--run"],
         "import": ["--from", "--tokenizer"],
+        "playground": ["--runs", "--port", "--device"],
     }.get(name, ["--kernels", "--device"])
     assert f"python -m minigpt {name}" in out and all(f"{flag} " in out for flag in flags)
     assert "INT" in out or "PATH" in out
