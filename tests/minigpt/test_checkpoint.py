@@ -210,7 +210,9 @@ def test_a_crash_while_moving_in_leaves_all_that_were_there(saved, failing, monk
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(folder, model, TOKENIZER, config, {"step": 3}, optimizer, keep=1)
     monkeypatch.undo()
-    assert checkpoint.resumable(folder.parent, no_news).state == {"step": 2}
+    said = []
+    assert checkpoint.resumable(folder.parent, said.append).state == {"step": 2}
+    assert [line.partition(": ")[2].partition(". ")[0] for line in said] == [f"{folder} is missing"] * (failing == 3)
     assert checkpoint.find(folder.parent, no_news).state == {"step": 2}
     assert checkpoint.stored_config(folder.parent) == config
     checkpoint.save(folder, model, TOKENIZER, config, {"step": 3}, optimizer, keep=1)
