@@ -64,9 +64,9 @@ def test_the_door(tmp_path):
 @pytest.mark.parametrize(
     "chosen",
     [
-        ("-k", "layer_norm and liger or triton"),
+        pytest.param(("-k", "layer_norm and liger or triton"), marks=pytest.mark.slow),
         ("-k", "nothing_is_called_so"),
-        ("-k", "layer_norm-128-forward-torch", "--benchmark-disable"),
+        pytest.param(("-k", "layer_norm-128-forward-torch", "--benchmark-disable"), marks=pytest.mark.slow),
     ],
 )
 def test_a_pytest_run_without_a_benchmark_fails(chosen):

@@ -233,6 +233,7 @@ def test_what_does_not_compile_is_a_row_with_an_error(measured):
     assert measured["impossible"]["error"]
 
 
+@pytest.mark.slow
 def test_a_kernel_of_two_ops_is_one_row_and_has_both_rooflines():
     """add_layer_norm without a second output's gradient is layer_norm's kernel in part."""
     done = _run("--op", "layer_norm", "add_layer_norm", "--arch", "sm_90", "--dtype", "bfloat16", "--json", "-")
@@ -245,6 +246,7 @@ def test_a_kernel_of_two_ops_is_one_row_and_has_both_rooflines():
     assert {(line["op"], line["case"]) for line in document["rooflines"]} == sizes
 
 
+@pytest.mark.slow
 def test_a_flag_given_twice_adds_to_itself():
     uses = _table("--op", "layer_norm", "--arch", "sm_90", "--arch", "sm_80", "--dtype", "bfloat16", "--case", "768")[
         "kernels"
