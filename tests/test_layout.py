@@ -142,3 +142,7 @@ def test_every_kernel_is_in_a_test_case(op):
         inputs = op.inputs(case, torch.bfloat16, "meta")
         launched |= {launch.name for launch in op.plan(inputs, case.options, INTERPRETER)}
     assert _kernels_in(inspect.getmodule(op.public)) <= launched <= _every_kernel()
+
+
+def test_nothing_stands_where_runs_are_written():
+    assert not (ROOT / "runs").is_file()
