@@ -54,6 +54,7 @@ def test_without_time_left_a_step_is_skipped(tmp_path):
     assert outcomes[1].reason == "no time was left" and "steps.json" in packed
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_leaves_the_later_ones_their_share(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "LEAST_SECONDS", 0.5)
     slow = step("slow", "import time; time.sleep(60)", seconds=100.0)
@@ -81,6 +82,7 @@ def test_what_a_step_writes_is_packed_while_it_runs(tmp_path, monkeypatch):
     assert len(seen) >= 3
 
 
+@pytest.mark.slow
 def test_its_children_end_with_a_step(tmp_path):
     marker = tmp_path / "alive"
     child = f"import time; time.sleep(3); open({str(marker)!r}, 'w')"

@@ -139,6 +139,7 @@ def test_a_damaged_partial_file_starts_anew(tmp_path):
     assert tune.Partial(tmp_path / "p.json").known["compiled"] == {}
 
 
+@pytest.mark.slow
 def test_compilation_in_a_process_of_its_own():
     loss = next(entry for entry in ENTRIES if entry.name == "cross_entropy.forward 128")
     candidate = Candidate(loss, (128, 8, 8))

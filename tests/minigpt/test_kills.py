@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-@pytest.mark.parametrize(("kills", "every", "least"), [(2, 41, 2), pytest.param(20, 1, 60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "every", "least"), [(3, 23, 3), (20, 1, 60)])
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(text, kills, every, least):
     command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(kills), str(every), str(text)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -35,6 +35,7 @@ def test_the_precision_is_that_of_the_products():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_what_is_held():
     before = peak_memory(CPU)
     held = torch.ones(before, dtype=torch.uint8)  # as much again as was ever in use
