@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ladder, machine, noise, results, suite, timing
+from benchmarks import ladder, machine, noise, report, results, suite, timing
 from minigpt import backends, config, context, generation
 from minigpt.errors import UserError
 from minigpt.model import GPT
@@ -98,15 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
                 said = f"{row['tokens_per_second']:,.0f} tokens/s" if row["status"] == "ok" else row["reason"]
                 print(f"{row['case']}, {row['configuration']}: {said}", flush=True)
             suite.free()
-    document["clocks"]["end"] = machine.clocks()
-    results.save(document, path)
-    from benchmarks import pictures, report
-
-    results.write(path.with_suffix(".md"), report.markdown(document))
-    pictures.draw(document, path)
-    print(report.markdown(document))
-    if said := noise.warning(document):
-        print(f"warning: {said}")
+    report.publish(document, path)
     return int(any(row["status"] in ("wrong", "error") for row in document["rows"]))
 
 

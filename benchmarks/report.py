@@ -48,6 +48,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def publish(document: dict[str, Any], path: Path) -> None:
+    """End a run: its results to `path`, its tables and pictures beside it, the tables and any warning to the terminal.
+
+    Raises UserError when something cannot be written.
+    """
+    from benchmarks import pictures  # which take a second to import
+
+    document["clocks"]["end"] = machine.clocks()
+    results.save(document, path)
+    text = markdown(document)
+    results.write(path.with_suffix(".md"), text)
+    pictures.draw(document, path)
+    print(text)
+    if said := noise.warning(document):
+        print(f"warning: {said}")
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The file's tables. They end with what could not be measured, and why."""
     return _joined(_opening(document), _body(document))

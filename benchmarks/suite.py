@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, noise, problems, providers, results, timing
+from benchmarks import machine, noise, problems, providers, report, results, timing
 from benchmarks.noise import AGAIN
 from benchmarks.problems import DTYPES, PEER_FACTOR, Checker, Problem, Wrong
 from benchmarks.providers import Provider, Unavailable
@@ -68,15 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
                     document["rows"] += rows
                     results.save(document, path)
                     _say(rows)
-    document["clocks"]["end"] = machine.clocks()
-    results.save(document, path)
-    from benchmarks import pictures, report
-
-    results.write(path.with_suffix(".md"), report.markdown(document))
-    pictures.draw(document, path)
-    print(report.markdown(document))
-    if said := noise.warning(document):
-        print(f"warning: {said}")
+    report.publish(document, path)
     return int(any(row["provider"] == "triton" and row["status"] in ("wrong", "error") for row in document["rows"]))
 
 

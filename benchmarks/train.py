@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, noise, results
+from benchmarks import machine, report, results
 from minigpt.errors import UserError
 
 
@@ -66,17 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         document["rows"] = ladder.measure(settings, rungs, here.torch_device, steps, rounds, keep)
-    document["clocks"]["end"] = machine.clocks()
     ladder.finish(document["rows"])
-    results.save(document, path)
-    from benchmarks import pictures, report
-
-    text = report.markdown(document)
-    results.write(path.with_suffix(".md"), text)
-    pictures.draw(document, path)
-    print(text)
-    if said := noise.warning(document):
-        print(f"warning: {said}")
+    report.publish(document, path)
     return int(any(row["status"] in ("wrong", "error") for row in document["rows"]))
 
 
