@@ -24,7 +24,7 @@ _TITLES = {
     "distinct_2": "Distinct pairs",
     "entropy": "Trigram entropy",
     "known": "Known words",
-    "repetition": "Repeated words",
+    "repetition": "Repeats",
 }
 
 
