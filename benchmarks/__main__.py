@@ -4,7 +4,7 @@ import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where
 
 import sys
 
-from benchmarks import comparison, decode, report, stages, suite, train, tune
+from benchmarks import comparison, decode, goals, report, stages, start, suite, train, tune
 from minigpt import errors
 
 
@@ -12,7 +12,7 @@ def parser() -> errors.CommandParser:
     """The command line of every command."""
     parser = errors.CommandParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (suite, train, decode, tune, comparison, report, stages):
+    for module in (suite, train, decode, start, tune, comparison, report, goals, stages):
         module.add_to(commands)
     return parser
 

@@ -24,6 +24,7 @@ SEEDS = (0, 1)
 DRAWS = 8  # of PyTorch's error, where a problem is small and its largest error a matter of luck
 SMALL_BYTES = 16 << 20
 LARGEST_SCORES = 1 << 25  # elements, above which the truth of attention is computed head by head
+LARGEST_LOGITS = 1 << 30  # elements, above which that of linear_cross_entropy is computed some rows at a time
 DROPOUT_SEED = 7
 
 Outputs = tuple[torch.Tensor, ...]
@@ -34,8 +35,8 @@ class Wrong(Exception):
     """The answer is not right, and so its time is of no interest: one line that says what is wrong."""
 
 
-def _attention(name: str, *shape: int) -> Case:
-    return Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True})
+def _attention(name: str, *shape: int, **options) -> Case:
+    return Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True} | options)
 
 
 def _norm(rows: int, n: int, *more: str) -> Case:
@@ -316,6 +317,8 @@ def exact_answer(problem: Problem, mask: torch.Tensor | None = None) -> dict[str
     """Outputs and gradients by the reference in float64; attention head by head, its scores would not fit else."""
     extra = {} if mask is None else {"dropout_mask": mask.double()}
     options = {k: v for k, v in problem.case.options.items() if k != "dropout_p"} | extra
+    if _too_many_logits(problem):
+        return _exact_by_rows(problem)
     if not _too_many_scores(problem):
         return _exact(problem, problem.inputs, problem.gradients, options)
     parts = {}
@@ -341,6 +344,34 @@ def _too_many_scores(problem: Problem) -> bool:
         return False
     query, key = problem.case.shapes["query"], problem.case.shapes["key"]
     return math.prod(query[:3]) * key[2] > LARGEST_SCORES
+
+
+def _too_many_logits(problem: Problem) -> bool:
+    """Whether the logits would not fit in float64; sums over rows are a mean where nothing else is asked for."""
+    if problem.op.name != "linear_cross_entropy" or problem.case.options or len(problem.inputs) != 3:
+        return False
+    return problem.inputs["input"].shape[0] * problem.inputs["linear_weight"].shape[0] > LARGEST_LOGITS
+
+
+def _exact_by_rows(problem: Problem) -> dict[str, torch.Tensor]:
+    """The mean loss of all rows and its gradients, as sums over a part of the rows at a time."""
+    rows, weight = problem.inputs["input"], problem.inputs["linear_weight"]
+    count = (problem.inputs["target"] != -100).sum().item()
+    gradients = [problem.gradients[0].double() / count]
+    found = {
+        "output": torch.zeros((), dtype=torch.float64, device=rows.device),
+        "dinput": torch.empty(rows.shape, dtype=torch.float64, device=rows.device),
+        "dlinear_weight": torch.zeros(weight.shape, dtype=torch.float64, device=rows.device),
+    }
+    step = max(1, LARGEST_LOGITS // 4 // weight.shape[0])
+    for start in range(0, rows.shape[0], step):
+        here = slice(start, start + step)
+        inputs = problem.inputs | {"input": rows[here], "target": problem.inputs["target"][here]}
+        part = _exact(problem, inputs, gradients, {"reduction": "sum"})
+        found["output"] += part["output"] / count
+        found["dinput"][here] = part["dinput"]
+        found["dlinear_weight"] += part["dlinear_weight"]
+    return found
 
 
 def _exact(problem: Problem, inputs: dict, gradients: Any, options: dict) -> dict[str, torch.Tensor]:
@@ -409,7 +440,9 @@ MORE = {
         _attention(f"d{size}-{length}", 16384 // length, 2048 // size, length, size)
         for size, lengths in ((64, (1024, 4096, 16384)), (128, (256, 1024, 16384)))
         for length in lengths
-    ),
+    )
+    + (_attention("gpt2-dropout", 16, 12, 1024, 64, dropout_p=0.1),),
+    "linear_cross_entropy": (_head(32768, 4096, 128256),),
     "layer_norm": tuple(_norm(2**26 // n, n) for n in (32768, 65536)),
     "cross_entropy": tuple(_loss(2**27 // v, v) for v in (4096, 32768, 65536)),
 }

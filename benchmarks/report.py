@@ -79,8 +79,7 @@ def _opening(document: dict[str, Any]) -> list[str]:
 
 
 def _body(document: dict[str, Any]) -> list[str]:
-    tables = {"kernels": _kernel_tables, "train": _train_tables, "decode": _decode_tables}[document["kind"]]
-    return [*tables(document), *_reasons(document)]
+    return [*TABLES[document["kind"]](document), *_reasons(document)]
 
 
 # ---------------------------------------------------------------- the README's sections
@@ -91,8 +90,8 @@ def title(document: dict[str, Any]) -> str:
     if document["kind"] == "kernels":
         ops = _unique(row["op"] for row in document["rows"])
         return f"kernels {ops[0]}" if len(ops) == 1 else "kernels"
-    if document["kind"] == "decode":
-        return f"decode {' '.join(_unique(row['preset'] for row in document['rows']))}"
+    if document["kind"] in ("decode", "start"):
+        return f"{document['kind']} {' '.join(_unique(row['preset'] for row in document['rows']))}"
     peer = " beside nanoGPT" * any(row["configuration"] == "nanoGPT" for row in document["rows"])
     return f"train {' '.join(_unique(row['preset'] for row in document['rows']))}{peer}"
 
@@ -252,8 +251,8 @@ def _cell(row: dict[str, Any]) -> str:
 
 def _reasons(document: dict[str, Any]) -> list[str]:
     """A line for each reason why something has no number: who, where, and why."""
-    kinds = {"kernels": ("provider", "op"), "train": ("configuration", "preset"), "decode": ("configuration", "case")}
-    name, place = kinds[document["kind"]]
+    place = {"kernels": "op", "decode": "case"}.get(document["kind"], "preset")
+    name = "provider" if document["kind"] == "kernels" else "configuration"
     where: dict[tuple[str, str], dict[str, None]] = {}
     for row in document["rows"]:
         if row["status"] != "ok":
@@ -319,3 +318,34 @@ def _decode_tables(document: dict[str, Any]) -> list[str]:
         }
         parts += [f"**{case}**, {mine[0]['dtype']}, greedy, from one token until the block is full.", _columns(columns)]
     return parts
+
+
+# ---------------------------------------------------------------- cold start
+
+
+def _start_tables(document: dict[str, Any]) -> list[str]:
+    parts = []
+    rows, marked = [row for row in document["rows"] if row["status"] == "ok"], noise.disturbed(document)
+    for preset in _unique(row["preset"] for row in rows):
+        mine = [row for row in rows if row["preset"] == preset]
+        seconds = lambda row, name: number(row[name] / 1e3) if name in row else ""  # noqa: E731
+        columns = {
+            "configuration": [row["configuration"] + f" for {row.get('arch')}" * ("arch" in row) for row in mine],
+            "seconds (20th to 80th)": [
+                "~" * (results.key_of(document, row) in marked)
+                + f"{seconds(row, 'median_ms')} ({seconds(row, 'p20_ms')} to {seconds(row, 'p80_ms')})"
+                for row in mine
+            ],
+            "imports": [seconds(row, "imports_ms") for row in mine],
+            "model": [seconds(row, "model_ms") for row in mine],
+            "first step": [seconds(row, "first_step_ms") for row in mine],
+            "second step": [seconds(row, "second_step_ms") for row in mine],
+            "kernels compiled": [str(row["kernels"]) if "kernels" in row else "" for row in mine],
+        }
+        about = f"**{preset}**, a process with empty caches, to the end of its first step"
+        parts += [f"{about}; of `compilation alone` the kernels are compiled and not run.", _columns(columns)]
+    return parts
+
+
+TABLES = {"kernels": _kernel_tables, "train": _train_tables, "decode": _decode_tables, "start": _start_tables}
+"""By kind of file: what makes its tables."""

@@ -13,12 +13,13 @@ from benchmarks import machine, stats
 from minigpt.errors import UserError, writing
 
 SCHEMA = 1
-KINDS = ("kernels", "train", "decode")
+KINDS = ("kernels", "train", "decode", "start")
 FOLDER = machine.ROOT / "benchmarks" / "results"
 KEYS = {
     "kernels": ("op", "case", "dtype", "pass", "provider"),
     "train": ("preset", "configuration"),
     "decode": ("case", "configuration"),
+    "start": ("preset", "configuration"),
 }
 """By kind of file: what names a row."""
 
@@ -28,6 +29,7 @@ NUMBERS = {
     "kernels": (*_TIMES, "gbps", "tflops", "intensity"),
     "train": (*_TIMES, *_SPEEDS),
     "decode": (*_TIMES, *_SPEEDS),
+    "start": _TIMES,
 }
 """By kind of file: the numbers that every timed row has."""
 

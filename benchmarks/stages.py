@@ -3,7 +3,7 @@
 1  versions; one kernel forward and backward, stop if wrong; every plan compiled; parity; the losses of short trainings;
    quick kernel benchmarks; the memory of one step of gpt2
 2  parity; the tile sweep
-3  parity; every kernel benchmark; the ladder; generation; a trace of each backend
+3  parity; every kernel benchmark; the ladder, beside nanoGPT if told where; generation; a cold start; traces
 
 Each step is a process of its own with a time limit, its share of the minutes that are left, so that a step that takes
 too long leaves the later ones theirs; a step that fails ends nothing but itself. What there is is packed
@@ -63,6 +63,7 @@ def add_to(commands: Any) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="for the whole stage, 2 or more (default: 8)")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="stage 3: a checkout that the ladder is beside")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the archive")
     parser.set_defaults(run=run)
 
@@ -73,19 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--minutes must be above 0, not {arguments.minutes:g}")
     archive = arguments.out / f"stage-{arguments.stage}.tar.gz"
     results.prepare(archive)
+    if arguments.nanogpt:
+        from benchmarks import nanogpt
+
+        nanogpt.check(arguments.nanogpt)
     on_gpu = machine.here().type == "cuda"
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         work = Path(folder)
         outcomes = follow(
-            plan(arguments.stage, on_gpu, work), work, archive, arguments.minutes * 60 - RESERVE_SECONDS, print
-        )
+            plan(arguments.stage, on_gpu, work, arguments.nanogpt),
+            work,
+            archive,
+            arguments.minutes * 60 - RESERVE_SECONDS,
+                )
     print(summary(outcomes))
     print(f"packed: {archive}")
     return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))
 
 
-def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
-    """The steps of a stage; `work` is the folder that they write to."""
+def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> list[Step]:
+    """The steps of a stage; `work` is the folder that they write to, `nanogpt` a checkout for stage 3."""
 
     def ours(name: str, seconds: float, *arguments: str) -> Step:
         return Step(name, [sys.executable, "-m", "benchmarks", *arguments, "--out", str(work / "results")], seconds)
@@ -126,16 +134,19 @@ def plan(stage: int, on_gpu: bool, work: Path) -> list[Step]:
         ]
     preset = ["--preset", "shakespeare"] if on_gpu else ["--quick", "--preset", "tiny", "--rung", "eager", "torch"]
     more = [] if on_gpu else ["--steps", "3", "--rounds", "6"]
+    beside = ["--nanogpt", str(nanogpt.resolve())] if nanogpt and on_gpu else []
+    cold = ["--rung", "triton", *(["--rounds", "2"] if on_gpu else ["--rounds", "1", "--preset", "tiny"])]
     steps = [
         versions,
         first,
         parity(120, "bfloat16"),
         ours("kernels", 330, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
-        ours("ladder", 240, "train", *preset, *more),
+        ours("ladder", 240, "train", *preset, *more, *beside),
         ours("decode", 120, "decode", "--quick", *([] if on_gpu else ["--preset", "tiny", "--block", "16"])),
     ]
     if on_gpu:
-        steps.append(ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick"))
+        steps.append(ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick", *beside))
+    steps.append(ours("start", 90, "start", *cold))
     traced = ["--preset", "gpt2" if on_gpu else "tiny", "--batch-size", "8", "--steps", "2"]
     for backend in ("torch", "triton"):
         command = [

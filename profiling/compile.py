@@ -127,8 +127,8 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def compile_source(source: Source) -> dict[str, Any]:
-    """Compile, and return the measured fields of a Use."""
+def compile_ahead(source: Source):
+    """Triton's compiled kernel."""
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
@@ -136,12 +136,17 @@ def compile_source(source: Source) -> dict[str, Any]:
     attributes = {place: [list(pair) for pair in pairs] for place, pairs in source.attributes}
     ast = ASTSource(kernel, dict(source.signature), dict(source.constants), attributes)
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    return triton_compile(ast, target=_target(source.arch), options=options)
+
+
+def compile_source(source: Source) -> dict[str, Any]:
+    """Compile, and return the measured fields of a Use."""
     log = io.StringIO()
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
             os.environ["TRITON_CACHE_DIR"] = folder
-            compiled = triton_compile(ast, target=_target(source.arch), options=options)
+            compiled = compile_ahead(source)
     except Exception as error:  # whatever a compiler raises is this row's result
         return {"error": f"{type(error).__name__}: {error}".strip().split("\n")[0]}
     seconds = time.perf_counter() - began

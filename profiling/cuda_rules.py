@@ -42,6 +42,7 @@ def as_on_cuda() -> Iterator[None]:
         mock.patch.object(minigpt.linear, "_AVAILABLE", False),
         mock.patch.object(minigpt.gelu, "_on_cpu", lambda x: False),
         mock.patch.object(minigpt.model, "checkpoint", partial(checkpoint, context_fn=_contexts)),
+        mock.patch.object(torch.nn.utils, "clip_grad_norm_", partial(torch.nn.utils.clip_grad_norm_, foreach=True)),
     ):
         yield
 

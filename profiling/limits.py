@@ -80,6 +80,10 @@ PEAKS = {
     "gfx942": Peaks("MI300X", {"bfloat16": 1307.4, "float16": 1307.4, "float32": 653.7}, 163.4, 5300),
 }
 
+PRODUCTS = {peaks.product: peaks for peaks in PEAKS.values()}
+PRODUCTS["H200 SXM"] = PEAKS["sm_90"]._replace(product="H200 SXM", bandwidth=4800)
+"""Peaks by the product's name; an H200 is an H100 with other memory."""
+
 
 def roofline(arch: str, dtype: str, flops: int, moved: int, tensor_cores: bool) -> dict[str, Any]:
     """The least time in microseconds that `flops` operations and `moved` bytes can take by the published peaks.

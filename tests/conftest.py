@@ -31,6 +31,20 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs Triton's interpreter in a process of its own")
     config.stash[RATIOS] = {}
     config.stash[SKIPPED] = []
+    if worker := getattr(config, "workerinput", None):
+        if config.getoption("--measure-caps"):
+            raise pytest.UsageError("--measure-caps needs every ratio in one process: leave out -n")
+        torch.set_num_threads(max(1, _cores() // worker["workercount"]))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: a process for each core, two of which may share one that is physical."""
+    return min(8, _cores())
 
 
 def _interpreter_misfit() -> str | None:
@@ -109,8 +123,22 @@ def pytest_sessionstart(session):
 
 
 def pytest_sessionfinish(session):
-    if session.config.stash[SKIPPED] and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first one tells
+        stash = session.config.stash
+        session.config.workeroutput |= {"ratios": list(stash[RATIOS].items()), "skipped": stash[SKIPPED]}
+    elif session.config.stash[SKIPPED] and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Take over what one of several processes has found, when it ends."""
+    told = getattr(node, "workeroutput", {})
+    ratios, skipped = node.config.stash[RATIOS], node.config.stash[SKIPPED]
+    for key, worst in told.get("ratios", []):
+        known = ratios.setdefault(tuple(key), worst)
+        known |= {name: max(known[name], value) for name, value in worst.items()}
+    skipped += [found for found in map(tuple, told.get("skipped", [])) if found not in skipped]
 
 
 # ---------------------------------------------------------------- what is printed at the end

@@ -11,13 +11,13 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-def _pytest(folder: Path, test: str) -> subprocess.CompletedProcess:
+def _pytest(folder: Path, test: str, *more: str) -> subprocess.CompletedProcess:
     tests = folder / "tests"
     tests.mkdir()
     for name in ("conftest.py", "allowed_skips.txt"):
         shutil.copy(HERE / name, tests / name)
     (tests / "test_it.py").write_text(f"import pytest\n\n{test}\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *more, str(tests)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -42,3 +42,23 @@ def test_a_skip_that_is_not_in_the_list_fails_the_run(test, status, tmp_path):
     # pytest's own closing line stays the last
     last = done.stdout.strip().splitlines()[-1]
     assert " in " in last and ("skipped" in last or "passed" in last)
+
+
+@pytest.mark.parametrize("reason", [pytest.param("Triton is not installed", marks=pytest.mark.slow), "no time"])
+def test_several_processes_tell_the_same(reason, tmp_path):
+    """Skips of single tests and of whole files, and the worst of the ratios that each process has seen."""
+    test = f"""
+@pytest.mark.parametrize("n", range(8))
+def test_it(n, ratios):
+    key = ("layer_norm", "float32", "output")
+    entry = ratios.setdefault(key, {{"max": (0.0, "-"), "rms": (0.0, "-"), "error_max": 0.0, "error_rms": 0.0}})
+    entry["max"] = max(entry["max"], (n / 8, f"case {{n}}"))
+    if n == 3:
+        pytest.skip({reason!r})
+"""
+    done = _pytest(tmp_path, test, "-n", "2")
+    assert (done.returncode != 0) == (reason == "no time"), done.stdout + done.stderr
+    assert ("not in tests/allowed_skips.txt" in done.stdout) == (reason == "no time")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("layer_norm")]
+    assert line.split()[3:6] == ["0.88", "case", "7"]
+    assert "7 passed, 1 skipped" in done.stdout.strip().splitlines()[-1]
