@@ -10,6 +10,7 @@ entered = time.time()
 
 import kernels  # noqa: F401, I001, E402  first: it chooses Triton's interpreter where there is no GPU
 
+import itertools  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 
@@ -34,7 +35,7 @@ def main(began: str, preset: str, rung: str, ahead: str = "", arch: str = "") ->
             ladder.wait(device)
             clock.append(time.time())
         compiled = _compiled_kernels()
-    parts = [1e3 * (after - before) for before, after in zip(clock, clock[1:], strict=False)]
+    parts = [1e3 * (after - before) for before, after in itertools.pairwise(clock)]
     names = ("imports", "model", "first_step", "second_step")
     print(json.dumps(dict(zip(names, parts, strict=True)) | {"kernels": compiled}))
 
@@ -58,8 +59,9 @@ def compile_ahead(settings, rung: str, arch: str) -> tuple[float, float, float, 
 
 def _compiled_kernels() -> int:
     """How many kernels of ours Triton has compiled in this process."""
-    from kernels import catalogue
     from triton.runtime.jit import JITFunction
+
+    from kernels import catalogue
 
     functions = {
         function

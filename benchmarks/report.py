@@ -328,7 +328,7 @@ def _start_tables(document: dict[str, Any]) -> list[str]:
     rows, marked = [row for row in document["rows"] if row["status"] == "ok"], noise.disturbed(document)
     for preset in _unique(row["preset"] for row in rows):
         mine = [row for row in rows if row["preset"] == preset]
-        seconds = lambda row, name: number(row[name] / 1e3) if name in row else ""  # noqa: E731
+        seconds = lambda row, name: number(row[name] / 1e3) if row.get(name) else ""  # noqa: E731
         columns = {
             "configuration": [row["configuration"] + f" for {row.get('arch')}" * ("arch" in row) for row in mine],
             "seconds (20th to 80th)": [

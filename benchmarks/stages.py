@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             work,
             archive,
             arguments.minutes * 60 - RESERVE_SECONDS,
-                )
+        )
     print(summary(outcomes))
     print(f"packed: {archive}")
     return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))

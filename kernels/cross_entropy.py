@@ -30,6 +30,7 @@ from kernels.op import (
     Cost,
     Launch,
     Op,
+    Spec,
     Specs,
     autocast_dtype,
     cast,
@@ -70,18 +71,54 @@ def row_sums(
         x = tl.load(logits_ptr + start + columns, mask=mask, other=float("-inf")).to(tl.float32)
         if PADDED:
             x = tl.where(in_row, x, float("-inf"))
-        highest = tl.maximum(peak, tl.max(x, axis=1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
-        total = total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
-        if SMOOTH:
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)
-            else:
-                w = in_row.to(tl.float32)
-            shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-            below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
-            weight_so_far += tl.sum(w)
-        peak = highest
+        peak, total, below, weight_so_far = _add_tile(
+            peak, total, below, weight_so_far, x, start + columns, in_row, weight_ptr, SMOOTH
+        )
+    return peak, total, below
+
+
+@triton.jit
+def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH: tl.constexpr):
+    """The running numbers of row_sums, and the weights so far, after the logits x; -inf where none is in_row."""
+    highest = tl.maximum(peak, tl.max(x, axis=1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
+    total = total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+    if SMOOTH:
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+        else:
+            w = in_row.to(tl.float32)
+        shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
+        below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
+        weight_so_far += tl.sum(w)
+    return highest, total, below, weight_so_far
+
+
+@triton.jit
+def _odd_row_sums(logits_ptr, lead, weight_ptr, V, BLOCK_V: tl.constexpr, SMOOTH: tl.constexpr):
+    """row_sums of one row, which begins `lead` elements after logits_ptr, where 16 bytes begin.
+
+    Tiles begin there too, so that all but the first and the last need no mask and load 16 bytes at a time.
+    """
+    places = tl.arange(0, BLOCK_V)[None, :]
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    below = tl.zeros([1], tl.float32)
+    weight_so_far = 0.0
+    last = (lead + V - 1) // BLOCK_V * BLOCK_V
+    for start in range(BLOCK_V, last, BLOCK_V):
+        x = tl.load(logits_ptr + start + places).to(tl.float32)
+        columns = start - lead + places
+        peak, total, below, weight_so_far = _add_tile(
+            peak, total, below, weight_so_far, x, columns, columns >= 0, weight_ptr, SMOOTH
+        )
+    for start in range(0, last + 1, tl.maximum(last, 1)):
+        columns = start - lead + places
+        in_row = (columns >= 0) & (columns < V)
+        x = tl.load(logits_ptr + start + places, mask=in_row, other=float("-inf")).to(tl.float32)
+        peak, total, below, weight_so_far = _add_tile(
+            peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH
+        )
     return peak, total, below
 
 
@@ -134,13 +171,22 @@ def logit_gradients(
 def _cross_entropy_forward(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, lse_ptr,
     n_rows, row_stride, ignore_index, smoothing, V,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows: their losses, their weights (the second row of losses) and the two parts of lse."""
+    """A program owns ROWS rows: their losses, their weights (the second row of losses) and the two parts of lse.
+
+    UNIT: elements in 16 bytes, for single rows that begin or end within them; else 0.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
-    logits_ptr += rows[:, None] * row_stride
-    peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, V, BLOCK_V, ROWS, SMOOTH, False)
+    if UNIT:
+        begin = tl.program_id(0).to(tl.int64) * row_stride
+        lead = (begin % UNIT).to(tl.int32)
+        peak, total, below = _odd_row_sums(logits_ptr + begin // UNIT * UNIT, lead, weight_ptr, V, BLOCK_V, SMOOTH)
+        logits_ptr += rows[:, None] * row_stride
+    else:
+        logits_ptr += rows[:, None] * row_stride
+        peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, V, BLOCK_V, ROWS, SMOOTH, False)
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     loss, target_weight, log_total = row_losses(
         logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
@@ -155,17 +201,16 @@ def _cross_entropy_forward(
 def _cross_entropy_backward(
     grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of ROWS rows of dlogits, which may be the logits' own memory.
 
-    width: how many columns to read and write, V or more if the rows are padded.
+    width: how many columns to read and write, V or more if the rows are padded. UNIT: as in forward; a row's tiles then
+    begin where 16 bytes do, so that there may be one more.
     """
-    blocks = tl.cdiv(V, BLOCK_V)
+    blocks = tl.cdiv(V + UNIT - 1, BLOCK_V) if UNIT else tl.cdiv(V, BLOCK_V)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     in_rows = rows < n_rows
-    mask = in_rows[:, None] & (columns < width)[None, :]
 
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
@@ -178,13 +223,54 @@ def _cross_entropy_backward(
     if weight_ptr is not None:
         weighed = in_rows & (target != ignore_index) & (target >= 0) & (target < V)
         target_weight = tl.load(weight_ptr + target, mask=weighed, other=0.0).to(tl.float32)
-    x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    places = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    if UNIT:
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        lead = (row * row_stride % UNIT).to(tl.int32)
+        logits_ptr += row * row_stride // UNIT * UNIT
+        dlogits_ptr += row * dlogits_stride // UNIT * UNIT
+        columns = places - lead
+        start = tl.program_id(0) % blocks * BLOCK_V
+        if (start >= lead) & (start + BLOCK_V <= lead + V):
+            _store_gradients(
+                logits_ptr, dlogits_ptr, rows, 0, 0, places, None, peak, log_total, columns, target,
+                target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH,
+            )  # fmt: skip
+        else:
+            in_row = (columns >= 0) & (columns < V)
+            _store_gradients(
+                logits_ptr, dlogits_ptr, rows, 0, 0, places, in_row[None, :], peak, log_total,
+                tl.where(in_row, columns, V), target,
+                target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH,
+            )  # fmt: skip
+    else:
+        _store_gradients(
+            logits_ptr, dlogits_ptr, rows, row_stride, dlogits_stride, places,
+            in_rows[:, None] & (places < width)[None, :], peak, log_total, places, target,
+            target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_gradients(
+    logits_ptr, dlogits_ptr, rows, row_stride, dlogits_stride, places, mask, peak, log_total, columns, target,
+    target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Read a tile of logits and write their gradients; without a mask all of it."""
+    logits_ptr += rows[:, None] * row_stride + places[None, :]
+    if mask is None:
+        x = tl.load(logits_ptr).to(tl.float32)
+    else:
+        x = tl.load(logits_ptr, mask=mask, other=0.0).to(tl.float32)
     dx = logit_gradients(
         x, peak, log_total, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing,
         V, SMOOTH,
     )  # fmt: skip
-    places = rows[:, None] * dlogits_stride + columns[None, :]
-    tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+    dlogits_ptr += rows[:, None] * dlogits_stride + places[None, :]
+    if mask is None:
+        tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty))
+    else:
+        tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- plan
@@ -206,6 +292,12 @@ def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
     return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
 
 
+def _unit(logits: Spec, n_classes: int, rows: int) -> int:
+    """Elements in 16 bytes where a program has a row to itself that would else be read one by one, 0 elsewhere."""
+    unit = 16 // logits.dtype.itemsize
+    return unit if rows == 1 and logits.aligned and n_classes % unit else 0
+
+
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "forward")
@@ -214,6 +306,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
+    constexprs["UNIT"] = _unit(specs["logits"], n_classes, rows)
     return [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
 
 
@@ -226,7 +319,11 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     width = specs["logits"].stride[0] if options.get("padded") else n_classes
     arguments |= strides | {"width": width} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
-    grid = (cdiv(n_rows, rows) * cdiv(n_classes, block_v),)
+    unit = 0 if options.get("padded") else _unit(specs["logits"], n_classes, rows)
+    if unit and (not specs["dlogits"].aligned or (strides["row_stride"] - strides["dlogits_stride"]) % unit):
+        unit = 0  # the gradient's row begins elsewhere within its 16 bytes
+    constexprs["UNIT"] = unit
+    grid = (cdiv(n_rows, rows) * cdiv(n_classes + max(unit - 1, 0), block_v),)
     return [Launch(_cross_entropy_backward, grid, arguments, constexprs, warps, 1)]
 
 

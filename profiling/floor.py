@@ -108,9 +108,7 @@ def _written(func, args, kwargs) -> list[torch.Tensor]:
     mutated = [
         argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
     ]
-    return [
-        leaf for name in mutated for leaf in tree_leaves(names.get(name)) if isinstance(leaf, torch.Tensor)
-    ]
+    return [leaf for name in mutated for leaf in tree_leaves(names.get(name)) if isinstance(leaf, torch.Tensor)]
 
 
 def _moved(tensor: torch.Tensor) -> int:
@@ -167,11 +165,16 @@ def add_to(commands) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", default="gpt2", help="the model (default: gpt2)")
     parser.add_argument(
-        "--kernels", nargs="+", default=["eager", "torch", "triton"], help="what to compare (default: eager torch triton)"
+        "--kernels",
+        nargs="+",
+        default=["eager", "torch", "triton"],
+        help="what to compare (default: eager torch triton)",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows a step (default: the preset's)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="autocast's dtype (default: bf16)")
-    parser.add_argument("--gpu", choices=[*PRODUCTS], default="H200 SXM", help="whose published peaks (default: H200 SXM)")
+    parser.add_argument(
+        "--gpu", choices=[*PRODUCTS], default="H200 SXM", help="whose published peaks (default: H200 SXM)"
+    )
     parser.add_argument("--json", type=Path, help="write everything here, `-` for stdout instead of the tables")
     parser.set_defaults(run=run)
 

@@ -126,7 +126,10 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # one of several processes: the first one tells
         stash = session.config.stash
         session.config.workeroutput |= {"ratios": list(stash[RATIOS].items()), "skipped": stash[SKIPPED]}
-    elif session.config.stash[SKIPPED] and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    elif session.config.stash[SKIPPED] and session.exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

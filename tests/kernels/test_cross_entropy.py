@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from parity import DTYPES, guarded_allocations, name_of
 
 import kernels
+from kernels.device import TARGETS
+from kernels.op import plan_for, plan_only
 
 cross_entropy = kernels.cross_entropy
 module = importlib.import_module("kernels.cross_entropy")  # the package's attribute of that name is the function
@@ -61,6 +63,62 @@ def test_a_shift_of_all_logits_costs_the_gradient_nothing(shift, reduction, devi
 def test_first_and_last_class(place, n_classes, device):
     target = torch.full((3,), 0 if place == "first" else n_classes - 1, device=device)
     agree(draw(3, n_classes, device=device), target, label_smoothing=0.1)
+
+
+def planned_units(x: torch.Tensor) -> list[int]:
+    """What forward and backward of sm_90 take for the elements in 16 bytes; 0: rows are read as they come."""
+    target = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    with plan_only(TARGETS["sm_90"]) as launches:
+        cross_entropy(x.detach().requires_grad_(), target, reduction="sum").backward()
+    return [launch.constexprs["UNIT"] for launch in launches]
+
+
+def within(n_rows: int, n_classes: int, stride: int, dtype, device, shift: int = 0) -> torch.Tensor:
+    """Random rows at that stride, `shift` elements from where 16 bytes begin, with NaN between and around them."""
+    memory = torch.full((n_rows * stride + 4096,), float("nan"), dtype=dtype, device=device)
+    rows = memory[16 + shift :].as_strided((n_rows, n_classes), (stride, 1))
+    rows.copy_(draw(n_rows, n_classes, dtype=dtype, device=device))
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(
+    ("n_classes", "stride", "options"),
+    [
+        (4097, 4097, {}),
+        (4095, 4097, {"label_smoothing": 0.1}),
+        (8195, 8195, {"label_smoothing": 0.3, "weight": True}),
+        (12_287, 12_297, {}),
+        (4093, 4096, {"weight": True}),
+    ],
+)
+def test_rows_that_begin_within_16_bytes(n_classes, stride, options, dtype, device):
+    """With tiles for a GPU: each place within 16 bytes, one tile to four, and nothing read beside the row."""
+    x = within(9, n_classes, stride, dtype, device).detach().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    target = classes(9, n_classes=n_classes, device=device)
+    target[0], target[1] = 0, n_classes - 1
+    options, doubles = dict(options), dict(options)
+    if options.pop("weight", False):
+        options["weight"] = draw(n_classes, device=device).abs()
+        doubles["weight"] = options["weight"].double()
+    unit = 16 // x.element_size()
+    assert planned_units(x) == [unit, unit if (stride - n_classes) % unit == 0 else 0]
+    with plan_for(TARGETS["sm_90"]), guarded_allocations():
+        loss = cross_entropy(x, target, reduction="none", **options)
+        loss.backward(draw(9, dtype=dtype, device=device, seed=3))
+    expected = F.cross_entropy(exact, target, reduction="none", **doubles)
+    expected.backward(draw(9, dtype=dtype, device=device, seed=3).double())
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-5}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
+
+
+def test_which_rows_are_read_from_where_16_bytes_begin(device):
+    assert planned_units(within(2, 4104, 4104, torch.bfloat16, device)) == [0, 0]  # they begin there anyway
+    assert planned_units(within(2, 1001, 1001, torch.bfloat16, device)) == [0, 0]  # several rows a program
+    assert planned_units(within(2, 50_257, 50_257, torch.bfloat16, device, shift=1)) == [0, 0]
+    assert planned_units(within(2, 50_257, 50_304, torch.bfloat16, device)) == [8, 0]
 
 
 def test_more_rows_than_a_program_owns(device):
