@@ -4,15 +4,12 @@ BEGAN is the time.time() at which the process was asked for. With --ahead the ke
 one after another, and not run.
 """
 
+import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
+
+import itertools
+import json
+import sys
 import time
-
-entered = time.time()
-
-import kernels  # noqa: F401, I001, E402  first: it chooses Triton's interpreter where there is no GPU
-
-import itertools  # noqa: E402
-import json  # noqa: E402
-import sys  # noqa: E402
 
 
 def main(began: str, preset: str, rung: str, ahead: str = "", arch: str = "") -> None:

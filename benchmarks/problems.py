@@ -436,12 +436,14 @@ MAIN = {
 
 
 MORE = {
-    "scaled_dot_product_attention": tuple(
-        _attention(f"d{size}-{length}", 16384 // length, 2048 // size, length, size)
-        for size, lengths in ((64, (1024, 4096, 16384)), (128, (256, 1024, 16384)))
-        for length in lengths
-    )
-    + (_attention("gpt2-dropout", 16, 12, 1024, 64, dropout_p=0.1),),
+    "scaled_dot_product_attention": (
+        *(
+            _attention(f"d{size}-{length}", 16384 // length, 2048 // size, length, size)
+            for size, lengths in ((64, (1024, 4096, 16384)), (128, (256, 1024, 16384)))
+            for length in lengths
+        ),
+        _attention("gpt2-dropout", 16, 12, 1024, 64, dropout_p=0.1),
+    ),
     "linear_cross_entropy": (_head(32768, 4096, 128256),),
     "layer_norm": tuple(_norm(2**26 // n, n) for n in (32768, 65536)),
     "cross_entropy": tuple(_loss(2**27 // v, v) for v in (4096, 32768, 65536)),

@@ -1,8 +1,8 @@
 """`python -m benchmarks start`: seconds from nothing to the first trained step, with nothing compiled beforehand.
 
 Every sample is a process of its own with empty caches for Triton and torch.compile: its imports, the model, the first
-step, and the second for comparison. Without a GPU the kernels of that step are compiled for --arch, one after another as
-the first step would, and nothing is run: that is the part of a cold start that needs no GPU.
+step, and the second for comparison. Without a GPU the kernels of that step are compiled for --arch, one after
+another as the first step would, and nothing is run: that is the part of a cold start that needs no GPU.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(preset: str, name: str, words: list[str], rounds: int) -> dict[str, Any]:
-    """The row of one configuration; its samples are whole cold starts, the parts and kernels those of the middle one."""
+    """The row of one configuration; its samples are whole cold starts, its parts those of the middle one."""
     row: dict[str, Any] = {"preset": preset, "configuration": name}
     told = []
     for _ in range(rounds):

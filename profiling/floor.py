@@ -248,8 +248,8 @@ def _print(document: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(
-        f"{document['preset']}, {document['tokens']:,} tokens a step, {document['dtype']}, at the published peaks of an "
-        f"{document['gpu']}: {document['bandwidth_gbps']:,} GB/s, {document['tflops']:,} TFLOP/s",
+        f"{document['preset']}, {document['tokens']:,} tokens a step, {document['dtype']}, at the published peaks "
+        f"of an {document['gpu']}: {document['bandwidth_gbps']:,} GB/s, {document['tflops']:,} TFLOP/s",
         highlight=False,
     )
     rows = document["kernels"]

@@ -348,3 +348,18 @@ def test_every_op_of_the_catalogue_can_be_a_problem(device):
         assert call is not None, (op.name, fields)
         assert problems.small_cases(op)
         assert problem.cost()["forward"].bytes > 0
+
+
+def test_the_truth_of_many_logits_is_that_of_few(monkeypatch):
+    """Some rows at a time, the last ones fewer, ignored ones among them: the same numbers as all at once."""
+    case = Case("rows", {"input": (37, 8), "linear_weight": (50, 8), "target": (37,)})
+    problem = problems.Problem(OPS["linear_cross_entropy"], case, torch.float32, machine.here().torch_device)
+    problem.inputs["target"][::6] = -100
+    whole = problems.exact_answer(problem)
+    monkeypatch.setattr(problems, "LARGEST_LOGITS", 4 * 50 * 5)  # five rows at a time
+    parts = problems.exact_answer(problem)
+    assert list(parts) == list(whole)
+    for name, exact in whole.items():
+        torch.testing.assert_close(parts[name], exact, rtol=1e-13, atol=1e-15)
+    case.options["label_smoothing"] = 0.1  # not a sum of losses alone: all at once
+    assert not problems._too_many_logits(problem)
