@@ -2,8 +2,8 @@
 
 A bar is a ratio within one run: the peer's time over ours, or our share of the roofline of that run. FILES are results
 files of one GPU, of any kind; of a goal with several cases the worst counts. Where nothing was measured the table says
-so. Floors are the fewest bytes and the operations of each case over the ceilings measured in the files, or over published
-peaks where there are none. --write puts both tables into docs/performance.md.
+so. Floors are the fewest bytes and the operations of each case over the ceilings measured in the files, or over
+published peaks where there are none. --write puts both tables into docs/performance.md.
 """
 
 import argparse

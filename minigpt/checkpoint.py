@@ -175,7 +175,13 @@ def stored_config(run: Path) -> TrainConfig:
         storage.verify(folder, leave_out=(_MODEL, _OPTIMIZER))
         return _described(folder).config
 
-    return _first_whole(_with_previous(run / LAST), settings)[0]
+    folders = _with_previous(run / LAST)
+    if (run / BEST).is_dir() and not any(folder.is_dir() for folder in folders):
+        raise UserError(
+            f"{run} has nothing to go on with, only its best checkpoint: an imported model has no training to go on "
+            "with, and of a run the last checkpoint is needed"
+        )
+    return _first_whole(folders, settings)[0]
 
 
 def resumable(run: Path, announce: Callable[[str], None]) -> Checkpoint:

@@ -11,7 +11,7 @@ import tyro
 from . import backends, checkpoint, hf, storage, tokenizer_choice, tokenizers
 from .command_line import command_line, warn
 from .config import TrainConfig
-from .errors import UserError
+from .errors import Damaged, UserError
 from .folder import new_folder, remove_if_empty
 from .model import GPT
 from .tokenizers import Tokenizer
@@ -58,12 +58,20 @@ def run_export(argv: Sequence[str], prog: str = "python -m minigpt export") -> N
 def run_import(argv: Sequence[str], prog: str = "python -m minigpt import") -> None:
     """Make a run of a model from elsewhere. Raises UserError as hf.read, and where it has no tokenizer that fits."""
     options = command_line(Import, argv, prog=prog)
-    config, weights = hf.read(options.source)
+    try:
+        config, weights = hf.read(options.source)
+    except Damaged as error:
+        raise UserError(f"{error.problem}: get the folder {options.source} anew") from None
     tokenizer = _tokenizer(options)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}: they do not "
             "belong together; name another --tokenizer"
+        )
+    if options.tokenizer is not None and tokenizer.vocab_size < config.vocab_size:
+        warn(
+            f"WARNING: the tokenizer has {tokenizer.vocab_size:,} tokens and the model {config.vocab_size:,}: where "
+            "that is no padding, they do not belong together, and the model will write nonsense"
         )
     model = GPT(config, backends.resolve("torch", _CPU))
     model.load_state_dict(weights, strict=not config.tied_head)  # a tied head is the embedding
@@ -83,4 +91,4 @@ def _tokenizer(options: Import) -> Tokenizer:
     ours = options.source / hf.TOKENIZER
     if options.tokenizer is None and ours.is_file():
         return tokenizers.load(storage.read_json(ours))
-    return tokenizer_choice.read(options.tokenizer or str(options.source))
+    return tokenizer_choice.read(options.tokenizer or str(options.source), text=False)

@@ -55,8 +55,8 @@ def steps(
     Raises UserError, before the first token, for values that make no sense, and where `cuda_graph` cannot be had.
     """
     rows = len(prompts) * num_samples
-    vocab_size = fitting(model, tokenizer)
-    check(vocab_size, temperature, top_k, top_p)
+    fitting(model, tokenizer)
+    check(temperature, top_k, top_p)
     check_seed(seed)
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: it must be 1 or more")

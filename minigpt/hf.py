@@ -52,6 +52,7 @@ def export(model: GPT, tokenizer: dict[str, Any], folder: Path) -> None:
             storage.write_json(draft / _CONFIG, _described(model.config))
             storage.write_tensors(draft / _MODEL, dict(_renamed(model)), {"format": "pt"})
             storage.write_json(draft / TOKENIZER, tokenizer)
+            (draft / _MODEL).chmod((draft / _CONFIG).stat().st_mode)  # others may read the one if they may the other
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -153,7 +154,8 @@ def _read_config(folder: Path) -> ModelConfig:
         if name == "model_type" or name in stored:
             value = stored.get(name)
             if value not in values:
-                raise UserError(f"{folder / _CONFIG}: {name} is {value!r}, and only {values[-1]!r} can be imported")
+                known = " or ".join(map(repr, values))
+                raise UserError(f"{folder / _CONFIG}: {name} is {value!r}, and only {known} can be imported")
     try:
         return ModelConfig(
             vocab_size=int(stored.get("vocab_size", 50257)),

@@ -11,14 +11,17 @@ from .attention_maps import attention_maps, draw, shown, write_page
 from .command_line import command_line, warn
 from .commands import ops_of
 from .errors import UserError, writing
+from .prompting import read_prompt
 
 
 @dataclass(frozen=True)
 class Attention:
     """Show where each head of a trained model looks in a text: attention.png, and attention.html to point at."""
 
-    prompt: str
+    prompt: str | None = None
     """The text that the model reads."""
+    prompt_file: Path | None = None
+    """A UTF-8 file with that text, all of it."""
     run: Path | None = None
     """Folder of the run, or of one of its checkpoints. Without one: the newest run in runs/."""
     out: Path | None = None
@@ -32,13 +35,16 @@ class Attention:
 def run_attention(argv: Sequence[str], prog: str = "python -m minigpt attention") -> None:
     """Write the maps of a model for a prompt. Raises UserError for an empty one, and for unknown characters."""
     options = command_line(Attention, argv, prog=prog)
-    if not options.prompt:
+    if options.prompt is not None and options.prompt_file is not None:
+        raise UserError("--prompt and --prompt-file do not go together: choose one")
+    prompt = options.prompt if options.prompt_file is None else read_prompt(options.prompt_file)
+    if not prompt:
         raise UserError("the prompt is empty: give --prompt some text for the heads to look at")
     run = options.run or checkpoint.newest_run()
     found = checkpoint.find(run, warn)
     ops, device = ops_of(options)
     model = found.model(ops, device)
-    ids = generation.encode_prompt(found.tokenizer, options.prompt)
+    ids = generation.encode_prompt(found.tokenizer, prompt)
     if len(ids) > (block := model.config.block_size):
         warn(f"the prompt has {len(ids):,} tokens, and the model sees {block:,} at once: the last {block:,} are shown")
         ids = ids[-block:]

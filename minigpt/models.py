@@ -49,7 +49,7 @@ class Loaded:
         if isinstance(step := progress.get("step"), int):
             words.append(f"trained for {step:,} steps")
         if isinstance(loss := progress.get("best_val_loss"), float) and math.isfinite(loss):
-            words.append(f"validation loss {loss:.3f}")
+            words.append(f"validation loss {loss:.3f} on a part of the split")
         return ", ".join(words)
 
 

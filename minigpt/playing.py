@@ -80,14 +80,14 @@ class Settings:
     length: float | None = 200
     seed: float | None = 1337
 
-    def checked(self, vocab_size: int) -> "Settings":
+    def checked(self) -> "Settings":
         """These with the right types. Raises UserError for what is missing or makes no sense."""
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(f"{name} is empty: give it a number")
             if name in ("top_k", "length", "seed") and not (math.isfinite(value) and value == int(value)):
                 raise UserError(f"{name} is {value:g}: it must be a whole number")
-        check(vocab_size, self.temperature, int(self.top_k), self.top_p)
+        check(self.temperature, int(self.top_k), self.top_p)
         check_seed(int(self.seed))
         if not 1 <= self.length <= MOST_TOKENS:
             raise UserError(f"length is {int(self.length)}: it must be between 1 and {MOST_TOKENS} tokens")
@@ -108,7 +108,8 @@ def write(models: Models, session: Session, run: str | None, kernels: str, promp
             f"the prompt has {len(prompt):,} characters, and this page takes {LONGEST_PROMPT:,}: shorten it (the model "
             f"sees only {loaded.model.config.block_size:,} tokens of it), or use generate.py --prompt-file"
         )
-    settings = settings.checked(generation.fitting(loaded.model, tokenizer))
+    generation.fitting(loaded.model, tokenizer)
+    settings = settings.checked()
     length, notes = settings.length, list(loaded.warnings)
     if loaded.ops.interpreted and length > INTERPRETED_TOKENS:
         notes.append(f"{INTERPRETED_TOKENS} tokens are written, not {length:,}: the interpreter is slow")

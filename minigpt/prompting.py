@@ -1,27 +1,19 @@
 """generate.py: a prompt in, text out, as it comes; once, or again and again."""
 
-import json
 import sys
-import time
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated
 
 import tyro
 
-from . import checkpoint, generation, stops
-from .beam import beam_search
+from . import checkpoint
 from .command_line import command_line, warn
 from .commands import named, ops_of
-from .errors import UserError, writing
-from .generation import Row, Writing
-from .model import GPT
-from .tokenizers import Tokenizer
-
-TEMPERATURE = 0.8
+from .errors import UserError
+from .writer import Writer, say
 
 
 @dataclass(frozen=True)
@@ -34,8 +26,9 @@ class Generate:
 
     run: Path | None = None
     """Folder of the run, or of one of its checkpoints. Without one: the newest run in runs/."""
-    prompt: str | None = None
-    """What the text continues. Without one it begins at a new line."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """What the text continues; may be given several times: all are written to at once, one line of text may be shorter
+    than another. Without one it begins at a new line."""
     prompt_file: Path | None = None
     """A UTF-8 file that the text continues, all of it, a newline at its end included."""
     interactive: bool = False
@@ -81,18 +74,18 @@ def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> No
     """Print prompts and the texts that a model continues them with, as they come."""
     options = command_line(Generate, sys.argv[1:] if argv is None else argv, prog=prog)
     _check(options)
-    prompt = _prompt(options)
+    prompts = _prompts(options)
     found = checkpoint.find(options.run or checkpoint.newest_run(), warn)
     ops, device = ops_of(options)
     introduction = f"{found.folder}, kernels: {named(ops)}"
     with ExitStack() as held:
-        writer = _Writer(found.model(ops, device), found.tokenizer, options, held)
+        writer = Writer(found.model(ops, device), found.tokenizer, options, held)
         if options.interactive:
             writer.check()
-            _say(f"{introduction}. Ctrl-C ends a text, Ctrl-D the program")
+            say(f"{introduction}. Ctrl-C ends a text, Ctrl-D the program")
             _ask(writer)
         else:
-            writer.write(prompt, introduction)
+            writer.write(prompts, introduction)
 
 
 def _check(options: Generate) -> None:
@@ -100,7 +93,7 @@ def _check(options: Generate) -> None:
     given = [
         name
         for name, wanted in {
-            "--prompt": options.prompt is not None,
+            "--prompt": bool(options.prompt),
             "--prompt-file": options.prompt_file is not None,
             "--interactive": options.interactive,
         }.items()
@@ -108,7 +101,7 @@ def _check(options: Generate) -> None:
     ]
     if len(given) > 1:
         raise UserError(f"{given[0]} and {given[1]} do not go together: choose one")
-    if options.prompt == "":
+    if "" in options.prompt:
         raise UserError("the prompt is empty: give --prompt at least one character, or leave it out")
     if options.num_samples < 1:
         raise UserError(f"num_samples is {options.num_samples}: it must be 1 or more")
@@ -129,10 +122,12 @@ def _check(options: Generate) -> None:
         raise UserError(f"--beams {options.beams} finds no {options.num_samples} texts: take more beams or fewer texts")
 
 
-def _prompt(options: Generate) -> str:
-    if options.prompt_file is None:
-        return options.prompt or ""
-    path = options.prompt_file
+def _prompts(options: Generate) -> Sequence[str]:
+    return (read_prompt(options.prompt_file),) if options.prompt_file is not None else options.prompt or ("",)
+
+
+def read_prompt(path: Path) -> str:
+    """The text of --prompt-file. Raises UserError where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -144,7 +139,7 @@ def _prompt(options: Generate) -> str:
     return text
 
 
-def _ask(writer: "_Writer") -> None:
+def _ask(writer: Writer) -> None:
     """Write to one prompt after another, until there are no more."""
     terminal = sys.stdin.isatty()
     if terminal:
@@ -154,7 +149,7 @@ def _ask(writer: "_Writer") -> None:
             pass
     while True:
         try:
-            prompt = input("> " if terminal else "")
+            prompt = input("> " if terminal else "").removesuffix("\r")
         except EOFError:
             if terminal:
                 print()
@@ -165,153 +160,13 @@ def _ask(writer: "_Writer") -> None:
             print()
             continue
         except UnicodeDecodeError:
-            _say("error: this line is not UTF-8 text")
+            say("error: this line is not UTF-8 text")
             continue
         try:
             if not prompt:
                 raise UserError("the prompt is empty: type at least one character")
-            writer.write(prompt)
+            writer.write([prompt])
         except UserError as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
         except KeyboardInterrupt:
             print(flush=True)
-
-
-class _Writer:
-    """Writes to prompts as the options say; `held` closes the file of --logprobs."""
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer, options: Generate, held: ExitStack):
-        self.model, self.tokenizer, self.options, self.held = model, tokenizer, options, held
-        self.records: TextIO | None = None
-        # a terminal obeys what control characters say; a file gets the text as it is
-        self.shown = visible if sys.stdout.isatty() else str
-
-    def check(self) -> None:
-        """Raise UserError for options that would fail with every prompt."""
-        if self.options.beams is None:
-            self._writing("")
-        else:
-            self._search("", min(self.options.max_new_tokens, 0))
-        self._open_records()
-
-    def write(self, prompt: str, introduction: str = "") -> None:
-        """Print the prompt and what follows it, as often as there are to be samples.
-
-        Raises UserError before anything is printed; the introduction goes to stderr once nothing is wrong.
-        """
-        began = time.perf_counter()
-        search = self.options.beams is not None
-        rows = self._search(prompt, self.options.max_new_tokens) if search else self._writing(prompt)
-        self._open_records()
-        if introduction:
-            _say(introduction)
-        length = len(generation.encode_prompt(self.tokenizer, prompt))
-        block_size = self.model.config.block_size
-        if (seen := generation.seen(self.model, length)) < length:
-            _say(f"the prompt has {length:,} tokens, the block {block_size:,}: the model sees the last {seen:,}")
-        texts = self._print_found(prompt, rows) if search else self._print_drawn(prompt, rows)
-        seconds = max(time.perf_counter() - began, 1e-9)
-        characters = sum(map(len, texts))
-        _say(f"{characters} characters, {characters / seconds:,.0f} a second")
-
-    def _writing(self, prompt: str) -> Writing:
-        options = self.options
-        return Writing(
-            self.model,
-            self.tokenizer,
-            [prompt],
-            stop=options.stop,
-            alternatives=options.alternatives if options.logprobs is not None else 0,
-            num_samples=options.num_samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=TEMPERATURE if options.temperature is None else options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            cache=options.cache,
-            cuda_graph=options.cuda_graph,
-        )
-
-    def _print_drawn(self, prompt: str, drawing: Writing) -> list[str]:
-        """Draw all samples at once: the first is printed as it comes, the others when all are there."""
-        self._head(0, prompt)
-        try:
-            for new in drawing:
-                print(self.shown(new[0]), end="", flush=True)
-        finally:
-            print(flush=True)
-            for number, row in enumerate(drawing.rows):
-                self._record(prompt, number, row)
-        for number, row in enumerate(drawing.rows[1:], start=1):
-            self._head(number, prompt)
-            print(self.shown(row.text), flush=True)
-        return [row.text for row in drawing.rows]
-
-    def _print_found(self, prompt: str, found: list[tuple[float, Row]]) -> list[str]:
-        """Print the best that were found."""
-        for number, (score, row) in enumerate(found):
-            self._head(number, prompt, f", score {score:.3f}")
-            print(self.shown(row.text), flush=True)
-            self._record(prompt, number, row)
-        return [row.text for _, row in found]
-
-    def _search(self, prompt: str, max_new_tokens: int) -> list[tuple[float, Row]]:
-        options, tokenizer = self.options, self.tokenizer
-        generation.check_stops(tokenizer, options.stop)
-        found = beam_search(
-            self.model,
-            generation.encode_prompt(tokenizer, prompt),
-            width=options.beams,
-            max_new_tokens=max_new_tokens,
-            length_penalty=options.length_penalty,
-            ended=lambda ids: stops.cut(tokenizer.decode(ids), options.stop)[1],
-            tokenizer=tokenizer,
-            cache=options.cache,
-            cuda_graph=options.cuda_graph,
-        )
-        rows = []
-        for hypothesis in found[: options.num_samples]:
-            text, stopped = stops.cut(tokenizer.decode(hypothesis.ids), options.stop)
-            row = Row(text, list(hypothesis.ids), list(hypothesis.logprobs), stopped=stopped)
-            rows.append((hypothesis.score, row))
-        return rows
-
-    def _head(self, number: int, prompt: str, more: str = "") -> None:
-        if self.options.num_samples > 1:
-            print(f"--- {number + 1} of {self.options.num_samples}{more}")
-        print(self.shown(prompt), end="", flush=True)
-
-    def _open_records(self) -> None:
-        path = self.options.logprobs
-        if path is not None and self.records is None:
-            with writing(path):
-                self.records = self.held.enter_context(path.open("w", encoding="utf-8"))
-
-    def _record(self, prompt: str, number: int, row: Row) -> None:
-        if self.records is not None:
-            lines = _lines(self.tokenizer, prompt, number, row)
-            with writing(self.options.logprobs):
-                self.records.writelines(json.dumps(line) + "\n" for line in lines)
-                self.records.flush()
-
-
-def _lines(tokenizer: Tokenizer, prompt: str, number: int, row: Row) -> Iterator[dict[str, Any]]:
-    """What --logprobs writes of each token; its number counts from the end of the prompt."""
-    for place, (token, logprob) in enumerate(zip(row.ids, row.logprobs, strict=True)):
-        line = {"prompt": prompt[-80:], "sample": number, "number": place, "id": token}
-        line |= {"text": tokenizer.token_text(token), "logprob": round(logprob, 6)}
-        if row.alternatives:
-            line["alternatives"] = [
-                {"id": other, "text": tokenizer.token_text(other), "logprob": round(value, 6)}
-                for other, value in row.alternatives[place]
-            ]
-        yield line
-
-
-def visible(text: str) -> str:
-    """`text` with its control characters and lone surrogates written out, as \\x1b, but for newlines and tabs."""
-    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -135,4 +135,6 @@ def check_text(data: str | None, found: Checkpoint, corpus: Dataset) -> None:
             f"{corpus.source} has changed since {found.folder} was written (SHA-256 {stored[:12]} then, "
             f"{corpus.sha256[:12]} now): put the text back, name it with --data, or start a new run"
         )
+    if "corpus" not in found.state:
+        raise UserError(f"{found.folder} was not trained here, and does not tell its text: name one with --data")
     raise UserError(f"{found.folder} was trained on another text than {corpus.source}: name it with --data")

@@ -29,7 +29,7 @@ def sample(
     (nucleus sampling, Holtzman et al. 2020). `uniform` (...) float64, numbers in [0, 1), decides which token each row
     gets; without it they are drawn from `generator`. Raises UserError for values that make no sense.
     """
-    check(logits.shape[-1], temperature, top_k, top_p)
+    check(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
     rows = logits.double().reshape(-1, logits.shape[-1])
@@ -37,7 +37,7 @@ def sample(
     rows = (rows - rows.amax(-1, keepdim=True)) / max(temperature, 1e-300)
     order = None
     if 0 < top_k < rows.shape[-1] or top_p < 1:
-        rows, order = rows.topk(top_k or rows.shape[-1], dim=-1)
+        rows, order = rows.topk(min(top_k or rows.shape[-1], rows.shape[-1]), dim=-1)
     probabilities = rows.softmax(-1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
@@ -84,14 +84,12 @@ class Uniforms:
         return self._numbers[:, self._next - 1]
 
 
-def check(vocab_size: int, temperature: float, top_k: int, top_p: float) -> None:
+def check(temperature: float, top_k: int, top_p: float) -> None:
     """Raise UserError for values that make no sense."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"temperature is {temperature:g}: it must be 0 (always the likeliest token) or more")
-    if not 0 <= top_k <= vocab_size:
-        raise UserError(
-            f"top_k is {top_k}: it must be between 1 and the {vocab_size} tokens of the vocabulary, or 0 for all"
-        )
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}: it must be 1 or more, or 0 for all tokens")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p:g}: it must be above 0 and at most 1")
 

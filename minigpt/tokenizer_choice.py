@@ -69,8 +69,11 @@ def contradicts(name: str | None, vocab_size: int, stored: Tokenizer) -> bool:
     return read(name) != stored
 
 
-def read(name_or_path: str) -> Tokenizer:
-    """GPT-2's tokenizer (`gpt2`), or the one in a folder or a tokenizer.json. Raises UserError where there is none."""
+def read(name_or_path: str, *, text: bool = True) -> Tokenizer:
+    """GPT-2's tokenizer (`gpt2`), or the one in a folder or a tokenizer.json. Raises UserError where there is none.
+
+    `text`: whether there is one, from which another tokenizer could be made.
+    """
     if name_or_path == GPT2:
         return _gpt2()
     path = Path(name_or_path)
@@ -78,7 +81,7 @@ def read(name_or_path: str) -> Tokenizer:
     if found is None:
         what = f"no tokenizer in the folder {path}" if path.is_dir() else f"no tokenizer {name_or_path!r}"
         raise UserError(
-            f"there is {what}: give --tokenizer {CHAR}, {BPE}, {GPT2}, or a folder with {_JSON}, or with "
+            f"there is {what}: give --tokenizer {f'{CHAR}, {BPE}, ' * text}{GPT2}, or a folder with {_JSON}, or with "
             f"{' and '.join(_PAIRS[0])}"
         )
     return _read(found)

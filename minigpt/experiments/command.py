@@ -111,7 +111,7 @@ def _carry_out(chosen: list[Experiment], scale: Scale, options: Options, place: 
             sections[name] = log.section(one.experiment, groups, paragraph, f"{log.picture_folder()}/{name}.png")
         if logged is not None:
             seconds = sum(result["seconds"] for result in work.done.values())
-            log.write_log(sections, drawn, logged, place, seconds / 60)
+            log.write_log(sections, drawn, logged, place, seconds / 60, options.quick)
             print(f"written to {logged}")
     finally:
         lock.release()

@@ -48,7 +48,9 @@ def section(experiment: Experiment, groups: Groups, paragraph: str, picture: str
     return "\n\n".join(parts) + "\n"
 
 
-def write_log(sections: dict[str, str], pictures: dict[str, Path], log: Path, place: Place, minutes: float) -> None:
+def write_log(
+    sections: dict[str, str], pictures: dict[str, Path], log: Path, place: Place, minutes: float, quick: bool = False
+) -> None:
     """Write the log, its pictures under images/experiments beside it. Raises UserError when it cannot be written."""
     folder = log.parent / picture_folder()
     with writing(folder):
@@ -59,9 +61,11 @@ def write_log(sections: dict[str, str], pictures: dict[str, Path], log: Path, pl
             draft.replace(folder / f"{name}.png")
     where = f"{place.machine}, {'GPU' if place.device.type == 'cuda' else 'CPU'}"
     ops = ", ".join(f"{op}={backend}" for op, backend in place.ops().names.items())
+    command = "python -m minigpt experiment all" + " --quick" * quick
+    trial = "**A few steps of small models, to see that it works: what is said here means nothing.**\n\n" * quick
     head = (
-        "# A log of experiments\n\n"
-        f"Written by `python -m minigpt experiment all` on {datetime.now(UTC):%Y-%m-%d} from the numbers that it "
+        f"# A log of experiments\n\n{trial}"
+        f"Written by `{command}` on {datetime.now(UTC):%Y-%m-%d} from the numbers that it "
         f"measured, the sentences too: {where}, {place.settings_told}, kernels {ops}. The runs took {minutes:.0f} "
         f"minutes in all. The text is {place.dataset().name}, {place.dataset().tokens:,} characters, the last tenth "
         "of which validates.\n\n"

@@ -53,9 +53,41 @@ def test_a_model_without_a_tokenizer_needs_one(run):
     main(["import", "--from=hf", "there", "--tokenizer=runs/r/last", "--out=runs/with"])
     assert checkpoint.find(Path("runs/with"), print).tokenizer == checkpoint.find(run, print).tokenizer
     tokenizer = json.loads((run / "last" / "tokenizer.json").read_text())
+    for name in ("char", "bpe"):  # there is no text to make one from
+        with pytest.raises(UserError, match=f"no tokenizer '{name}': give --tokenizer gpt2, or a folder"):
+            main(["import", "--from=hf", "there", f"--tokenizer={name}"])
     Path("large.json").write_text(json.dumps(tokenizer | {"characters": "".join(map(chr, range(40, 200)))}))
     with pytest.raises(UserError, match="the tokenizer has 163 tokens and the model only"):
         main(["import", "--from=hf", "there", "--tokenizer=large.json"])
+
+
+def test_a_smaller_tokenizer_is_told(run, capsys):
+    main(["export", "--to=hf", "--out=there"])
+    tokenizer = json.loads((run / "last" / "tokenizer.json").read_text())
+    Path("small.json").write_text(json.dumps(tokenizer | {"characters": "\nab"}))
+    main(["import", "--from=hf", "there", "--tokenizer=small.json"])
+    assert "WARNING: the tokenizer has 6 tokens and the model" in capsys.readouterr().err
+    main(["import", "--from=hf", "there"])
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_what_is_imported_is_no_training(run):
+    """... that could be gone on with, or whose text is known; and a folder that is cut short is not ours to mend."""
+    main(["export", "--to=hf", "--out=there"])
+    assert Path("there/model.safetensors").stat().st_mode == Path("there/config.json").stat().st_mode
+    main(["import", "--from=hf", "there", "--out=runs/back"])
+    with pytest.raises(UserError, match="was not trained here, and does not tell its text: name one with --data"):
+        main(["evaluate", "--run=runs/back"])
+    with pytest.raises(UserError, match="runs/back has nothing to go on with"):
+        main(["train", "--resume=runs/back"])
+    whole = Path("there/model.safetensors").read_bytes()
+    Path("there/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="get the folder there anew"):
+        main(["import", "--from=hf", "there"])
+    config = json.loads(Path("there/config.json").read_text())
+    Path("there/config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
+    with pytest.raises(UserError, match="only 'gelu_new' or 'gelu_pytorch_tanh' can be imported"):
+        main(["import", "--from=hf", "there"])
 
 
 def test_what_cannot_be_exported_is_one_line(run, small):
@@ -97,3 +129,14 @@ def test_attention_refuses_what_it_cannot_show(run, prompt, said):
     with pytest.raises(UserError, match=said):
         main(["attention", f"--prompt={prompt}"])
     assert not Path("runs/r/attention.png").exists()
+
+
+def test_attention_of_a_file(run, capsys):
+    Path("some.txt").write_text("\n12 is")
+    main(["attention", "--prompt-file=some.txt", "--out=one"])
+    main(["attention", "--prompt=\n12 is", "--out=other"])
+    assert Path("one/attention.html").read_text() == Path("other/attention.html").read_text()
+    with pytest.raises(UserError, match="--prompt and --prompt-file do not go together"):
+        main(["attention", "--prompt-file=some.txt", "--prompt=1"])
+    with pytest.raises(UserError, match=r"there is no missing\.txt"):
+        main(["attention", "--prompt-file=missing.txt"])

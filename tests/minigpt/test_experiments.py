@@ -60,6 +60,7 @@ def rows(path):
 def test_all_of_them_from_end_to_end(experiment, counted):
     said = experiment("all", "--out", "out").out
     log = Path("out/experiments_log.md").read_text(encoding="utf-8")
+    assert "means nothing" in log and "experiment all --quick`" in log
     assert len(counted) == len(set(counted))  # what two experiments need is run once
     for name, one in EXPERIMENTS.items():
         assert f"## {one.title}\n" in log and f"Usually said: {one.said}." in log

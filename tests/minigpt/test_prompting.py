@@ -21,8 +21,9 @@ from minigpt import checkpoint, generation
 from minigpt.backends import resolve
 from minigpt.config import preset
 from minigpt.model import GPT
-from minigpt.prompting import generate, visible
+from minigpt.prompting import generate
 from minigpt.tokenizers import CharTokenizer
+from minigpt.writer import visible
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENIZER = CharTokenizer.from_text("\n abcdefghijklmnopqrstuvwxyz\x1b[31m")
@@ -182,6 +183,34 @@ def test_every_line_of_a_pipe_is_a_prompt(write, monkeypatch):
     for prompt in ("abc", "the end"):
         assert text_of(write("--prompt", prompt, "--seed", 4, "--max-new-tokens", 10)) in out
     assert text_of(answers(write, monkeypatch, "")) == ""
+
+
+def test_a_line_may_end_as_on_windows(write, monkeypatch):
+    plain = text_of(answers(write, monkeypatch, "abc\nthe end\n"))
+    assert text_of(answers(write, monkeypatch, "abc\r\nthe end\r\n")) == plain
+
+
+@pytest.mark.parametrize("options", [["--temperature", 0], ["--beams", 2], ["--seed", 3, "--num-samples", 2]])
+def test_several_prompts_are_written_to_at_once(options, write):
+    """Each gets what it gets alone, in order; seeds count on from text to text."""
+    prompts = ["abc", "a", "the long one at the end"]
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    options = [*options, "--max-new-tokens", 12]
+    out = text_of(write(*asked, *options, "--logprobs", "tokens.jsonl"))
+    texts = re.split(r"--- \d of \d[^\n]*\n", out)[1:]
+    samples = 2 if "--num-samples" in options else 1
+    assert len(texts) == samples * len(prompts)
+    for number, prompt in enumerate(prompts):
+        alone = (
+            [*options[: options.index("--seed")], "--seed", 3 + 2 * number, *options[2:]] if samples == 2 else options
+        )
+        expected = text_of(write("--prompt", prompt, *alone))
+        mine = texts[number * samples : (number + 1) * samples]
+        assert [text.strip("\n") for text in re.split(r"--- \d of \d[^\n]*\n", expected) if text] == [
+            text.strip("\n") for text in mine
+        ]
+    records = [json.loads(line) for line in Path("tokens.jsonl").read_text().splitlines()]
+    assert {(r["prompt"], r["sample"]) for r in records} == {(p, n) for p in prompts for n in range(samples)}
 
 
 def test_a_wrong_prompt_is_told_and_the_next_one_answered(write, monkeypatch):

@@ -68,6 +68,13 @@ def test_the_smallest_nucleus_that_reaches_top_p():
     assert set(sample(logits, top_p=0.74, generator=seeded()).tolist()) == {0, 1}
 
 
+def test_top_k_above_the_vocabulary_is_all_of_it():
+    logits, uniform = torch.randn(50, 6, generator=seeded()), torch.rand(50, dtype=torch.float64, generator=seeded())
+    for top_p in (1.0, 0.7):
+        whole = sample(logits, top_k=0, top_p=top_p, uniform=uniform)
+        assert torch.equal(sample(logits, top_k=7, top_p=top_p, uniform=uniform), whole)
+
+
 def test_top_k_keeps_exactly_k_of_equal_logits():
     assert len(set(sample(torch.zeros(2000, 10), top_k=3, generator=seeded()).tolist())) == 3
 
@@ -99,7 +106,6 @@ BAD = [
     ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"),
     ({"top_k": -1}, "top_k"),
-    ({"top_k": 8}, "top_k"),
     ({"top_p": 0.0}, "top_p"),
     ({"top_p": 1.01}, "top_p"),
     ({"top_p": -0.5}, "top_p"),
