@@ -6,6 +6,7 @@ is launched with (running, ahead-of-time compilation, resource tables, launch co
 
 import collections
 import contextlib
+import contextvars
 import functools
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,11 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @property
+    def scratch(self) -> bool:
+        """Whether the kernel makes tensor descriptors, for which Triton asks an allocator for memory at each launch."""
+        return self.constexprs.get("DESCRIPTORS", False)
 
 
 Specs = Mapping[str, Spec | None]
@@ -145,8 +151,19 @@ class _Ready:
         self._constants: list = []
         self._compiled: dict[int | None, Callable] = {}
 
-    def start(self, tensors: Mapping[str, torch.Tensor | None], index: int | None) -> None:
-        """Launch on the tensors, which lie on the current GPU, number `index`."""
+    def start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        """Launch on the tensors, which lie on `device`, the current GPU if it is one."""
+        if self.launch.scratch and not devices.INTERPRETED:
+            # in a copy of the context, where Triton keeps it: the caller's own allocator stays
+            contextvars.copy_context().run(self._start_with_scratch, tensors, device)
+        else:
+            self._start(tensors, device.index)
+
+    def _start_with_scratch(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device=device))
+        self._start(tensors, device.index)
+
+    def _start(self, tensors: Mapping[str, torch.Tensor | None], index: int | None) -> None:
         arguments = self._values.copy()
         for place, name in self._tensors:
             arguments[place] = tensors[name]
@@ -190,7 +207,7 @@ def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) 
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else _nothing:
         for ready in launches:
-            ready.start(tensors, device.index)
+            ready.start(tensors, device)
             for counter in _counters:
                 counter[ready.launch.name] += 1
 

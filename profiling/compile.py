@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from profiling.instructions import cdna_mix, sass_mix
+from profiling.instructions import cdna_mix, hopper_loops, sass_mix
 
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
 
@@ -170,6 +170,8 @@ def compile_source(source: Source) -> dict[str, Any]:
         "loads": _widths(disassembly, r"(?:LDG|LDGSTS)"),
         "stores": _widths(disassembly, "STG"),
         "instructions": sass_mix(disassembly),
+        "loops": hopper_loops(disassembly),
+        "code_bytes": len(compiled.asm["cubin"]),
         "advisories": sorted(set(re.findall(r"\((C\d+)\)", log))),
     }
 
