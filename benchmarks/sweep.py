@@ -20,7 +20,7 @@ import torch
 from benchmarks import machine
 from benchmarks.problems import DTYPES
 from kernels import tiles
-from kernels.device import Device
+from kernels.device import TARGETS, Device
 from kernels.op import Case, Op
 
 
@@ -106,13 +106,33 @@ def entries() -> list[Entry]:
     return [*_attention(), *_norms(), *_losses()]
 
 
-def candidates(entry: Entry) -> list[Candidate]:
-    """The default, and everything else worth compiling for an entry."""
+def _with_descriptors(slot: str, key: str) -> Iterator[tuple[int, ...]]:
+    """Attention's tiles with descriptors, in forward without and with overlap; overlap is tried with descriptors alone.
+
+    Read off what they compile to (docs/kernels/attention.md): a warp owns 16 rows, as a wgmma of four warps has 64.
+    With more of them nearly everything spills; by pointers, overlap costs registers and mostly overlaps nothing.
+    """
+    widths = (32, 64) if key.endswith("/256") else (64, 128) if slot == "attention.forward" else (32, 64, 128)
+    for warps, width, stages in itertools.product((4, 8), widths, (2, 3)):
+        rows = 16 * warps
+        block_q, block_k = (width, rows) if slot == "attention.backward_key" else (rows, width)
+        if slot == "attention.forward":
+            yield block_q, block_k, warps, stages, 1, 0
+            yield block_q, block_k, warps, stages, 1, 1
+        else:
+            yield block_q, block_k, warps, stages, 1
+
+
+def candidates(entry: Entry, device: Device) -> list[Candidate]:
+    """The default, and everything else worth compiling for an entry on a device."""
     if entry.slot.startswith("attention"):
         half = entry.key.startswith("half")
         blocks = (32, 64, 128) if half else (16, 32, 64)
         grid = itertools.product(blocks, blocks, (4, 8), (2, 3) if half else (1, 2))
-        found = [numbers for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
+        off = (0,) * (len(tiles.SLOTS[entry.slot]) - 4)
+        found = [numbers + off for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
+        if half and TARGETS[device.tiles].descriptors:
+            found += _with_descriptors(entry.slot, entry.key)
     elif entry.slot == "layer_norm.rows":
         block = int(entry.key)
         grid = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
@@ -144,7 +164,6 @@ def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]
 
 
 def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
-    from kernels.device import TARGETS
     from profiling import resources
 
     found: dict = {}
