@@ -112,8 +112,9 @@ def _with_descriptors(slot: str, key: str) -> Iterator[tuple[int, ...]]:
     Read off what they compile to (docs/kernels/attention.md): a warp owns 16 rows, as a wgmma of four warps has 64.
     With more of them nearly everything spills; by pointers, overlap costs registers and mostly overlaps nothing.
     """
-    widths = (32, 64) if key.endswith("/256") else (64, 128) if slot == "attention.forward" else (32, 64, 128)
-    for warps, width, stages in itertools.product((4, 8), widths, (2, 3)):
+    widest = key.endswith("/256")
+    widths = (32, 64) if widest else (64, 128) if slot == "attention.forward" else (32, 64, 128)
+    for warps, width, stages in itertools.product((4, 8), widths, (1, 2) if widest else (2, 3)):
         rows = 16 * warps
         block_q, block_k = (width, rows) if slot == "attention.backward_key" else (rows, width)
         if slot == "attention.forward":
@@ -148,7 +149,8 @@ def candidates(entry: Entry, device: Device) -> list[Candidate]:
 
 
 def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
-    """By candidate's name: "" if it compiles, does not spill and fits into shared memory, else what is wrong with it.
+    """By candidate's name: "" if it compiles, does not spill, fits into shared memory and leaves the tensor cores to
+    work while other things run, else what is wrong with it.
 
     The default is held to nothing but compiling. Runs in a process of its own: the interpreter, once chosen, stays.
     """
@@ -165,6 +167,7 @@ def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]
 
 def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
     from profiling import resources
+    from profiling.compile import SERIALISED
 
     found: dict = {}
     parts: dict[str, list] = {}
@@ -192,6 +195,8 @@ def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, 
             wrong += [f"spills {use.spill_bytes} B" for use in uses if use.spill_bytes]
             limits = [(use.shared_memory, use.shared_memory_limit) for use in uses]
             wrong += [f"{used} B of shared memory, there are {there}" for used, there in limits if used > there]
+            waits = [code for use in uses for code in use.advisories if code in SERIALISED]
+            wrong += [f"a wait after every product on the tensor cores ({code})" for code in dict.fromkeys(waits)]
         outcome[candidate.name] = "; ".join(wrong)
     return outcome
 

@@ -20,6 +20,8 @@ from typing import Any
 from profiling.instructions import cdna_mix, hopper_loops, sass_mix
 
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+SERIALISED = ("C7511", "C7512", "C7515")
+"""ptxas's advisories that it waits after every wgmma."""
 
 
 @dataclasses.dataclass(frozen=True)

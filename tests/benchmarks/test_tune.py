@@ -165,6 +165,19 @@ def test_compilation_in_a_process_of_its_own():
 
 
 @pytest.mark.slow
+def test_descriptors_with_overlap_survive_and_what_waits_for_its_products_does_not():
+    forward = {entry.key: entry for entry in ENTRIES if entry.slot == "attention.forward"}
+    good = [
+        Candidate(forward["half/64"], (128, 64, 8, 2, 1, 1)),
+        Candidate(forward["half/128"], (128, 128, 8, 2, 1, 1)),
+    ]
+    bad = Candidate(forward["half/64"], (128, 128, 4, 2, 0, 0))
+    found = sweep.compiled([*good, bad], "sm_90", 1)
+    assert [found[candidate.name] for candidate in good] == ["", ""]
+    assert "a wait after every product" in found[bad.name]
+
+
+@pytest.mark.slow
 def test_a_tile_that_spills_is_dropped():
     """One warp with 256 elements a thread must spill, four with 32 need not."""
     found = sweep.compiled([Candidate(NORM, (8, 1)), Candidate(NORM, (4, 4))], "sm_90", 1)

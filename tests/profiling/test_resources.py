@@ -16,6 +16,7 @@ import torch
 
 from kernels import catalogue
 from kernels.device import HAS_TRITON, TARGETS
+from profiling.instructions import overlapped
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -145,6 +146,39 @@ def test_a_kernel_that_compiles_can_run(one_of_each):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_the_whole_table(arch):
     assert not _problems(_table("--arch", arch))
+
+
+TUNED = {  # what docs/kernels/attention.md has the figures of, by case: slots and numbers
+    "gpt2": (
+        ["attention.forward half/64 128 64 8 2 1 1", "attention.backward_query half/64 128 64 8 2 1",
+         "attention.backward_key half/64 64 128 8 2 1"],
+        ["attention.forward half/64 128 128 8 2 1 1", "attention.backward_query half/64 64 64 4 2 1",
+         "attention.backward_key half/64 64 64 4 2 1"],
+    ),
+    "d128": (
+        ["attention.forward half/128 128 64 8 2 1 1", "attention.backward_query half/128 128 64 8 2 1",
+         "attention.backward_key half/128 32 128 8 2 1"],
+        ["attention.forward half/128 128 128 8 2 1 1", "attention.backward_query half/128 64 64 4 2 1",
+         "attention.backward_key half/128 32 64 4 2 1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(("case", "which"), [(case, which) for case in TUNED for which in (0, 1)])
+def test_tuned_options_compile_well(case, which, arch):
+    """No spills, within shared memory, tiles loaded by the TMA unit, wgmma not serialised, exponentials beside it."""
+    tiles = [part for tile in TUNED[case][which] for part in ("--tile", *tile.split())]
+    document = _table("--arch", arch, "--dtype", "bfloat16", "--case", case, *tiles)
+    assert not _problems(document)
+    attention = [use for use in document["kernels"] if use["tile"].get("DESCRIPTORS")]
+    assert len(attention) == 3
+    for use in attention:
+        assert use["instructions"]["tma"] >= 4, _name(use)
+        if use["kernel"] == "_attention_forward" and arch == "sm_90":
+            found, total = overlapped(use["loops"][0])
+            assert found >= total / 3, use["loops"]
 
 
 @pytest.mark.slow
