@@ -63,7 +63,7 @@ def loops(monkeypatch):
 
 # ---------------------------------------------------------------- the same numbers
 
-DROPOUT = Case("dropout", {"query": (1, 2, 70, 24), "key": (1, 1, 90, 24), "value": (1, 1, 90, 24)},
+DROPOUT = Case("dropout", {"query": (1, 2, 66, 24), "key": (1, 1, 50, 24), "value": (1, 1, 50, 24)},
                {"dropout_p": 0.3, "enable_gqa": True})  # fmt: skip
 # a whole tile of queries sees nothing
 BACK = Case("back", {"query": (1, 1, 130, 64), "key": (1, 1, 65, 64), "value": (1, 1, 65, 64)},
@@ -71,7 +71,7 @@ BACK = Case("back", {"query": (1, 1, 130, 64), "key": (1, 1, 65, 64), "value": (
 EVEN = Case("even", {"query": (1, 1, 64, 16), "key": (1, 1, 128, 16), "value": (1, 1, 128, 16)}, {})
 CASES = {case.name: case for case in (*ATTENTION.cases, DROPOUT, BACK, EVEN)}
 QUICK = {
-    "float32": ("one_element", "sees_nothing", "dropout", "back"),
+    "float32": ("sees_nothing", "back"),
     "float16": ("offset",),
     "bfloat16": ("one_over_a_tile", "cache", "even", "dropout"),
 }
@@ -191,8 +191,11 @@ def test_none_by_default():
         assert not any(launch.scratch or launch.constexprs.get("OVERLAP") for launch in planned)
 
 
-@pytest.mark.parametrize("layout", [misaligned, sliced, packed], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("of", ["inputs", "grad"])
+@pytest.mark.parametrize(
+    ("layout", "of"),
+    [(misaligned, "inputs"), (sliced, "grad"), (packed, "inputs")],
+    ids=["misaligned", "sliced", "packed"],
+)
 def test_other_layouts_come_out_the_same(layout, of, device, loops):
     """The interpreter refuses a descriptor that is not legal; packed keys, as a GPT has them, are."""
     case = Case("layout", dict.fromkeys(("query", "key", "value"), (1, 2, 40, 24)), {"is_causal": True})
@@ -203,22 +206,20 @@ def test_other_layouts_come_out_the_same(layout, of, device, loops):
 # ---------------------------------------------------------------- compiled
 
 COMPILED = """
-import json, sys
+import dataclasses, json
 import torch, triton
 from triton.runtime import _allocation
 from kernels import catalogue, op, tiles
 from kernels.device import TARGETS
-from profiling import compile as compiling
-from profiling.host import stand_in, ways
-import dataclasses
+from profiling.compile import _disassemble
+from profiling.host import stand_in
+from profiling.instructions import sass_mix
 
-tiles.try_out("trial", {
-    "attention.forward": {"half/64": [128, 128, 8, 2, 1, 1]},
-    "attention.backward_query": {"half/64": [128, 64, 8, 2, 1]},
-    "attention.backward_key": {"half/64": [64, 128, 8, 2, 1]},
-})
-driver = stand_in()
-op._pretended = trial = dataclasses.replace(TARGETS["sm_90"], name="trial")
+tiles.try_out("trial", {"attention.forward": {"half/64": [128, 64, 8, 2, 1, 1]}})
+driver, cubins = stand_in(), []
+known = driver.utils.load_binary
+driver.utils.load_binary = lambda name, cubin, *rest: (cubins.append(cubin), known(name, cubin, *rest))[1]
+op._pretended = dataclasses.replace(TARGETS["sm_90"], name="trial")
 attention = catalogue.ATTENTION
 case = op.Case("c", dict.fromkeys(("query", "key", "value"), (1, 2, 256, 64)), {"is_causal": True})
 inputs = attention.inputs(case, torch.bfloat16, "cpu")
@@ -233,20 +234,16 @@ def counted(*shape, **options):
         asked.append((shape[0], str(options["device"])))
     return empty(*shape, **options)
 torch.empty = counted
-call = list(ways(attention, attention.public, inputs, case.options).values())[-1]
-known, counts = [], []
-op._launches.cache_clear()
+launched, counts = [], []
 for turn in ("through Triton", "directly"):
     asked.clear()
     driver.launched = []
-    call()
+    attention.public(**inputs, **case.options)
     counts.append(list(asked))
-    known.append([len(one) for one in driver.launched])
+    launched.append([len(one) for one in driver.launched])
     assert _allocation._allocator.get() is mine
-launch = attention.plan(inputs, case.options, trial)[0]
-triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-found = compiling.compile_source(compiling.source_of(launch, "sm_90"))
-print(json.dumps({"asked": counts, "launched": known, "compiled": found}))
+(cubin,) = cubins
+print(json.dumps({"asked": counts, "launched": launched, "instructions": sass_mix(_disassemble(cubin))}))
 """
 
 
@@ -259,8 +256,7 @@ def test_compiled_it_loads_by_the_tma_unit_with_memory_from_pytorch():
     assert done.returncode == 0, done.stderr[-2000:]
     document = json.loads(done.stdout.splitlines()[-1])
     first, second = document["asked"]
-    assert first == second and len(first) == 3 and all(size > 0 and where == "cpu" for size, where in first), first
-    assert document["launched"][0] == document["launched"][1] and len(document["launched"][0]) == 3
-    found = document["compiled"]
-    assert found["instructions"]["tma"] >= 3 and "wgmma.mma_async" in found["tensor_core"]
-    assert found["spill_bytes"] == 0 and not found["loads"].get("128"), "tiles loaded by pointers"
+    assert first == second and first == [[4 * 3 * 128, "cpu"]], first  # programs, tensors, bytes
+    assert document["launched"][0] == document["launched"][1] and len(document["launched"][0]) == 1
+    found = document["instructions"]
+    assert found["tma"] == found["ldg"] >= 3 and found["tensor_core"] and not found["local"], found
