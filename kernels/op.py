@@ -153,20 +153,10 @@ class _Ready:
 
     def start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
         """Launch on the tensors, which lie on `device`, the current GPU if it is one."""
-        if self.launch.scratch and not devices.INTERPRETED:
-            # in a copy of the context, where Triton keeps it: the caller's own allocator stays
-            contextvars.copy_context().run(self._start_with_scratch, tensors, device)
-        else:
-            self._start(tensors, device.index)
-
-    def _start_with_scratch(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device=device))
-        self._start(tensors, device.index)
-
-    def _start(self, tensors: Mapping[str, torch.Tensor | None], index: int | None) -> None:
         arguments = self._values.copy()
         for place, name in self._tensors:
             arguments[place] = tensors[name]
+        index = device.index
         if index in self._compiled:
             self._compiled[index](*arguments, *self._constants)
             return
@@ -180,12 +170,30 @@ class _Ready:
             self._compiled[index] = compiled[(*launch.grid, 1, 1)[:3]]
 
 
+class _ReadyWithScratch(_Ready):
+    """One that Triton needs global memory for, which comes from PyTorch.
+
+    Whom Triton asks is a context variable, set in a copy of the context: the caller's own allocator stays.
+    """
+
+    def start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        contextvars.copy_context().run(self._start, tensors, device)
+
+    def _start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device=device))
+        super().start(tensors, device)
+
+
+def _ready(launch: Launch) -> _Ready:
+    return _ReadyWithScratch(launch) if launch.scratch and not devices.INTERPRETED else _Ready(launch)
+
+
 @functools.lru_cache(maxsize=4096)
 def _launches(plan: Plan, names: tuple, specs: tuple, options: tuple, device: Device) -> list[_Ready]:
     known = {
         name: None if spec is None else Spec(tuple(spec[0]), *spec[1:]) for name, spec in zip(names, specs, strict=True)
     }
-    return [_Ready(launch) for launch in plan(known, dict(options), device) if 0 not in launch.grid]
+    return [_ready(launch) for launch in plan(known, dict(options), device) if 0 not in launch.grid]
 
 
 def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) -> None:
