@@ -16,7 +16,9 @@ import torch
 
 from kernels import catalogue
 from kernels.device import HAS_TRITON, TARGETS
+from minigpt.errors import UserError
 from profiling.instructions import overlapped
+from profiling.resources import _trial
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -179,6 +181,24 @@ def test_tuned_options_compile_well(case, which, arch):
         if use["kernel"] == "_attention_forward" and arch == "sm_90":
             found, total = overlapped(use["loops"][0])
             assert found >= total / 3, use["loops"]
+
+
+@pytest.mark.parametrize(
+    ("tile", "said"),
+    [
+        ("attention.forward half/64", "give a slot, a key and whole numbers"),
+        ("attention.forward half/64 64 64 4 2 1 x", "give a slot, a key and whole numbers"),
+        (
+            "attention.forward half/64 64 64 4 2",
+            "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP]",
+        ),
+        ("attention.sideways half/64 64 64 4 2", "'attention.sideways' is no slot"),
+    ],
+)
+def test_what_is_no_tile_is_told_in_a_line(tile, said):
+    with pytest.raises(UserError) as error:
+        _trial([tile.split()])
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow
