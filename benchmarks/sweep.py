@@ -20,7 +20,7 @@ import torch
 from benchmarks import machine
 from benchmarks.problems import DTYPES
 from kernels import tiles
-from kernels.device import Device
+from kernels.device import TARGETS, Device
 from kernels.op import Case, Op
 
 
@@ -106,13 +106,34 @@ def entries() -> list[Entry]:
     return [*_attention(), *_norms(), *_losses()]
 
 
-def candidates(entry: Entry) -> list[Candidate]:
-    """The default, and everything else worth compiling for an entry."""
+def _with_descriptors(slot: str, key: str) -> Iterator[tuple[int, ...]]:
+    """Attention's tiles with descriptors, in forward without and with overlap; overlap is tried with descriptors alone.
+
+    Read off what they compile to (docs/kernels/attention.md): a warp owns 16 rows, as a wgmma of four warps has 64.
+    With more of them nearly everything spills; by pointers, overlap costs registers and mostly overlaps nothing.
+    """
+    widest = key.endswith("/256")
+    widths = (32, 64) if widest else (64, 128) if slot == "attention.forward" else (32, 64, 128)
+    for warps, width, stages in itertools.product((4, 8), widths, (1, 2) if widest else (2, 3)):
+        rows = 16 * warps
+        block_q, block_k = (width, rows) if slot == "attention.backward_key" else (rows, width)
+        if slot == "attention.forward":
+            yield block_q, block_k, warps, stages, 1, 0
+            yield block_q, block_k, warps, stages, 1, 1
+        else:
+            yield block_q, block_k, warps, stages, 1
+
+
+def candidates(entry: Entry, device: Device) -> list[Candidate]:
+    """The default, and everything else worth compiling for an entry on a device."""
     if entry.slot.startswith("attention"):
         half = entry.key.startswith("half")
         blocks = (32, 64, 128) if half else (16, 32, 64)
         grid = itertools.product(blocks, blocks, (4, 8), (2, 3) if half else (1, 2))
-        found = [numbers for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
+        off = (0,) * (len(tiles.SLOTS[entry.slot]) - 4)
+        found = [numbers + off for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
+        if half and TARGETS[device.tiles].descriptors:
+            found += _with_descriptors(entry.slot, entry.key)
     elif entry.slot == "layer_norm.rows":
         block = int(entry.key)
         grid = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
@@ -128,7 +149,8 @@ def candidates(entry: Entry) -> list[Candidate]:
 
 
 def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
-    """By candidate's name: "" if it compiles, does not spill and fits into shared memory, else what is wrong with it.
+    """By candidate's name: "" if it compiles, does not spill, fits into shared memory and leaves the tensor cores to
+    work while other things run, else what is wrong with it.
 
     The default is held to nothing but compiling. Runs in a process of its own: the interpreter, once chosen, stays.
     """
@@ -144,8 +166,8 @@ def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]
 
 
 def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
-    from kernels.device import TARGETS
     from profiling import resources
+    from profiling.compile import SERIALISED
 
     found: dict = {}
     parts: dict[str, list] = {}
@@ -173,6 +195,8 @@ def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, 
             wrong += [f"spills {use.spill_bytes} B" for use in uses if use.spill_bytes]
             limits = [(use.shared_memory, use.shared_memory_limit) for use in uses]
             wrong += [f"{used} B of shared memory, there are {there}" for used, there in limits if used > there]
+            waits = [code for use in uses for code in use.advisories if code in SERIALISED]
+            wrong += [f"a wait after every product on the tensor cores ({code})" for code in dict.fromkeys(waits)]
         outcome[candidate.name] = "; ".join(wrong)
     return outcome
 

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     table: dict[str, dict[str, list[int]]] = {}
     broken = 0
     for number, entry in enumerate(chosen, 1):
-        tried = sweep.candidates(entry)
+        tried = sweep.candidates(entry, base)
         tried = tried[:1] + tried[len(tried) // 2 :][:2] if arguments.quick else tried
         print(f"{number} of {len(chosen)}: {entry.name}, {len(tried)} candidates", flush=True)
         right = survivors(entry, tried, base, partial, arguments.dry_run, arguments.workers)

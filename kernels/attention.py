@@ -27,6 +27,7 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), for Philox.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,22 +78,39 @@ def _offsets(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, stride):
 
 
 @triton.jit
+def _matrix(
+    head_ptr, n_rows, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """What _load takes the tiles of a head's [n_rows, D] matrix from: a tensor descriptor of it, or its address."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(head_ptr, [n_rows, D], [stride, 1], [BLOCK, BLOCK_D])
+    else:
+        return head_ptr
+
+
+@triton.jit
 def _load(
-    head_ptr, start, offsets, stride, n_rows,
+    matrix, start, offsets, stride, n_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The [BLOCK, BLOCK_D] tile at row `start`, zero beyond n_rows (if MASKED) and beyond column D."""
-    tile = head_ptr + tl.cast(start, tl.int64) * stride + offsets
-    rows = (start + tl.arange(0, BLOCK) < n_rows)[:, None]
-    columns = (tl.arange(0, BLOCK_D) < D)[None, :]
-    if MASKED and D < BLOCK_D:
-        return tl.load(tile, mask=rows & columns, other=0.0)
-    elif MASKED:
-        return tl.load(tile, mask=rows, other=0.0)
-    elif D < BLOCK_D:
-        return tl.load(tile, mask=columns, other=0.0)
+    """The [BLOCK, BLOCK_D] tile at row `start`, zero beyond n_rows (if MASKED) and beyond column D.
+
+    Through a descriptor, which knows the bounds, it is zero there without a mask.
+    """
+    if isinstance(matrix, tl.tensor_descriptor):
+        return matrix.load([start, 0])
     else:
-        return tl.load(tile)
+        tile = matrix + tl.cast(start, tl.int64) * stride + offsets
+        rows = (start + tl.arange(0, BLOCK) < n_rows)[:, None]
+        columns = (tl.arange(0, BLOCK_D) < D)[None, :]
+        if MASKED and D < BLOCK_D:
+            return tl.load(tile, mask=rows & columns, other=0.0)
+        elif MASKED:
+            return tl.load(tile, mask=rows, other=0.0)
+        elif D < BLOCK_D:
+            return tl.load(tile, mask=columns, other=0.0)
+        else:
+            return tl.load(tile)
 
 
 @triton.jit
@@ -166,18 +184,13 @@ def _key_range(
 
 
 @triton.jit
-def _attend(
-    acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-    q_len, k_len, query_offset, scale, seed, head, threshold,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+def _softmax(
+    s, peak, total, queries, start, q_len, k_len, query_offset, scale, seed, head, threshold,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running output, maximum and sum of a tile of queries."""
-    PRECISE: tl.constexpr = q.dtype == tl.float32
-    k = _load(key_ptr, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
-    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_K], tl.float32), PRECISION)
+    """(p, alpha, maximum, sum) of a tile of scores: p relative to the new maximum, alpha that of what came before."""
     if MASKED:
-        keys = start + tl.arange(0, BLOCK_K)
+        keys = start + tl.arange(0, s.shape[1])
         s = tl.where(_seen(queries[:, None], keys[None, :], q_len, k_len, query_offset, IS_CAUSAL), s, float("-inf"))
     highest = tl.maximum(peak, tl.max(s, axis=1) * scale)
     base = highest
@@ -187,10 +200,40 @@ def _attend(
     alpha = _exp(peak, 1.0, base, PRECISE)
     total = total * alpha + tl.sum(p, axis=1)
     if DROPOUT:
-        p = tl.where(_kept(seed, head, queries, start, threshold, BLOCK_K), p, 0.0)
-    v = _load(value_ptr, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
-    acc = dot(cast(p, v.dtype), v, acc * alpha[:, None], PRECISION)
-    return acc, highest, total
+        p = tl.where(_kept(seed, head, queries, start, threshold, s.shape[1]), p, 0.0)
+    return p, alpha, highest, total
+
+
+@triton.jit
+def _attend(
+    state, q, queries, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
+    q_len, k_len, query_offset, scale, seed, head, threshold,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the state of a tile of queries: the running output, maximum and sum.
+
+    With OVERLAP the state has the p of the tile before, too: its product with the values, which needs nothing of this
+    tile, can run on the tensor cores during this tile's softmax.
+    """
+    k = _load(keys, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_K], tl.float32), PRECISION)
+    if OVERLAP:
+        acc, peak, total, p = state
+        v = _load(values, start - BLOCK_K, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, False)
+        acc = dot(p, v, acc, PRECISION)
+    else:
+        acc, peak, total = state
+    p, alpha, peak, total = _softmax(
+        s, peak, total, queries, start, q_len, k_len, query_offset, scale, seed, head, threshold,
+        IS_CAUSAL, DROPOUT, q.dtype == tl.float32, MASKED,
+    )  # fmt: skip
+    if OVERLAP:
+        return acc * alpha[:, None], peak, total, cast(p, q.dtype)
+    else:
+        v = _load(values, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+        return dot(cast(p, v.dtype), v, acc * alpha[:, None], PRECISION), peak, total
 
 
 @triton.jit
@@ -201,6 +244,7 @@ def _attention_forward(
     n_head, group, q_len, k_len, query_offset, exponent_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_Q queries of one head; the last tiles of a head, which see most keys, come first."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
@@ -210,6 +254,8 @@ def _attention_forward(
     key_ptr = _head(key_ptr, head, n_head, group, k_stride_b, k_stride_h)
     value_ptr = _head(value_ptr, head, n_head, group, v_stride_b, v_stride_h)
     out_ptr = _head(out_ptr, head, n_head, 1, o_stride_b, o_stride_h)
+    keys = _matrix(key_ptr, k_len, k_stride, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
+    values = _matrix(value_ptr, k_len, v_stride, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
     k_offsets = _offsets(BLOCK_K, BLOCK_D, k_stride)
     v_offsets = _offsets(BLOCK_K, BLOCK_D, v_stride)
     DROPOUT: tl.constexpr = seed_ptr is not None
@@ -218,25 +264,45 @@ def _attention_forward(
         seed = tl.load(seed_ptr)
 
     queries = first + tl.arange(0, BLOCK_Q)
-    q = _load(query_ptr, first, _offsets(BLOCK_Q, BLOCK_D, q_stride), q_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    q = _matrix(query_ptr, q_len, q_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
+    q = _load(q, first, _offsets(BLOCK_Q, BLOCK_D, q_stride), q_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL, EVEN)
+    state = (acc, peak, total)
+    begin = 0
+    if OVERLAP:  # the first tile's p; the loops begin with the second
+        k = _load(keys, 0, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, True)
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), PRECISION)
+        p, _, peak, total = _softmax(
+            s, peak, total, queries, 0, q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
+            IS_CAUSAL, DROPOUT, q.dtype == tl.float32, True,
+        )  # fmt: skip
+        state = (acc, peak, total, cast(p, q.dtype))
+        begin = BLOCK_K
+        full = tl.maximum(full, BLOCK_K)
     if IS_CAUSAL or EVEN:
-        for start in range(0, full, BLOCK_K):
-            acc, peak, total = _attend(
-                acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+        for start in range(begin, full, BLOCK_K):
+            state = _attend(
+                state, q, queries, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
                 q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
-                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
+                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False, OVERLAP,
             )  # fmt: skip
     if IS_CAUSAL or not EVEN:
         for start in range(full, end, BLOCK_K):
-            acc, peak, total = _attend(
-                acc, peak, total, q, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            state = _attend(
+                state, q, queries, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
                 q_len, k_len, query_offset, exponent_scale, seed, head, threshold,
-                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
+                D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True, OVERLAP,
             )  # fmt: skip
+    if OVERLAP:  # the last tile's product; where nothing is seen one of zeros, as 0 times an infinite value is NaN
+        acc, peak, total, p = state
+        last = tl.where(end > 0, (end - 1) // BLOCK_K * BLOCK_K, k_len)
+        v = _load(values, last, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, True)
+        acc = dot(p, v, acc, PRECISION)
+    else:
+        acc, peak, total = state
 
     acc *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     _store(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, acc, D, BLOCK_Q, BLOCK_D)
@@ -260,20 +326,20 @@ def _load_lse(lse_ptr, queries, q_len, PRECISE: tl.constexpr, MASKED: tl.constex
 
 @triton.jit
 def _query_gradient(
-    dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+    dq, q, dout, lse, delta, queries, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
     q_len, k_len, query_offset, scale, seed, head, threshold, keep_scale,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries plus what one tile of keys gives, without the factor `scale`."""
-    k = _load(key_ptr, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
-    v = _load(value_ptr, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    k = _load(keys, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
+    v = _load(values, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
     zeros = tl.zeros([q.shape[0], BLOCK_K], tl.float32)
     p = _exp(dot(q, tl.trans(k), zeros, PRECISION), scale, lse[:, None], q.dtype == tl.float32)
     dp = dot(dout, tl.trans(v), zeros, PRECISION)
     if MASKED:
-        keys = start + tl.arange(0, BLOCK_K)
-        p = tl.where(_seen(queries[:, None], keys[None, :], q_len, k_len, query_offset, IS_CAUSAL), p, 0.0)
+        places = start + tl.arange(0, BLOCK_K)
+        p = tl.where(_seen(queries[:, None], places[None, :], q_len, k_len, query_offset, IS_CAUSAL), p, 0.0)
     if DROPOUT:
         dp = tl.where(_kept(seed, head, queries, start, threshold, BLOCK_K), dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
@@ -287,7 +353,7 @@ def _attention_backward_query(
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_Q queries of one head: their dquery, and their delta for the other kernel."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
@@ -299,6 +365,8 @@ def _attention_backward_query(
     out_ptr = _head(out_ptr, head, n_head, 1, o_stride_b, o_stride_h)
     grad_ptr = _head(grad_ptr, head, n_head, 1, g_stride_b, g_stride_h)
     dquery_ptr = _head(dquery_ptr, head, n_head, 1, dq_stride_b, dq_stride_h)
+    keys = _matrix(key_ptr, k_len, k_stride, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
+    values = _matrix(value_ptr, k_len, v_stride, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
     k_offsets = _offsets(BLOCK_K, BLOCK_D, k_stride)
     v_offsets = _offsets(BLOCK_K, BLOCK_D, v_stride)
     DROPOUT: tl.constexpr = seed_ptr is not None
@@ -307,8 +375,10 @@ def _attention_backward_query(
         seed = tl.load(seed_ptr)
 
     queries = first + tl.arange(0, BLOCK_Q)
-    q = _load(query_ptr, first, _offsets(BLOCK_Q, BLOCK_D, q_stride), q_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
-    dout = _load(grad_ptr, first, _offsets(BLOCK_Q, BLOCK_D, g_stride), g_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    q = _matrix(query_ptr, q_len, q_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
+    q = _load(q, first, _offsets(BLOCK_Q, BLOCK_D, q_stride), q_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
+    dout = _matrix(grad_ptr, q_len, g_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
+    dout = _load(dout, first, _offsets(BLOCK_Q, BLOCK_D, g_stride), g_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
     out = _load(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     tl.store(delta_ptr + head.to(tl.int64) * q_len + queries, delta, mask=queries < q_len)
@@ -318,14 +388,14 @@ def _attention_backward_query(
     if IS_CAUSAL or EVEN:
         for start in range(0, full, BLOCK_K):
             dq = _query_gradient(
-                dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+                dq, q, dout, lse, delta, queries, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
                 q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
                 D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False,
             )  # fmt: skip
     if IS_CAUSAL or not EVEN:
         for start in range(full, end, BLOCK_K):
             dq = _query_gradient(
-                dq, q, dout, lse, delta, queries, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+                dq, q, dout, lse, delta, queries, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
                 q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
                 D, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True,
             )  # fmt: skip
@@ -334,7 +404,7 @@ def _attention_backward_query(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, keys, first, start, query_ptr, grad_ptr, lse_ptr, delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
+    dk, dv, k, v, keys, first, start, q_matrix, g_matrix, lse_ptr, delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
     q_len, k_len, query_offset, scale, seed, head, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -346,8 +416,8 @@ def _key_gradients(
     q_len has lse = inf, so p = 0; a key beyond k_len only spoils its own row, which is not stored.
     """
     queries = start + tl.arange(0, BLOCK_Q)
-    q = _load(query_ptr, start, q_offsets, q_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
-    dout = _load(grad_ptr, start, g_offsets, g_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
+    q = _load(q_matrix, start, q_offsets, q_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
+    dout = _load(g_matrix, start, g_offsets, g_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
     lse = _load_lse(lse_ptr, queries, q_len, q.dtype == tl.float32, MASKED_ROWS)
     if MASKED_ROWS:
         delta = tl.load(delta_ptr + queries, mask=queries < q_len, other=0.0)
@@ -376,7 +446,7 @@ def _attention_backward_key(
     g_stride_b, g_stride_h, g_stride, dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_K keys of one key head, and walks the queries of every head of its group in order."""
     tiles = tl.cdiv(k_len, BLOCK_K)
@@ -395,14 +465,18 @@ def _attention_backward_key(
         seed = tl.load(seed_ptr)
 
     keys = first + tl.arange(0, BLOCK_K)
-    k = _load(key_ptr, first, _offsets(BLOCK_K, BLOCK_D, k_stride), k_stride, k_len, D, BLOCK_K, BLOCK_D, True)
-    v = _load(value_ptr, first, _offsets(BLOCK_K, BLOCK_D, v_stride), v_stride, k_len, D, BLOCK_K, BLOCK_D, True)
+    k = _matrix(key_ptr, k_len, k_stride, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
+    k = _load(k, first, _offsets(BLOCK_K, BLOCK_D, k_stride), k_stride, k_len, D, BLOCK_K, BLOCK_D, True)
+    v = _matrix(value_ptr, k_len, v_stride, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
+    v = _load(v, first, _offsets(BLOCK_K, BLOCK_D, v_stride), v_stride, k_len, D, BLOCK_K, BLOCK_D, True)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for member in range(0, group):
         head = key_head * group + member  # batch * n_head + h, as key_head is batch * n_key_head + h // group
-        head_query_ptr = _head(query_ptr, head, n_head, 1, q_stride_b, q_stride_h)
-        head_grad_ptr = _head(grad_ptr, head, n_head, 1, g_stride_b, g_stride_h)
+        q_matrix = _head(query_ptr, head, n_head, 1, q_stride_b, q_stride_h)
+        q_matrix = _matrix(q_matrix, q_len, q_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
+        g_matrix = _head(grad_ptr, head, n_head, 1, g_stride_b, g_stride_h)
+        g_matrix = _matrix(g_matrix, q_len, g_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
         head_lse_ptr = lse_ptr + head.to(tl.int64) * q_len
         head_delta_ptr = delta_ptr + head.to(tl.int64) * q_len
         lowest = 0
@@ -412,7 +486,7 @@ def _attention_backward_key(
             lowest = tl.maximum(first - query_offset, 0)
             for step in range(0, BLOCK_K // BLOCK_Q):
                 dk, dv = _key_gradients(
-                    dk, dv, k, v, keys, first, lowest + step * BLOCK_Q, head_query_ptr, head_grad_ptr, head_lse_ptr,
+                    dk, dv, k, v, keys, first, lowest + step * BLOCK_Q, q_matrix, g_matrix, head_lse_ptr,
                     head_delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
                     q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
                     D, BLOCK_Q, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, True, True,
@@ -420,7 +494,7 @@ def _attention_backward_key(
             lowest += BLOCK_K
         for start in range(lowest, q_len, BLOCK_Q):
             dk, dv = _key_gradients(
-                dk, dv, k, v, keys, first, start, head_query_ptr, head_grad_ptr, head_lse_ptr,
+                dk, dv, k, v, keys, first, start, q_matrix, g_matrix, head_lse_ptr,
                 head_delta_ptr, q_offsets, g_offsets, q_stride, g_stride,
                 q_len, k_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
                 D, BLOCK_Q, BLOCK_K, BLOCK_D, IS_CAUSAL, DROPOUT, PRECISION, False, not EVEN,
@@ -581,6 +655,18 @@ def _attention_short_backward(
 
 # ---------------------------------------------------------------- plan
 
+
+class Tile(NamedTuple):
+    """What a kernel that loops is launched with; the options, 0 or 1, are taken from tuned tables alone."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    descriptors: int = 0  # load through tensor descriptors, by the TMA unit, where _describable
+    overlap: int = 0  # forward: a tile's product p v during the next one's softmax
+
+
 # (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
 # "half" is fp16 and bf16; fp32 is "ieee", or "tf32" where PyTorch is set to allow it. Random numbers and the loop over
 # a group's heads take registers: "-dropout", "-grouped", "-dropout-grouped" where the tile without them would spill.
@@ -702,19 +788,34 @@ def _kind(spec: Spec, options: dict) -> str:
     return "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
 
 
-def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False) -> tuple[int, int, int, int]:
-    """(BLOCK_Q, BLOCK_K, warps, stages) for one of the kernels that loop over tiles."""
+def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False) -> Tile:
+    """The tile of one of the kernels that loop."""
     if device.arch == "interpreter":  # its cost is per program
-        return 128, 128, 4, 1
+        return Tile(128, 128, 4, 1)
     rows = table[device.tiles]
     kind, size = _kind(spec, options), max(64, next_power_of_2(spec.shape[-1]))
     traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
     exact = kind + "".join(traits)
     slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
     if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
-        return tuned
+        return Tile(*tuned)
     row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
-    return rows[row][size]
+    return Tile(*rows[row][size])
+
+
+def _describable(device: Device, *matrices: Spec) -> bool:
+    """Whether tensor descriptors can be made of the heads of these (B, H, T, D) on the device.
+
+    Every head's matrix must begin at a multiple of 16 bytes, have rows that are 16 bytes or more, do not overlap and
+    lie multiples of 16 bytes apart, and not be empty.
+    """
+    for spec in matrices:
+        size = spec.dtype.itemsize
+        spaced = all(stride * size % 16 == 0 for stride in spec.stride[:3])
+        rows = spec.stride[3] == 1 and spec.stride[2] >= spec.shape[3] and spec.shape[3] * size >= 16
+        if not (spec.aligned and spaced and rows and 0 not in spec.shape):
+            return False
+    return device.descriptors
 
 
 def _strides(**specs: Spec) -> dict[str, int]:
@@ -764,6 +865,12 @@ def _constexprs(specs: Specs, options: dict) -> dict:
     }
 
 
+def _tile_constexprs(tile: Tile, even: bool, device: Device, *walked: Spec) -> dict:
+    """Those of the kernels that loop; the tiles of the (B, H, T, D) `walked` come through descriptors if asked for."""
+    descriptors = tile.descriptors == 1 and _describable(device, *walked)
+    return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "EVEN": even, "DESCRIPTORS": descriptors}
+
+
 def _short_launch(kernel, specs: Specs, options: dict, arguments: dict, short: tuple[int, int, int]) -> Launch:
     length, block, warps = short
     key_heads = specs["key"].shape[0] * specs["key"].shape[1]
@@ -782,11 +889,13 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         return [_short_launch(_attention_short_forward, specs, options, arguments, short)]
     options = _with_diagonal(specs, options)
     arguments["query_offset"] = options["query_offset"]
-    block_q, block_k, warps, stages = _tile(FORWARD, specs["query"], options, device)
-    grid = (cdiv(q_len, block_q) * batch * n_head,)
-    constexprs = _constexprs(specs, options) | {"BLOCK_Q": block_q, "BLOCK_K": block_k}
-    constexprs["EVEN"] = specs["key"].shape[2] % block_k == 0
-    return [Launch(_attention_forward, grid, arguments, constexprs, warps, stages)]
+    tile = _tile(FORWARD, specs["query"], options, device)
+    constexprs = _constexprs(specs, options) | _tile_constexprs(
+        tile, specs["key"].shape[2] % tile.block_k == 0, device, specs["query"], specs["key"], specs["value"]
+    )
+    constexprs["OVERLAP"] = bool(tile.overlap)
+    grid = (cdiv(q_len, tile.block_q) * batch * n_head,)
+    return [Launch(_attention_forward, grid, arguments, constexprs, tile.warps, tile.stages)]
 
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
@@ -802,30 +911,30 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
     options = _with_diagonal(specs, options)
     numbers["query_offset"] = options["query_offset"]
-    block_q, block_k, warps, stages = _tile(BACKWARD_QUERY, specs["query"], options, device)
+    walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
+    tile = _tile(BACKWARD_QUERY, specs["query"], options, device)
     names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
-    tile = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "EVEN": k_len % block_k == 0}
     by_query = Launch(
         _attention_backward_query,
-        (cdiv(q_len, block_q) * batch * n_head,),
+        (cdiv(q_len, tile.block_q) * batch * n_head,),
         pointers(specs, *names) | strides | numbers,
-        _constexprs(specs, options) | tile,
-        warps,
-        stages,
+        _constexprs(specs, options) | _tile_constexprs(tile, k_len % tile.block_k == 0, device, *walked),
+        tile.warps,
+        tile.stages,
     )
 
-    block_q, block_k, warps, stages = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head)
+    tile = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head)
     names = ("query", "key", "value", "grad", "lse", "seed", "delta", "dkey", "dvalue")
     strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
-    even = q_len % block_q == 0 and (not options["is_causal"] or options["query_offset"] % block_q == 0)
+    even = q_len % tile.block_q == 0 and (not options["is_causal"] or options["query_offset"] % tile.block_q == 0)
     by_key = Launch(
         _attention_backward_key,
-        (cdiv(k_len, block_k) * batch * n_key_head,),
+        (cdiv(k_len, tile.block_k) * batch * n_key_head,),
         pointers(specs, *names) | strides | numbers,
-        _constexprs(specs, options) | {"BLOCK_Q": block_q, "BLOCK_K": block_k, "EVEN": even},
-        warps,
-        stages,
+        _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked),
+        tile.warps,
+        tile.stages,
     )
     return [by_query, by_key]
 

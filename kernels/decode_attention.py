@@ -188,9 +188,9 @@ def _decode_group(
     total = tl.zeros([BLOCK_H], tl.float32)
     for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         acc, peak, total = _attend(
-            acc, peak, total, q, members, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            (acc, peak, total), q, members, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
             group, end, 0, exponent_scale, 0, 0, 0,
-            D, BLOCK_K, BLOCK_D, False, False, PRECISION, True,
+            D, BLOCK_K, BLOCK_D, False, False, PRECISION, True, False,
         )  # fmt: skip
 
     if partial_ptr is not None:

@@ -77,6 +77,11 @@ class Device:
             return "sm_89"
         return "sm_90" if number < 100 else "sm_100"
 
+    @property
+    def descriptors(self) -> bool:
+        """Whether kernels can load through tensor descriptors (the TMA unit): compute capability 9.0 and above."""
+        return self.arch.startswith("sm_") and int(self.arch.removeprefix("sm_")) >= 90
+
 
 TARGETS = {
     "sm_80": Device("sm_80", 108, 163 * 1024),

@@ -6,6 +6,7 @@ is launched with (running, ahead-of-time compilation, resource tables, launch co
 
 import collections
 import contextlib
+import contextvars
 import functools
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,11 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @property
+    def scratch(self) -> bool:
+        """Whether the kernel makes tensor descriptors, for which Triton asks an allocator for memory at each launch."""
+        return self.constexprs.get("DESCRIPTORS", False)
 
 
 Specs = Mapping[str, Spec | None]
@@ -145,11 +151,12 @@ class _Ready:
         self._constants: list = []
         self._compiled: dict[int | None, Callable] = {}
 
-    def start(self, tensors: Mapping[str, torch.Tensor | None], index: int | None) -> None:
-        """Launch on the tensors, which lie on the current GPU, number `index`."""
+    def start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        """Launch on the tensors, which lie on `device`, the current GPU if it is one."""
         arguments = self._values.copy()
         for place, name in self._tensors:
             arguments[place] = tensors[name]
+        index = device.index
         if index in self._compiled:
             self._compiled[index](*arguments, *self._constants)
             return
@@ -163,12 +170,30 @@ class _Ready:
             self._compiled[index] = compiled[(*launch.grid, 1, 1)[:3]]
 
 
+class _ReadyWithScratch(_Ready):
+    """One that Triton needs global memory for, which comes from PyTorch.
+
+    Whom Triton asks is a context variable, set in a copy of the context: the caller's own allocator stays.
+    """
+
+    def start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        contextvars.copy_context().run(self._start, tensors, device)
+
+    def _start(self, tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device=device))
+        super().start(tensors, device)
+
+
+def _ready(launch: Launch) -> _Ready:
+    return _ReadyWithScratch(launch) if launch.scratch and not devices.INTERPRETED else _Ready(launch)
+
+
 @functools.lru_cache(maxsize=4096)
 def _launches(plan: Plan, names: tuple, specs: tuple, options: tuple, device: Device) -> list[_Ready]:
     known = {
         name: None if spec is None else Spec(tuple(spec[0]), *spec[1:]) for name, spec in zip(names, specs, strict=True)
     }
-    return [_Ready(launch) for launch in plan(known, dict(options), device) if 0 not in launch.grid]
+    return [_ready(launch) for launch in plan(known, dict(options), device) if 0 not in launch.grid]
 
 
 def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) -> None:
@@ -190,7 +215,7 @@ def run(plan: Plan, tensors: Mapping[str, torch.Tensor | None], **options: Any) 
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else _nothing:
         for ready in launches:
-            ready.start(tensors, device.index)
+            ready.start(tensors, device)
             for counter in _counters:
                 counter[ready.launch.name] += 1
 

@@ -1,8 +1,9 @@
 """Tuned tiles: what a sweep on one GPU found, read before the defaults that stand beside each op.
 
-`tiles/<slug>.json` holds one GPU's: {"schema": 1, "gpu": its name, "tiles": {slot: {key: [numbers]}}}. A slot is a
-launch of a plan, SLOTS says what its numbers are; a key is what the op chooses its tile by, as "half/64". A plan asks
-`tuned`; without a file, or an entry, it takes its default. `python -m benchmarks tune` writes the files.
+`tiles/<slug>.json` holds one GPU's: {"schema": 2, "gpu": its name, "tiles": {slot: {key: [numbers]}}}. A slot is a
+launch of a plan, SLOTS says what its numbers are, options 0 or 1 at the end; a key is what the op chooses its tile by,
+as "half/64". A plan asks `tuned`; without a file, or an entry, it takes its default. `python -m benchmarks tune` writes
+the files.
 """
 
 import functools
@@ -13,10 +14,10 @@ from pathlib import Path
 from kernels.device import Device
 
 FOLDER = Path(__file__).with_name("tiles")
-SCHEMA = 1
-_ATTENTION = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+SCHEMA = 2  # 1 had no options
+_ATTENTION = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "DESCRIPTORS")
 SLOTS: dict[str, tuple[str, ...]] = {
-    "attention.forward": _ATTENTION,
+    "attention.forward": (*_ATTENTION, "OVERLAP"),
     "attention.backward_query": _ATTENTION,
     "attention.backward_key": _ATTENTION,
     "layer_norm.rows": ("ROWS", "num_warps"),
@@ -25,7 +26,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 _LIMITS = {
     "BLOCK_Q": (16, 256), "BLOCK_K": (16, 256), "BLOCK_V": (16, 1 << 16), "ROWS": (1, 1024), "num_warps": (1, 16),
-    "num_stages": (1, 8),
+    "num_stages": (1, 8), "DESCRIPTORS": (0, 1), "OVERLAP": (0, 1),
 }  # fmt: skip
 
 Table = dict[str, dict[str, tuple[int, ...]]]
@@ -85,8 +86,7 @@ def _checked(tiles: object, where: str) -> Table:
                 whole = isinstance(number, int) and not isinstance(number, bool) and low <= number <= high
                 if not whole or (what != "num_stages" and number & (number - 1)):
                     kind = "a number" if what == "num_stages" else "a power of two"
-                    raise ValueError(
-                        f"{where}: {what} of {slot} {key} must be {kind} from {low} to {high}, not {number!r}"
-                    )
+                    allowed = "0 or 1" if (low, high) == (0, 1) else f"{kind} from {low} to {high}"
+                    raise ValueError(f"{where}: {what} of {slot} {key} must be {allowed}, not {number!r}")
             checked.setdefault(slot, {})[key] = tuple(numbers)
     return checked

@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from profiling.instructions import cdna_mix, sass_mix
+from profiling.instructions import cdna_mix, hopper_loops, sass_mix
 
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+SERIALISED = ("C7511", "C7512", "C7515")
+"""ptxas's advisories that it waits after every wgmma."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,8 @@ def compile_source(source: Source) -> dict[str, Any]:
         "loads": _widths(disassembly, r"(?:LDG|LDGSTS)"),
         "stores": _widths(disassembly, "STG"),
         "instructions": sass_mix(disassembly),
+        "loops": hopper_loops(disassembly),
+        "code_bytes": len(compiled.asm["cubin"]),
         "advisories": sorted(set(re.findall(r"\((C\d+)\)", log))),
     }
 

@@ -55,7 +55,12 @@ class StandIn:
         )
 
     def launcher_cls(self, source, metadata) -> Callable:
+        from triton.runtime import _allocation
+
         def launch(*arguments):
+            if metadata.global_scratch_size:
+                wanted = metadata.global_scratch_size * arguments[0] * arguments[1] * arguments[2]
+                _allocation._allocator.get()(wanted, metadata.global_scratch_align, arguments[3])
             if self.launched is not None:
                 self.launched.append(arguments)
 

@@ -1,6 +1,7 @@
 """What a compiled kernel is made of: its instructions by kind. Counts are of the code as it stands, not as it runs."""
 
 import collections
+import itertools
 import re
 
 # Kind -> what the opcode begins with, in NVIDIA's SASS. Instructions of no kind are in `total` alone.
@@ -10,6 +11,7 @@ _SASS = {
     "fp32": ("FFMA", "FADD", "FMUL"),
     "ldg": ("LDG", "UTMALDG"),
     "stg": ("STG", "UTMASTG"),
+    "tma": ("UTMALDG", "UTMASTG"),
     "lds": ("LDS",),
     "sts": ("STS",),
     "barriers": ("BAR", "SYNCS", "WARPSYNC"),
@@ -31,7 +33,8 @@ _CDNA = {
 }
 KINDS = ("total", *_SASS, "mufu", "ex2")
 """The keys of a mix. tensor_core: matrix products. ffma: fused multiply-adds in fp32; fp32: those, sums and products.
-ldg, stg: global memory; lds, sts: shared memory. mufu: special functions, ex2: exponentials of them. local: spills."""
+ldg, stg: global memory, by the TMA unit too; tma: that alone; lds, sts: shared memory. mufu: special functions, ex2:
+exponentials of them. local: spills."""
 
 
 def sass_mix(disassembly: str) -> dict[str, int]:
@@ -41,6 +44,53 @@ def sass_mix(disassembly: str) -> dict[str, int]:
     mix = _count(opcodes, _SASS)
     special = [name for name in opcodes if name.startswith("MUFU")]
     return mix | {"mufu": len(special), "ex2": sum(name.startswith("MUFU.EX2") for name in special)}
+
+
+def hopper_loops(disassembly: str) -> list[str]:
+    """What the innermost loops with wgmma (HGMMA) do in turn, as "H4 W0 E32 H4": products issued, a wait until 0 groups
+    of them are in flight, exponentials, products.
+
+    The source's order and PTX's say nothing of this: ptxas has its own.
+    """
+    places: dict[str, int] = {}
+    lines = disassembly.splitlines()
+    jumps = []
+    for number, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            places[label.group(1)] = number
+        elif (jump := re.search(r"\bBRA(?:\.\w+)* .*`\((\.L_\w+)\)", line)) and jump.group(1) in places:
+            jumps.append((places[jump.group(1)], number))
+    inner = [jump for jump in jumps if not any(jump[0] <= a and b <= jump[1] for a, b in jumps if (a, b) != jump)]
+    found = [_order(lines[begin:end]) for begin, end in inner]
+    return [order for order in found if "H" in order]
+
+
+def _order(lines: list[str]) -> str:
+    steps = []
+    for line in lines:
+        if re.search(r"\bHGMMA\b", line):
+            steps.append("H")
+        elif re.search(r"\bMUFU\.EX2\b", line):
+            steps.append("E")
+        elif wait := re.search(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)", line):
+            steps.append("W" + wait.group(1))
+    runs = ((step, len(list(run))) for step, run in itertools.groupby(steps))
+    return " ".join(step if step[0] == "W" else f"{step}{length}" for step, length in runs)
+
+
+def overlapped(order: str) -> tuple[int, int]:
+    """(exponentials of a loop that are issued while products are in flight, all of them), from hopper_loops."""
+    in_flight, found, total = False, 0, 0
+    for turn in range(2):  # what is in flight at the end is so at the beginning
+        for step in order.split():
+            if step[0] == "H":
+                in_flight = True
+            elif step == "W0":
+                in_flight = False
+            elif step[0] == "E" and turn:
+                found += int(step[1:]) * in_flight
+                total += int(step[1:])
+    return found, total
 
 
 def cdna_mix(assembly: str) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from profiling.instructions import KINDS
+from profiling.instructions import KINDS, overlapped
 
 
 def print_table(table: list, versions: dict[str, str]) -> None:
@@ -41,10 +41,12 @@ def print_table(table: list, versions: dict[str, str]) -> None:
         mixes.add_column(name, overflow="fold")
     for kind in KINDS:
         mixes.add_column(kind.replace("_", " "), justify="right")
+    mixes.add_column("loops with wgmma (H), its waits (W) and exp2 (E), of which in flight", overflow="fold")
     for use in table:
         tile = " ".join(f"{name}={value}" for name, value in use.tile.items())
         counts = [str(use.instructions.get(kind, 0)) for kind in KINDS]
-        mixes.add_row(use.kernel, use.dtype, use.arch, tile, *counts)
+        loops = [f"{order}: {found} of {total}" for order in use.loops for found, total in [overlapped(order)]]
+        mixes.add_row(use.kernel, use.dtype, use.arch, tile, *counts, "\n".join(loops))
     console.print(mixes)
 
 

@@ -5,6 +5,7 @@ the same kernel are compiled once. Occupancy follows from registers, shared memo
 op's own count of operations and bytes and from published peaks: an estimate, not a measurement.
 
     python -m profiling resources --op layer_norm --arch sm_90 --dtype bfloat16 --json resources.json
+    python -m profiling resources --case gpt2 --dtype bfloat16 --tile attention.forward half/64 128 128 8 2 1 1
 """
 
 import argparse
@@ -36,7 +37,8 @@ class Use:
 
     `loads` and `stores` count global memory instructions by their width in bits, `instructions` all of them by kind
     (see profiling/instructions.py), `occupancy` is what a processor holds at a time (see profiling/limits.py).
-    `tensor_memory`: columns of sm_100's, a program's.
+    `tensor_memory`: columns of sm_100's, a program's. `loops`: what those with wgmma do in turn. `code_bytes`: of the
+    whole cubin.
     """
 
     op: str
@@ -57,6 +59,8 @@ class Use:
     stores: dict[str, int] = dataclasses.field(default_factory=dict)
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
     occupancy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loops: list[str] = dataclasses.field(default_factory=list)
+    code_bytes: int = 0
     advisories: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
@@ -66,9 +70,13 @@ class Use:
 
 
 def uses(
-    ops: Iterable[Any], archs: Sequence[str], dtypes: Sequence[str], *, cases: str = "sizes", only: Sequence[str] = ()
-) -> dict[Source, Use]:
-    """The distinct kernels in the ops' plans, not compiled yet. `cases` is the field of Op to take: sizes or cases."""
+    ops: Iterable[Any], archs: Sequence[str], dtypes: Sequence[str], *, cases: str = "sizes", only: Sequence[str] = (),
+    trial: str = "",
+) -> dict[Source, Use]:  # fmt: skip
+    """The distinct kernels in the ops' plans, not compiled yet. `cases` is the field of Op to take: sizes or cases.
+
+    `trial` is the name under which kernels.tiles.try_out has tiles to take instead of the defaults.
+    """
     from kernels.device import TARGETS
 
     found: dict[Source, Use] = {}
@@ -79,7 +87,7 @@ def uses(
             for dtype in dtypes:
                 inputs = op.inputs(case, DTYPES[dtype], "meta")
                 for arch in archs:
-                    for launch in op.plan(inputs, case.options, TARGETS[arch]):
+                    for launch in op.plan(inputs, case.options, dataclasses.replace(TARGETS[arch], name=trial)):
                         source = source_of(launch, arch)
                         use = found.setdefault(
                             source,
@@ -162,10 +170,31 @@ def add_to(commands) -> None:
     parser.add_argument("--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: all")
     parser.add_argument("--cases", choices=["sizes", "cases"], default="sizes", help="real sizes, or the tests' cases")
     parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
+    parser.add_argument(
+        "--tile", nargs="+", action="append", default=[], metavar=("SLOT KEY", "NUMBER"),
+        help="take these numbers, as a table of tuned tiles has them: attention.forward half/64 128 128 8 2 1 1",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the table here as JSON, `-` for stdout instead of the table")
     parser.add_argument("--workers", type=int, help="compile in this many processes (default: the number of cores)")
     parser.add_argument("--store", action="store_true", help="keep the figures, in place of those in profiling/figures")
     parser.set_defaults(run=run)
+
+
+def _trial(chosen: list[list[str]]) -> str:
+    """A name under which plans take these tiles; "" for none. Raises UserError for what is no tile."""
+    from kernels import tiles
+    from minigpt.errors import UserError
+
+    table: dict[str, dict[str, list[int]]] = {}
+    for slot, *rest in chosen:
+        if len(rest) < 2 or not all(number.isdecimal() for number in rest[1:]):
+            raise UserError(f"--tile {' '.join((slot, *rest))}: give a slot, a key and whole numbers")
+        table.setdefault(slot, {})[rest[0]] = [int(number) for number in rest[1:]]
+    try:
+        tiles.try_out("--tile", table)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return "--tile" if table else ""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -196,15 +225,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--workers must be at least 1, not {arguments.workers}")
     to_file = arguments.json not in (None, Path("-"))
     check_folders(arguments.json)
-    if arguments.store and (arguments.case or arguments.cases != "sizes"):
-        raise UserError("--store keeps whole ops: leave out --case and --cases")
-    found = uses(chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case)
+    if arguments.store and (arguments.case or arguments.tile or arguments.cases != "sizes"):
+        raise UserError("--store keeps whole ops with their defaults: leave out --case, --cases and --tile")
+    trial = _trial(arguments.tile)
+    found = uses(
+        chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case, trial=trial
+    )
     table = measure(found, arguments.workers)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
     document["rooflines"] = rooflines(chosen, table, arguments.cases)
     if arguments.store:
         figures.store(table, document["versions"]["triton"])
-    worse = figures.moved(table, document["versions"]["triton"]) if arguments.cases == "sizes" else []
+    stored = arguments.cases == "sizes" and not trial
+    worse = figures.moved(table, document["versions"]["triton"]) if stored else []
     document["moved"] = worse
     if arguments.json == Path("-"):
         json.dump(document, sys.stdout, indent=1)

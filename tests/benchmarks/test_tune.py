@@ -24,13 +24,31 @@ BASE = TARGETS["sm_90"]
 def test_every_entry_is_one_that_its_plan_asks_for(entry):
     """The real case and the small one both take a launch from a candidate's numbers."""
     op, case = sweep.case_of(entry)
-    tried = sweep.candidates(entry)
-    assert tried[0].numbers == () and len({c.numbers for c in tried}) == len(tried) > 3
+    tried = sweep.candidates(entry, BASE)
+    assert tried[0].numbers == () and 50 > len({c.numbers for c in tried}) == len(tried) > 3
     for problem in (case, entry.small):
         inputs = op.inputs(problem, getattr(torch, entry.dtype), "meta")
         before = op.plan(inputs, problem.options, BASE)
         changed = [c for c in tried[1:] if op.plan(inputs, problem.options, c.device(BASE)) != before]
         assert len(changed) >= len(tried) - 2, "candidates that change nothing"
+
+
+def test_descriptors_are_tried_where_there_are_any():
+    """From compute capability 9.0 on, in half precision: where every plan of a candidate with the option takes it."""
+    for entry in ENTRIES:
+        if not entry.slot.startswith("attention"):
+            continue
+        op, case = sweep.case_of(entry)
+        inputs = op.inputs(case, getattr(torch, entry.dtype), "meta")
+        for arch in ("sm_80", "sm_89", "gfx942"):
+            assert not any(any(c.numbers[4:]) for c in sweep.candidates(entry, TARGETS[arch]))
+        for arch in ("sm_90", "sm_100"):
+            found = [c for c in sweep.candidates(entry, TARGETS[arch]) if any(c.numbers[4:])]
+            assert bool(found) == entry.key.startswith("half"), entry.name
+            for candidate in found:
+                launches = op.plan(inputs, case.options, candidate.device(TARGETS[arch]))
+                assert any(x.scratch for x in launches) == bool(candidate.numbers[4])
+                assert any(x.constexprs.get("OVERLAP") for x in launches) == bool(sum(candidate.numbers[5:]))
 
 
 def test_the_default_is_not_what_a_table_says():
@@ -144,6 +162,19 @@ def test_compilation_in_a_process_of_its_own():
     loss = next(entry for entry in ENTRIES if entry.name == "cross_entropy.forward 128")
     candidate = Candidate(loss, (128, 8, 8))
     assert sweep.compiled([candidate], "sm_90", 1) == {candidate.name: ""}
+
+
+@pytest.mark.slow
+def test_descriptors_with_overlap_survive_and_what_waits_for_its_products_does_not():
+    forward = {entry.key: entry for entry in ENTRIES if entry.slot == "attention.forward"}
+    good = [
+        Candidate(forward["half/64"], (128, 64, 8, 2, 1, 1)),
+        Candidate(forward["half/128"], (128, 128, 8, 2, 1, 1)),
+    ]
+    bad = Candidate(forward["half/64"], (128, 128, 4, 2, 0, 0))
+    found = sweep.compiled([*good, bad], "sm_90", 1)
+    assert [found[candidate.name] for candidate in good] == ["", ""]
+    assert "a wait after every product" in found[bad.name]
 
 
 @pytest.mark.slow

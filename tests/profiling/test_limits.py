@@ -5,7 +5,7 @@ import torch
 
 from kernels import catalogue
 from kernels.device import TARGETS
-from profiling.instructions import sass_mix
+from profiling.instructions import hopper_loops, overlapped, sass_mix
 from profiling.limits import PEAKS, PROCESSORS, occupancy, roofline
 from profiling.resources import Use, rooflines
 
@@ -32,6 +32,35 @@ def test_instructions_of_a_listing_counted_by_hand():
         "total": 12, "tensor_core": 1, "ffma": 1, "fp32": 2, "ldg": 2, "stg": 1, "lds": 1, "barriers": 1, "mufu": 2,
         "ex2": 1,
     }  # fmt: skip
+
+
+def test_the_order_of_a_loop_read_by_hand():
+    """The inner of two loops, with a branch forwards and a loop without products beside it."""
+    listing = """
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], !UPT ;
+    .L_x_0:
+        /*0010*/                   MUFU.EX2 R1, R1 ;
+    .L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/              @!P2 BRA `(.L_x_2) ;
+        /*0050*/                   MUFU.EX2 R1, R1 ;
+    .L_x_2:
+        /*0060*/                   MUFU.EX2 R2, R2 ;
+        /*0070*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0090*/                   MUFU.EX2 R3, R3 ;
+        /*00a0*/               @P0 BRA `(.L_x_1) ;
+        /*00b0*/               @P1 BRA `(.L_x_0) ;
+    .L_x_3:
+        /*00c0*/                   MUFU.EX2 R3, R3 ;
+        /*00d0*/               @P0 BRA `(.L_x_3) ;
+    """
+    assert hopper_loops(listing) == ["H1 W0 E2 H2 E1"]
+    assert overlapped("H1 W0 E2 H2 E1") == (1, 3)
+    assert overlapped("H8 W0 H2 E13 H1 E13 H1 E8 W0") == (34, 34)
+    assert overlapped("E5 H8 W0 E32 H4") == (5, 37)  # what the turn before left in flight
+    assert overlapped("H4 W1 E4 W0") == (4, 4)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ import torch
 
 from kernels import catalogue
 from kernels.device import HAS_TRITON, TARGETS
+from minigpt.errors import UserError
+from profiling.instructions import overlapped
+from profiling.resources import _trial
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -145,6 +148,57 @@ def test_a_kernel_that_compiles_can_run(one_of_each):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_the_whole_table(arch):
     assert not _problems(_table("--arch", arch))
+
+
+TUNED = {  # what docs/kernels/attention.md has the figures of, by case: slots and numbers
+    "gpt2": (
+        ["attention.forward half/64 128 64 8 2 1 1", "attention.backward_query half/64 128 64 8 2 1",
+         "attention.backward_key half/64 64 128 8 2 1"],
+        ["attention.forward half/64 128 128 8 2 1 1", "attention.backward_query half/64 64 64 4 2 1",
+         "attention.backward_key half/64 64 64 4 2 1"],
+    ),
+    "d128": (
+        ["attention.forward half/128 128 64 8 2 1 1", "attention.backward_query half/128 128 64 8 2 1",
+         "attention.backward_key half/128 32 128 8 2 1"],
+        ["attention.forward half/128 128 128 8 2 1 1", "attention.backward_query half/128 64 64 4 2 1",
+         "attention.backward_key half/128 32 64 4 2 1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(("case", "which"), [(case, which) for case in TUNED for which in (0, 1)])
+def test_tuned_options_compile_well(case, which, arch):
+    """No spills, within shared memory, tiles loaded by the TMA unit, wgmma not serialised, exponentials beside it."""
+    tiles = [part for tile in TUNED[case][which] for part in ("--tile", *tile.split())]
+    document = _table("--arch", arch, "--dtype", "bfloat16", "--case", case, *tiles)
+    assert not _problems(document)
+    attention = [use for use in document["kernels"] if use["tile"].get("DESCRIPTORS")]
+    assert len(attention) == 3
+    for use in attention:
+        assert use["instructions"]["tma"] >= 4, _name(use)
+        if use["kernel"] == "_attention_forward" and arch == "sm_90":
+            found, total = overlapped(use["loops"][0])
+            assert found >= total / 3, use["loops"]
+
+
+@pytest.mark.parametrize(
+    ("tile", "said"),
+    [
+        ("attention.forward half/64", "give a slot, a key and whole numbers"),
+        ("attention.forward half/64 64 64 4 2 1 x", "give a slot, a key and whole numbers"),
+        (
+            "attention.forward half/64 64 64 4 2",
+            "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP]",
+        ),
+        ("attention.sideways half/64 64 64 4 2", "'attention.sideways' is no slot"),
+    ],
+)
+def test_what_is_no_tile_is_told_in_a_line(tile, said):
+    with pytest.raises(UserError) as error:
+        _trial([tile.split()])
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow
