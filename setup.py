@@ -2,7 +2,15 @@
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "expecttest>=0.3", "transformers>=5", "ruff"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3",
+    "hypothesis>=6.100",
+    "expecttest>=0.3",
+    "transformers>=5",
+    "ruff",
+]
 
 setup(
     name="minigpt-kernels",

@@ -1,6 +1,7 @@
 """The least time of a step: bytes, operations and launches against counts by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +84,11 @@ def test_the_command(capsys, tmp_path):
     arguments.kernels = ["cuda"]
     with pytest.raises(UserError, match="unknown kernels 'cuda'"):
         arguments.run(arguments)
+
+
+def test_the_page_says_what_is_counted():
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    found = floor.floors([preset("shakespeare", kernels=name, dtype="bf16") for name in ("torch", "triton")])
+    for row in found["kernels"]:
+        numbers = f"{row['launches']:,} | {row['bytes'] / 1e9:.2f} | {row['flops'] / 1e12:.2f} | {row['us']:,.0f} |"
+        assert f"| `shakespeare`, 16,384 tokens | `{row['kernels']}` | {numbers}" in page
