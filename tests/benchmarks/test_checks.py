@@ -361,5 +361,6 @@ def test_the_truth_of_many_logits_is_that_of_few(monkeypatch):
     assert list(parts) == list(whole)
     for name, exact in whole.items():
         torch.testing.assert_close(parts[name], exact, rtol=1e-13, atol=1e-15)
-    case.options["label_smoothing"] = 0.1  # not a sum of losses alone: all at once
-    assert not problems._too_many_logits(problem)
+    smooth = problem.copy()  # not a sum of losses alone: all at once
+    smooth.case = case._replace(options={"label_smoothing": 0.1})
+    assert problems._too_many_logits(problem) and not problems._too_many_logits(smooth)
