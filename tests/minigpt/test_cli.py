@@ -118,7 +118,6 @@ def test_kernels_of_the_environment_and_of_the_flag(call, trained, monkeypatch):
         (["--temperature", "-1"], ["temperature", "-1"]),
         (["--temperature", "nan"], ["temperature"]),
         (["--temperature", "warm"], ["temperature", "warm"]),
-        (["--top-k", "1000"], ["top_k", "1000"]),
         (["--top-k", "-3"], ["top_k"]),
         (["--top-k", "2.5"], ["2.5"]),
         (["--top-p", "0"], ["top_p"]),
