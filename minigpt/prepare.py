@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -243,9 +244,27 @@ def _stored_tokenizer(folder: Path) -> Tokenizer:
 _PR_SET_PDEATHSIG = 1
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let what would end the program wait: amid the pool's own work it would leave processes that nobody ends."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):  # it was begun undisturbed
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     if sys.platform == "linux":  # end with the process that gives it work, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The package tokenizers would take all processors in each of the processes.
@@ -277,7 +296,8 @@ class _Processes:
         try:
             for size in self._sizes:
                 for chunk in itertools.islice(waiting, self._at_once - len(begun)):
-                    begun.append(self._pool.submit(work, chunk))
+                    with _undisturbed():
+                        begun.append(self._pool.submit(work, chunk))
                 result = begun.popleft().result()
                 done += size
                 self._progress(what, done, total)

@@ -265,6 +265,7 @@ def test_a_second_one_for_the_same_folder_is_refused(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends processes with their parent")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_processes_end_with_the_one_that_began_them(number):
+    """The signal comes while they are being begun."""
     Path("text.txt").write_text("To be, or not to be: that is the question.\n" * 1_000_000)
     code = "import sys; from minigpt.__main__ import main; main(['prepare', '--data', 'text.txt', '--workers', '2'])"
     begun = subprocess.Popen(
