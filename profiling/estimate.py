@@ -62,18 +62,25 @@ def estimate(config: TrainConfig, *, device: str = "cuda", arch: str = "sm_90", 
     tracker = Tracker(granularity, functools.partial(_inside, [ours, cuda_rules.workspace] if on_cuda else [ours]))
     dtype = DTYPES[config.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_rules.as_on_cuda() if on_cuda else nullcontext():
-        model = GPT(config.model_config(vocabulary(config)), ops)
-        model.checkpoint_activations = config.checkpoint_activations
-        optimizer = make_optimizer(model, config)
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # makes its state
-        optimizer.zero_grad(set_to_none=True)
-        batch = make_batch(config, vocabulary(config), "cpu")
+        model, optimizer, batch = before_a_step(config, ops)
         hold_model(tracker, model, optimizer, batch)
         with tracker:
             training_step(model, optimizer, batch, dtype, config.grad_clip, min(2, passes), tracker.during)
     return summary(tracker, ops, model, config.kernels, ours.unseen)
+
+
+def before_a_step(
+    config: TrainConfig, ops: backends.Backends
+) -> tuple[GPT, torch.optim.Optimizer, tuple[torch.Tensor, torch.Tensor]]:
+    """What a training step begins with, on fake CPU tensors: the model, its optimizer with state, and a batch."""
+    model = GPT(config.model_config(vocabulary(config)), ops)
+    model.checkpoint_activations = config.checkpoint_activations
+    optimizer = make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()  # makes its state
+    optimizer.zero_grad(set_to_none=True)
+    return model, optimizer, make_batch(config, vocabulary(config), "cpu")
 
 
 def hold_model(tracker: Tracker, model: GPT, optimizer: torch.optim.Optimizer, batch: Iterable[torch.Tensor]) -> None:

@@ -128,11 +128,9 @@ def count(config: Any, arch: str = "sm_90") -> Counter:
 
     from minigpt import backends
     from minigpt.config import DTYPES
-    from minigpt.learning import make_optimizer
-    from minigpt.model import GPT
     from profiling import cuda_rules
-    from profiling.estimate import vocabulary
-    from profiling.step import make_batch, training_step
+    from profiling.estimate import before_a_step
+    from profiling.step import training_step
 
     counter = Counter(arch)
 
@@ -143,14 +141,7 @@ def count(config: Any, arch: str = "sm_90") -> Counter:
 
     ops = backends.resolve(config.kernels, torch.device("cuda"))
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_rules.as_on_cuda():
-        model = GPT(config.model_config(vocabulary(config)), ops)
-        model.checkpoint_activations = config.checkpoint_activations
-        optimizer = make_optimizer(model, config)
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # makes its state
-        optimizer.zero_grad(set_to_none=True)
-        batch = make_batch(config, vocabulary(config), "cpu")
+        model, optimizer, batch = before_a_step(config, ops)
         with counter:
             training_step(model, optimizer, batch, DTYPES[config.dtype], config.grad_clip, during=during)
     return counter
