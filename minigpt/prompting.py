@@ -27,8 +27,8 @@ class Generate:
     run: Path | None = None
     """Folder of the run, or of one of its checkpoints. Without one: the newest run in runs/."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """What the text continues; may be given several times: all are written to at once, one line of text may be shorter
-    than another. Without one it begins at a new line."""
+    """What the text continues; may be given several times, and all are continued at once. Without one it begins at a
+    new line."""
     prompt_file: Path | None = None
     """A UTF-8 file that the text continues, all of it, a newline at its end included."""
     interactive: bool = False
