@@ -347,6 +347,19 @@ def _query_gradient(
 
 
 @triton.jit
+def _delta(out, dout, is_query):
+    """The sum of out * dout over each row; rows that are no query are zeros.
+
+    The mask says that again for fp32, so that no product is fused into the sum across threads: each thread would round
+    all products but its own, and the threads that share a row come to different sums.
+    """
+    products = out.to(tl.float32) * dout.to(tl.float32)  # exact for halves
+    if out.dtype == tl.float32:
+        products = tl.where(is_query[:, None], products, 0.0)
+    return tl.sum(products, axis=1)
+
+
+@triton.jit
 def _attention_backward_query(
     query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, seed_ptr, delta_ptr, dquery_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
@@ -380,7 +393,7 @@ def _attention_backward_query(
     dout = _matrix(grad_ptr, q_len, g_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
     dout = _load(dout, first, _offsets(BLOCK_Q, BLOCK_D, g_stride), g_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
     out = _load(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    delta = _delta(out, dout, queries < q_len)
     tl.store(delta_ptr + head.to(tl.int64) * q_len + queries, delta, mask=queries < q_len)
     lse = _load_lse(lse_ptr + head.to(tl.int64) * q_len, queries, q_len, q.dtype == tl.float32, True)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -628,7 +641,7 @@ def _attention_short_backward(
         q = _load_rows(query_ptr, q_rows, is_query, D, BLOCK_D)
         out = _load_rows(out_ptr, o_rows, is_query, D, BLOCK_D)
         dout = _load_rows(grad_ptr, g_rows, is_query, D, BLOCK_D)
-        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+        delta = _delta(out, dout, is_query)
         lse = tl.load(lse_ptr + head.to(tl.int64) * q_len + positions, mask=is_query, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: p is zero
         if not PRECISE:

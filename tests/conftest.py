@@ -9,6 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks and profiling run from the checkout, they are not installed
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # what is cached knows nothing of a fake that changed
 
+EMULATED = os.environ.get("KERNELS_EMULATE", "")  # run kernels as compiled for this target, on an emulated GPU
+if EMULATED:
+    os.environ["TRITON_INTERPRET"] = "0"
+
 import kernels  # noqa: E402, I001 - before anything that imports Triton
 
 import pytest  # noqa: E402
@@ -29,6 +33,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs Triton's interpreter in a process of its own")
+    if EMULATED:
+        from profiling.emulator.driver import emulate
+
+        emulate(EMULATED)
     config.stash[RATIOS] = {}
     config.stash[SKIPPED] = []
     if worker := getattr(config, "workerinput", None):
