@@ -218,6 +218,13 @@ def _flash_attn(problem: Problem) -> Call:
     return attention
 
 
+@provider("flash_attn-qkvpacked", "scaled_dot_product_attention_qkvpacked", gpu_only=True)
+def _flash_attn_qkvpacked(problem: Problem) -> Call:
+    function = _imported("flash_attn", "flash_attn_qkvpacked_func")
+    _half_only(problem)
+    return lambda qkv, dropout_p=0.0, is_causal=False, scale=None: function(qkv, dropout_p, scale, is_causal)
+
+
 @provider("liger", "layer_norm", "cross_entropy", "linear_cross_entropy", gpu_only=True, overwrites=True)
 def _liger(problem: Problem) -> Call:
     if problem.op.name == "layer_norm":

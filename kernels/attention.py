@@ -1159,17 +1159,15 @@ def scaled_dot_product_attention(
     if scale <= 0.0:  # the kernel takes the maximum before it scales
         query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
     query_offset = max(-q_len, min(k_len, query_offset)) if is_causal else 0
-    seed = draw_seed(dropout_p, query.device)
+    seed = draw_seed(query.device) if dropout_p > 0.0 else None
     out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset)
     if len(heads) != 2:  # a view would be one more node for autograd
         out, lse = out.reshape(*heads, q_len, size), lse.reshape(*heads, q_len)
     return (out, lse) if return_lse else out
 
 
-def draw_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
-    """The dropout mask's seed, (1,) int64, from PyTorch's generator on the device; None without dropout."""
-    if dropout_p == 0.0:
-        return None
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A dropout mask's seed, (1,) int64, from PyTorch's generator on the device."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 

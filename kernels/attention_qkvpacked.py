@@ -3,10 +3,12 @@
     qkv (..., T, 3, H, D) -> softmax(scale * q k^T) v (..., T, H, D)        dqkv (..., T, 3, H, D)
 
 The mathematics, the kernels and their plans are those of attention.py, with q, k and v as views; so are the results,
-bit for bit, and the dropout mask of a seed. What differs is the gradient: one tensor, into whose three parts the backward
-kernels write. Of three tensors autograd would make that one by a copy: 12 C bytes read and written a token in 16 bits,
-with C = H D, beside the 16 C and a little that backward must move. Saved for backward: qkv, out, and lse in fp32, one a
-query and head. Heads are neighbours in memory before and after, so joining them copies nothing.
+bit for bit, and the dropout mask of a seed. What differs is the gradient: one tensor, into whose three parts the
+backward kernels write. Of three tensors autograd would make that one by a copy: in 16 bits 12 C bytes read and written
+a token, C = H D, beside the 16 C that backward must move. Saved for backward: qkv, out, and lse in fp32, one number a
+query and head. Forward is 2 products and backward 5, as there.
+
+Dao, "FlashAttention-2" (2023), https://arxiv.org/abs/2307.08691; the layout is that of its qkvpacked functions.
 """
 
 import math
@@ -131,7 +133,7 @@ def scaled_dot_product_attention_qkvpacked(
         scale = -scale if scale < 0.0 else 1.0
     if len(lead) != 1:
         qkv = qkv.reshape(math.prod(lead), length, 3, heads, size)
-    seed = attention.draw_seed(dropout_p, qkv.device)
+    seed = attention.draw_seed(qkv.device) if dropout_p > 0.0 else None
     out, lse = forward(qkv, seed, float(dropout_p), is_causal, scale)
     if len(lead) != 1:
         out, lse = out.reshape(*lead, length, heads, size), lse.reshape(*lead, heads, length)
@@ -145,7 +147,7 @@ def _torch(
     qkv: torch.Tensor, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None
 ) -> torch.Tensor:
     """The same in PyTorch's own functions."""
-    query, key, value = qkv.transpose(-2, -4).unbind(-3)
+    query, key, value = (part.transpose(-2, -3) for part in qkv.unbind(-3))
     out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     return out.transpose(-2, -3)
 
@@ -192,8 +194,6 @@ OP = Op(
     sizes=(
         _case("gpt2", 16, 1024, 12, 64, is_causal=True),
         _case("d16", 2, 64, 4, 16, is_causal=True),
-        _case("d32", 12, 64, 4, 32, is_causal=True),
-        _case("d64-short", 64, 48, 6, 64, is_causal=True),
         _case("shakespeare", 64, 256, 6, 64, is_causal=True),
         _case("shakespeare-dropout", 64, 256, 6, 64, is_causal=True, dropout_p=0.2),
         _case("d128", 4, 4096, 16, 128, is_causal=True),

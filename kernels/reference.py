@@ -73,7 +73,7 @@ def scaled_dot_product_attention_qkvpacked(
     dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """scaled_dot_product_attention of the parts of qkv (..., T, 3, H, D): (..., T, H, D) [, lse (..., H, T) fp32]."""
-    query, key, value = qkv.transpose(-2, -4).unbind(-3)  # (..., H, T, D) each
+    query, key, value = (part.transpose(-2, -3) for part in qkv.unbind(-3))  # (..., H, T, D) each
     result = scaled_dot_product_attention(
         query, key, value, None, dropout_p, is_causal, scale, return_lse=return_lse, dropout_mask=dropout_mask
     )

@@ -1,4 +1,4 @@
-"""Attention of one packed tensor: attention of its three parts to the bit, and one gradient that nobody put together."""
+"""Attention of one packed tensor: that of its three parts to the bit, and one gradient that nobody put together."""
 
 import pytest
 import torch

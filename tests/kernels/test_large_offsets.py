@@ -83,9 +83,7 @@ STRIDED = {  # every dimension at least 3, and several tiles
 }  # fmt: skip
 MANY = {  # contiguous, and many elements: of every kind of kernel and of everything that has an element a row
     "scaled_dot_product_attention": [_attention(5_000_000, 150), _attention(3, 2**26), _attention(2**24, 24)],
-    "scaled_dot_product_attention_qkvpacked": [
-        _qkvpacked(5_000_000, 150), _qkvpacked(3, 2**26), _qkvpacked(2**24, 24)
-    ],
+    "scaled_dot_product_attention_qkvpacked": [_qkvpacked(5_000_000, 150), _qkvpacked(3, 2**26), _qkvpacked(2**24, 24)],
     "layer_norm": [_layer_norm(2**32, 24), _layer_norm(100, 2**26)],
     "add_layer_norm": [_add_layer_norm(2**32, 24), _add_layer_norm(100, 2**26)],
     "cross_entropy": [_cross_entropy(2**32, 24), _cross_entropy(5, 2**30)],
