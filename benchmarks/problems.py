@@ -39,6 +39,10 @@ def _attention(name: str, *shape: int, **options) -> Case:
     return Case(name, dict.fromkeys(("query", "key", "value"), shape), {"is_causal": True} | options)
 
 
+def _packed(name: str, batch: int, length: int, heads: int, size: int) -> Case:
+    return Case(name, {"qkv": (batch, length, 3, heads, size)}, {"is_causal": True})
+
+
 def _norm(rows: int, n: int, *more: str) -> Case:
     shapes = dict.fromkeys(("input", *more), (rows, n)) | {"weight": (n,), "bias": (n,)}
     return Case(str(n), shapes, {"normalized_shape": (n,)})
@@ -60,6 +64,7 @@ def _cache(name: str, batch: int, heads: int, length: int, size: int) -> Case:
 
 _SMALL = {
     "scaled_dot_product_attention": (_attention("heads", 12, 4, 64, 32), _attention("longer", 2, 4, 256, 64)),
+    "scaled_dot_product_attention_qkvpacked": (_packed("heads", 12, 64, 4, 32), _packed("longer", 2, 256, 4, 64)),
     "decode_attention": (_cache("heads", 12, 4, 64, 32), _cache("longer", 2, 4, 1024, 64)),
     "layer_norm": (_norm(768, 128), _norm(1024, 768)),
     "add_layer_norm": (_norm(768, 128, "residual"), _norm(1024, 768, "residual")),
@@ -315,6 +320,10 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def exact_answer(problem: Problem, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Outputs and gradients by the reference in float64; attention head by head, its scores would not fit else."""
+    if "qkv" in problem.inputs:
+        found = exact_answer(_unpacked(problem), mask)
+        parts = [found[name].transpose(1, 2) for name in ("dquery", "dkey", "dvalue")]
+        return {"output": found["output"].transpose(1, 2), "dqkv": torch.stack(parts, 2)}
     extra = {} if mask is None else {"dropout_mask": mask.double()}
     options = {k: v for k, v in problem.case.options.items() if k != "dropout_p"} | extra
     if _too_many_logits(problem):
@@ -337,6 +346,19 @@ def exact_answer(problem: Problem, mask: torch.Tensor | None = None) -> dict[str
             whole = parts.setdefault(name, torch.empty(shape, dtype=torch.float64, device=tensor.device))
             whole[here, places.get(name.removeprefix("d"), queries)] = tensor
     return parts
+
+
+def _unpacked(problem: Problem) -> Problem:
+    """Attention of one packed tensor as attention of three, which are views of it."""
+    from kernels.catalogue import ATTENTION
+
+    twin = object.__new__(Problem)
+    twin.__dict__ |= problem.__dict__
+    parts = (part.transpose(1, 2) for part in problem.inputs["qkv"].unbind(2))
+    twin.op, twin.inputs = ATTENTION, dict(zip(ATTENTION.differentiable, parts, strict=True))
+    twin.case = problem.case._replace(shapes={name: tuple(part.shape) for name, part in twin.inputs.items()})
+    twin.wanted, twin.gradients = list(twin.inputs), tuple(grad.transpose(1, 2) for grad in problem.gradients)
+    return twin
 
 
 def _too_many_scores(problem: Problem) -> bool:
@@ -393,6 +415,13 @@ def dropout_mask(problem: Problem, call: Call) -> torch.Tensor:
     With columns of the identity as values, the output is the dropped probabilities themselves. Raises Wrong where
     the share that is kept is not what was asked for.
     """
+    if "qkv" in problem.inputs:
+
+        def unpacked(query, key, value, **options):
+            packed = torch.stack([part.transpose(1, 2) for part in (query, key, value)], 2)
+            return call(qkv=packed, **options).transpose(1, 2)
+
+        return dropout_mask(_unpacked(problem), unpacked)
     query, key, value = (problem.inputs[name] for name in ("query", "key", "value"))
     k_len, size = key.shape[-2], value.shape[-1]
     kept = torch.empty(*query.shape[:-1], k_len, dtype=torch.bool, device=problem.device)
@@ -430,6 +459,7 @@ def all_cases(op: Op, on_gpu: bool, quick: bool) -> Iterator[Case]:
 
 MAIN = {
     "scaled_dot_product_attention": ("shakespeare", "gpt2", "d128"),
+    "scaled_dot_product_attention_qkvpacked": ("gpt2",),
     "layer_norm": ("384", "768", "4096"),
     "cross_entropy": ("v65", "v50304"),
 }

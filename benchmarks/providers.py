@@ -21,6 +21,7 @@ from kernels.op import Op
 from minigpt.errors import UserError
 
 ATTENTION = "scaled_dot_product_attention"
+QKVPACKED = "scaled_dot_product_attention_qkvpacked"
 
 
 class Unavailable(Exception):
@@ -201,10 +202,13 @@ def _flex(problem: Problem) -> Call:
     return lambda query, key, value, **_: compiled(query, key, value, **more)
 
 
-@provider("flash_attn", ATTENTION, gpu_only=True)
+@provider("flash_attn", ATTENTION, QKVPACKED, gpu_only=True)
 def _flash_attn(problem: Problem) -> Call:
-    function = _imported("flash_attn", "flash_attn_func")
     _half_only(problem)
+    if problem.op.name == QKVPACKED:
+        packed = _imported("flash_attn", "flash_attn_qkvpacked_func")
+        return lambda qkv, dropout_p=0.0, is_causal=False, scale=None: packed(qkv, dropout_p, scale, is_causal)
+    function = _imported("flash_attn", "flash_attn_func")
     _refuse(problem, "query_offset")
     options, shapes = problem.case.options, problem.case.shapes
     if options.get("is_causal") and shapes["query"][-2] != shapes["key"][-2]:

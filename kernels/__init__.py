@@ -3,6 +3,7 @@
 from kernels import device, reference  # device first: it chooses the interpreter before Triton is imported
 from kernels.add_layer_norm import add_layer_norm
 from kernels.attention import scaled_dot_product_attention
+from kernels.attention_qkvpacked import scaled_dot_product_attention_qkvpacked
 from kernels.cross_entropy import cross_entropy
 from kernels.decode_attention import decode_attention
 from kernels.layer_norm import layer_norm
@@ -22,4 +23,5 @@ __all__ = [
     "linear_cross_entropy",
     "reference",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_qkvpacked",
 ]

@@ -1004,15 +1004,21 @@ def _backward(
     query_offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value."""
-    dquery, dkey, dvalue = _empty_backward(query, key, value)
+    gradients = _empty_backward(query, key, value)
+    write_gradients(
+        gradients, grad, query, key, value, out, lse, seed, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        query_offset=query_offset,
+    )  # fmt: skip
+    return gradients
+
+
+def write_gradients(gradients, grad, query, key, value, out, lse, seed, **options):
+    """Those of query, key and value into `gradients`, three tensors of their shapes, in memory as they like."""
+    dquery, dkey, dvalue = gradients
     tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value), "out": out}
     tensors |= {"grad": rows_of(grad), "lse": lse, "seed": seed, "delta": torch.empty_like(lse)}
     tensors |= {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
-    run(
-        plan_backward, tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=query_offset,
-        allow_tf32=allow_tf32(query),
-    )  # fmt: skip
-    return dquery, dkey, dvalue
+    run(plan_backward, tensors, **options, allow_tf32=allow_tf32(query))
 
 
 def _save(ctx, inputs, output):
@@ -1064,6 +1070,22 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 
 
+def check_common(op, name, tensor, dropout_p, scale):
+    """The dtype and the head size of the op's tensor `name`, and the numbers that every attention takes."""
+    if tensor.dtype not in DTYPES:
+        raise (NotImplementedError if tensor.dtype.is_floating_point else RuntimeError)(
+            f"{op}: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16"
+        )
+    size = tensor.shape[-1]
+    if not 1 <= size <= MAX_HEAD_SIZE:
+        raise NotImplementedError(f"{op}: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
+    check_number(op, "dropout_p", dropout_p)
+    if scale is not None:
+        check_number(op, "scale", scale)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+
+
 def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset):
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
     tensors = {"query": query, "key": key, "value": value}
@@ -1076,18 +1098,9 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
             raise RuntimeError(f"scaled_dot_product_attention: {name} is {tensor.dtype}, query is {query.dtype}")
         if tensor.device != query.device:
             raise RuntimeError(f"scaled_dot_product_attention: {name} is on {tensor.device}, query on {query.device}")
-    if query.dtype not in DTYPES:
-        raise (NotImplementedError if query.dtype.is_floating_point else RuntimeError)(
-            f"scaled_dot_product_attention: query is {query.dtype}; the kernel has float32, float16, bfloat16"
-        )
-    check_number("scaled_dot_product_attention", "dropout_p", dropout_p)
     check_number("scaled_dot_product_attention", "query_offset", query_offset, whole=True)
-    if scale is not None:
-        check_number("scaled_dot_product_attention", "scale", scale)
     if query_offset and not is_causal:
         raise RuntimeError("scaled_dot_product_attention: query_offset moves the causal diagonal; pass is_causal=True")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise RuntimeError(f"scaled_dot_product_attention: dropout_p must be in [0, 1], got {dropout_p}")
     size = query.shape[-1]
     if key.shape[-1] != size or key.shape[-2] != value.shape[-2]:
         raise RuntimeError(
@@ -1098,10 +1111,7 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         raise NotImplementedError(
             f"scaled_dot_product_attention: a value head of another size ({value.shape[-1]}) than query's ({size})"
         )
-    if not 1 <= size <= MAX_HEAD_SIZE:
-        raise NotImplementedError(
-            f"scaled_dot_product_attention: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}"
-        )
+    check_common("scaled_dot_product_attention", "query", query, dropout_p, scale)
     if enable_gqa:
         if min(tensor.dim() for tensor in tensors.values()) < 3:
             raise RuntimeError("scaled_dot_product_attention: enable_gqa needs a head dimension, (..., H, T, D)")
@@ -1162,13 +1172,16 @@ def scaled_dot_product_attention(
     if scale <= 0.0:  # the kernel takes the maximum before it scales
         query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
     query_offset = max(-q_len, min(k_len, query_offset)) if is_causal else 0
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    seed = draw_seed(query.device) if dropout_p > 0.0 else None
     out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset)
     if len(heads) != 2:  # a view would be one more node for autograd
         out, lse = out.reshape(*heads, q_len, size), lse.reshape(*heads, q_len)
     return (out, lse) if return_lse else out
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A dropout mask's seed, (1,) int64, from PyTorch's generator on the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def _broadcast(first: torch.Size, *others: torch.Size) -> torch.Size:

@@ -4,6 +4,7 @@ import torch
 
 from kernels.add_layer_norm import OP as ADD_LAYER_NORM
 from kernels.attention import OP as ATTENTION
+from kernels.attention_qkvpacked import OP as ATTENTION_QKVPACKED
 from kernels.cross_entropy import OP as CROSS_ENTROPY
 from kernels.decode_attention import OP as DECODE_ATTENTION
 from kernels.device import TARGETS
@@ -12,6 +13,7 @@ from kernels.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 
 OPS = (
     ATTENTION,
+    ATTENTION_QKVPACKED,
     DECODE_ATTENTION,
     LAYER_NORM,
     ADD_LAYER_NORM,

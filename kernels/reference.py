@@ -63,6 +63,26 @@ def scaled_dot_product_attention(
     return output, (highest + total.log()).squeeze(-1).detach().float()
 
 
+def scaled_dot_product_attention_qkvpacked(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    return_lse: bool = False,
+    dropout_mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """scaled_dot_product_attention of the parts of qkv (..., T, 3, H, D): (..., T, H, D) [, lse (..., H, T) fp32]."""
+    query, key, value = (part.transpose(-2, -3) for part in qkv.unbind(-3))  # (..., H, T, D) each
+    result = scaled_dot_product_attention(
+        query, key, value, None, dropout_p, is_causal, scale, return_lse=return_lse, dropout_mask=dropout_mask
+    )
+    if not return_lse:
+        return result.transpose(-2, -3)
+    out, lse = result
+    return out.transpose(-2, -3), lse
+
+
 def decode_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,

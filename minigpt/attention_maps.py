@@ -19,6 +19,7 @@ from torch import Tensor
 import kernels
 import kernels.reference
 
+from .backends import unpack
 from .model import GPT
 from .plots import INK, QUIET, STYLE, save
 from .report import write_text
@@ -38,8 +39,9 @@ def attention_maps(model: GPT, idx: Tensor) -> Tensor:
     namespace = kernels if model.ops.names["attention"] == "triton" else kernels.reference
     found: list[Tensor] = []
 
-    def recording(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, is_causal: bool) -> Tensor:
-        out, lse = namespace.scaled_dot_product_attention(query, key, value, is_causal=is_causal, return_lse=True)
+    def recording(qkv: Tensor, *, dropout_p: float, is_causal: bool) -> Tensor:
+        out, lse = namespace.scaled_dot_product_attention_qkvpacked(qkv, is_causal=is_causal, return_lse=True)
+        query, key, _ = unpack(qkv)
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         found.append((scores - lse[..., None]).exp().masked_fill(future, 0.0)[0].cpu())

@@ -26,11 +26,22 @@ BACKENDS = ("eager", "torch", "triton")
 AUTO = "auto"
 
 
+def unpack(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, (B, H, T, D) each, as views of (B, T, 3, H, D)."""
+    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return query, key, value
+
+
 class Torch:
     """PyTorch's own functions, and in them what it has no fused function for."""
 
-    scaled_dot_product_attention = staticmethod(F.scaled_dot_product_attention)
     layer_norm = staticmethod(F.layer_norm)
+
+    @staticmethod
+    def scaled_dot_product_attention_qkvpacked(qkv, dropout_p=0.0, is_causal=False):
+        query, key, value = unpack(qkv)
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=is_causal)
+        return out.transpose(1, 2)
 
     @staticmethod
     def decode_attention(query, key_cache, value_cache, lengths):
@@ -50,7 +61,7 @@ class Torch:
 
 # Which functions of a backend each op of the flag stands for: field of Backends -> name.
 _FUNCTIONS = {
-    "attention": {"attention": "scaled_dot_product_attention", "decode": "decode_attention"},
+    "attention": {"attention": "scaled_dot_product_attention_qkvpacked", "decode": "decode_attention"},
     "layer_norm": {"layer_norm": "layer_norm", "add_layer_norm": "add_layer_norm"},
     "loss": {"loss": "linear_cross_entropy"},
 }
@@ -73,7 +84,7 @@ class Choice(NamedTuple):
 class Backends:
     """The functions that the model calls, with the signatures that `kernels` gives them.
 
-    attention(query, key, value, *, dropout_p=0.0, is_causal=False): (B, H, T, D) three times -> (B, H, T, D)
+    attention(qkv, *, dropout_p=0.0, is_causal=False): (B, T, 3, H, D) -> (B, T, H, D)
     decode(query, key_cache, value_cache, lengths): (B, H, 1, D), (B, H, slots, D) twice, (B,) -> (B, H, 1, D)
     layer_norm(input, normalized_shape, weight, bias, eps): (..., C) -> (..., C)
     add_layer_norm(input, residual, normalized_shape, weight, bias, eps): (..., C) twice -> their sum's norm, their sum

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .backends import unpack
 from .errors import UserError
 from .model import GPT, Attend
 
@@ -64,10 +65,11 @@ def prefill(model: GPT, cache: Cache, contexts: Sequence[Sequence[int]], rows: S
         row[: len(context)] = torch.as_tensor(context)
     idx = idx.to(index.device)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        _, k, v = unpack(qkv)
         cache.keys[layer, index, :, :longest] = k
         cache.values[layer, index, :, :longest] = v
-        return model.ops.attention(q, k, v, is_causal=True)
+        return model.ops.attention(qkv, is_causal=True)
 
     x, branch = _blocks(model, model.tokens(idx) + model.positions[:longest], attend)
     if not min(map(len, contexts)):
@@ -85,11 +87,12 @@ def step(model: GPT, cache: Cache, tokens: Tensor) -> Tensor:
     slots = cache.lengths
     filled = slots + 1
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = unpack(qkv)
         keys, values = cache.keys[layer], cache.values[layer]
         keys[cache.rows, :, slots] = k[:, :, 0]
         values[cache.rows, :, slots] = v[:, :, 0]
-        return model.ops.decode(q, keys, values, filled)
+        return model.ops.decode(q, keys, values, filled).transpose(1, 2)
 
     x, branch = _blocks(model, (model.tokens(tokens) + model.positions[slots])[:, None], attend)
     logits = _logits(model, x[:, 0], branch[:, 0])

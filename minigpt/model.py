@@ -22,8 +22,8 @@ from .linear import Linear
 IGNORE = -100
 """A target with this value does not count in the loss."""
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""query, key, value (B, H, T, D) of the tokens at hand -> (B, H, T, D): how they attend, where a cache is in use."""
+Attend = Callable[[Tensor], Tensor]
+"""queries, keys and values (B, T, 3, H, D) of the tokens at hand -> (B, T, H, D): how they attend, given a cache."""
 
 
 class LayerNorm(nn.Module):
@@ -56,14 +56,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         """With `attend` that decides to what the tokens attend, else to themselves and those before them."""
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
-        )
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         if attend is not None:
-            y = attend(q, k, v)
+            y = attend(qkv)
         else:
-            y = self.ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+            y = self.ops.attention(qkv, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return self.out(y.flatten(2))
 
 
 class MLP(nn.Module):

@@ -27,7 +27,7 @@ GROUPS = (
     ("GELU", ("gelu", "sigmoid")),
     ("embedding", ("embedding",)),
     ("dropout", ("dropout", "bernoulli")),
-    ("copies and casts", ("copy", "memcpy", "memset", "cat", "clone", "_to_copy", "fill_", "zero_")),
+    ("copies and casts", ("copy", "memcpy", "memset", "cat", "stack", "clone", "_to_copy", "fill_", "zero_")),
 )
 """Groups of ops and the parts of names that belong to each; the first that fits counts, `other` is the rest."""
 

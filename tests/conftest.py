@@ -159,10 +159,10 @@ def pytest_terminal_summary(terminalreporter, config):
     table = config.stash[RATIOS]
     if table:
         terminalreporter.section("parity: error / what the numerics contract allows, the worst case of each")
-        terminalreporter.write_line(f"{'op':<30}{'dtype':<10}{'quantity':<10}{'max':>6}  {'case':<28}{'RMS':>6}  case")
+        terminalreporter.write_line(f"{'op':<40}{'dtype':<10}{'quantity':<10}{'max':>6}  {'case':<28}{'RMS':>6}  case")
         for (op, dtype, quantity), worst in sorted(table.items()):
             (high, high_case), (rms, rms_case) = worst["max"], worst["rms"]
-            line = f"{op:<30}{dtype:<10}{quantity:<10}{high:>6.2f}  {high_case:<28}{rms:>6.2f}  {rms_case}"
+            line = f"{op:<40}{dtype:<10}{quantity:<10}{high:>6.2f}  {high_case:<28}{rms:>6.2f}  {rms_case}"
             terminalreporter.write_line(line)
     if config.stash[SKIPPED]:
         terminalreporter.section("skipped, and not in tests/allowed_skips.txt: this run fails")

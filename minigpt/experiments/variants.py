@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backends import Backends
+from ..backends import Backends, unpack
 from ..learning import Data, Learner
 from ..model import GPT
 
@@ -27,8 +27,10 @@ def without_residuals(ops: Backends) -> Backends:
 def without_scaling(ops: Backends) -> Backends:
     """Ops whose attention takes the softmax of q.k instead of q.k / sqrt(D)."""
 
-    def attention(query: Tensor, *rest, **options) -> Tensor:
-        return ops.attention(query * math.sqrt(query.shape[-1]), *rest, **options)
+    def attention(qkv: Tensor, **options) -> Tensor:
+        query, key, value = qkv.unbind(2)
+        scaled = query * math.sqrt(query.shape[-1])
+        return ops.attention(torch.stack((scaled, key, value), 2), **options)
 
     return replace(ops, attention=attention)
 
@@ -64,7 +66,8 @@ def attention_statistics(
     """
     found: dict[str, list[float]] = {"score_std": [], "entropy": []}
 
-    def recording(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    def recording(qkv: Tensor, **options) -> Tensor:
+        query, key, _ = unpack(qkv)
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         T = scores.shape[-1]
         seen = torch.ones(T, T, dtype=torch.bool, device=scores.device).tril()
@@ -72,7 +75,7 @@ def attention_statistics(
         logs = scores.masked_fill(~seen, -math.inf).log_softmax(-1)
         entropy = -(logs.exp() * logs.masked_fill(~seen, 0.0)).sum(-1)[..., 1:]
         found["entropy"].append((entropy / torch.arange(2, T + 1, device=scores.device).log()).mean().item())
-        return ops.attention(query, key, value, **options)
+        return ops.attention(qkv, **options)
 
     before, was_training = model.ops, model.training
     model.use(variant(replace(ops, attention=recording)))

@@ -339,6 +339,27 @@ def test_attention_head_by_head_is_attention(monkeypatch):
         torch.testing.assert_close(parts[name], tensor, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("scores", [0, 1 << 25])
+def test_attention_of_one_tensor_is_attention_of_its_parts(scores, monkeypatch):
+    """Its truth is made head by head as well, and its dropout is looked at as attention's is."""
+    op, options = OPS["scaled_dot_product_attention_qkvpacked"], {"is_causal": True}
+    case = Case("p", {"qkv": (2, 40, 3, 2, 16)}, options)
+    problem = problems.Problem(op, case, torch.float32, machine.here().torch_device)
+    leaf = problem.inputs["qkv"].double().requires_grad_()
+    out = op.reference(leaf, **options)
+    (gradient,) = torch.autograd.grad(out, leaf, problem.gradients[0].double())
+    monkeypatch.setattr(problems, "LARGEST_SCORES", scores)
+    truth = problems.exact_answer(problem)
+    assert set(truth) == {"output", "dqkv"}
+    torch.testing.assert_close(truth["output"], out.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(truth["dqkv"], gradient, rtol=1e-12, atol=1e-12)
+    dropped = case._replace(options=options | {"dropout_p": 0.2})
+    checker = problems.Checker(problems.Problem(op, dropped, torch.float32, machine.here().torch_device))
+    assert set(checker.check(op.reference)) == {"output", "dqkv"}
+    with pytest.raises(Wrong, match=r"dropout keeps 1\.0000"):
+        checker.check(lambda qkv, is_causal, dropout_p: op.torch(qkv, is_causal=True))
+
+
 def test_every_op_of_the_catalogue_can_be_a_problem(device):
     """Whatever op is added: inputs, truth, and the generic providers come from its entry alone."""
     for op in OPS.values():

@@ -40,11 +40,13 @@ def torch_functions(op) -> list:
             mask, is_causal = torch.ones(places, dtype=torch.bool, device=query.device).tril(query_offset), False
         return op.torch(query, key, value, attn_mask=mask, is_causal=is_causal, **options)
 
+    function = attention if op.name == "scaled_dot_product_attention" else op.torch
+
     def written_out(*args, **options):
         with sdpa_kernel(SDPBackend.MATH):
-            return attention(*args, **options)
+            return function(*args, **options)
 
-    return [attention, written_out] if op.name == "scaled_dot_product_attention" else [op.torch]
+    return [function, written_out] if op.name.startswith("scaled_dot_product_attention") else [function]
 
 
 def case_of(op, name: str):

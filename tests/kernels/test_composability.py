@@ -302,13 +302,14 @@ def test_flops_are_those_of_the_cost_formula(op, device):
         assert len(registered) in (0, 1 + bool(op.differentiable)), "a formula for one direction only"
 
 
-@pytest.mark.parametrize("op", [torch.ops.kernels.attention, torch.ops.kernels.decode_attention], ids=str)
-def test_attention_has_a_flop_formula(op):
-    assert op in flop_registry
+@pytest.mark.parametrize("name", ["attention", "attention_qkvpacked", "decode_attention"])
+def test_attention_has_a_flop_formula(name):
+    assert getattr(torch.ops.kernels, name) in flop_registry
 
 
 LAUNCHES = {
     "scaled_dot_product_attention": (1, 1),  # of a short sequence; a longer one has two backward, see test_attention.py
+    "scaled_dot_product_attention_qkvpacked": (1, 1),  # as that
     "decode_attention": (1, 0),  # a cache this short is not split
     "layer_norm": (1, 2),
     "add_layer_norm": (1, 2),  # the sum costs none, forward or backward

@@ -45,6 +45,10 @@ def _attention(b: int, t: int) -> Case:
     return Case(f"{b}x{t}", shapes, {"is_causal": True, "enable_gqa": True})
 
 
+def _qkvpacked(b: int, t: int) -> Case:
+    return Case(f"{b}x{t}", {"qkv": (b, t, 3, 6, 16)}, {"is_causal": True})
+
+
 def _layer_norm(rows: int, n: int) -> Case:
     return Case(f"{rows}x{n}", {"input": (rows, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
 
@@ -71,6 +75,7 @@ def _linear_cross_entropy(rows: int, hidden: int, n: int, **options) -> Case:
 
 STRIDED = {  # every dimension at least 3, and several tiles
     "scaled_dot_product_attention": [_attention(3, 150), _attention(3, 24)],
+    "scaled_dot_product_attention_qkvpacked": [_qkvpacked(3, 150), _qkvpacked(3, 24)],
     "decode_attention": [_decode(3, h, 3, t) for h in (3, 6) for t in (150, SPLIT)],
     "cross_entropy": [Case("rows", {"input": (5, 24), "target": (5,), "weight": (24,)}, {"label_smoothing": 0.1})],
     # classes by the 16: the logits' rows are padded to that, and a launch does not tell how far
@@ -78,6 +83,7 @@ STRIDED = {  # every dimension at least 3, and several tiles
 }  # fmt: skip
 MANY = {  # contiguous, and many elements: of every kind of kernel and of everything that has an element a row
     "scaled_dot_product_attention": [_attention(5_000_000, 150), _attention(3, 2**26), _attention(2**24, 24)],
+    "scaled_dot_product_attention_qkvpacked": [_qkvpacked(5_000_000, 150), _qkvpacked(3, 2**26), _qkvpacked(2**24, 24)],
     "layer_norm": [_layer_norm(2**32, 24), _layer_norm(100, 2**26)],
     "add_layer_norm": [_add_layer_norm(2**32, 24), _add_layer_norm(100, 2**26)],
     "cross_entropy": [_cross_entropy(2**32, 24), _cross_entropy(5, 2**30)],

@@ -92,6 +92,9 @@ TILES = {  # several tiles of every loop, one of them partly filled
         Case("d130", {"query": (1, 1, 67, 130), "key": (1, 1, 67, 130), "value": (1, 1, 67, 130)},
              {"is_causal": True}),
     ],
+    "scaled_dot_product_attention_qkvpacked": [
+        Case("d64", {"qkv": (1, 150, 3, 2, 64)}, {"is_causal": True}), Case("d20", {"qkv": (1, 70, 3, 2, 20)}, {}),
+    ],
     "decode_attention": [
         Case(name, {"query": (3, h, 1, d), "key_cache": (3, kv, t, d), "value_cache": (3, kv, t, d), "lengths": (3,)},
              {"enable_gqa": h > kv})
@@ -151,6 +154,7 @@ LAID_OUT = {  # every input, several rows, nothing of size 1
         "grouped", {"query": (2, 2, 21, 16), "key": (2, 1, 13, 16), "value": (2, 1, 13, 16)},
         {"is_causal": True, "enable_gqa": True},
     ),
+    "scaled_dot_product_attention_qkvpacked": Case("heads", {"qkv": (2, 13, 3, 2, 16)}, {"is_causal": True}),
     "decode_attention": Case(
         "grouped",
         {"query": (3, 4, 1, 16), "key_cache": (3, 2, 13, 16), "value_cache": (3, 2, 13, 16), "lengths": (3,)},

@@ -53,6 +53,15 @@ def _attention(draw: random.Random) -> Case:
     return Case("random", {"query": (batch, groups * kv_heads, q_len, size), "key": kv, "value": kv}, options)
 
 
+def _qkvpacked(draw: random.Random) -> Case:
+    length, size = draw.choice([1, draw.randint(2, 64), draw.randint(65, 260)]), draw.choice([1, 16, 64, 128])
+    size = draw.choice([size, draw.randint(2, 80), draw.randint(81, 256)])
+    options = {"is_causal": True} if draw.random() < 0.7 else {}
+    if draw.random() < 0.3:
+        options["scale"] = draw.choice([0.05, 0.5, 1.0])
+    return Case("random", {"qkv": (draw.randint(1, 2), length, 3, draw.randint(1, 3), size)}, options)
+
+
 def _decode_attention(draw: random.Random) -> Case:
     t_max, size = draw.choice([1, draw.randint(2, 300), draw.randint(301, 900)]), draw.choice([16, 64, 128])
     size = draw.choice([1, size, draw.randint(2, 80), draw.randint(81, 256)])
@@ -106,6 +115,7 @@ def _linear_cross_entropy(draw: random.Random) -> Case:
 
 DRAWS = {
     "scaled_dot_product_attention": _attention,
+    "scaled_dot_product_attention_qkvpacked": _qkvpacked,
     "decode_attention": _decode_attention,
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
@@ -152,6 +162,10 @@ def _residue(op, inputs: dict, options: dict, grad) -> dict[str, float]:
     if op.name == "linear_cross_entropy":
         # a row's G adds up to nothing: with one row of weights for all classes (a layout here) so does its dinput
         return {"dinput": 32 * torch.finfo(torch.float32).eps * inputs["linear_weight"].abs().max().item()}
+    if op.name == "scaled_dot_product_attention_qkvpacked":
+        parts = dict(zip(("query", "key", "value"), inputs["qkv"].transpose(1, 3).unbind(2), strict=True))
+        each = _residue(OPS["scaled_dot_product_attention"], parts, options, grad.transpose(1, 2))
+        return {"output": each.pop("output"), "dqkv": max(each.values())}
     if op.name != "scaled_dot_product_attention":
         return {}
     query, key, value = (inputs[name].float() for name in ("query", "key", "value"))

@@ -15,7 +15,7 @@ from minigpt.errors import UserError
 
 CPU = torch.device("cpu")
 NAMES = {
-    "attention": "scaled_dot_product_attention",
+    "attention": "scaled_dot_product_attention_qkvpacked",
     "decode": "decode_attention",
     "layer_norm": "layer_norm",
     "add_layer_norm": "add_layer_norm",
@@ -40,7 +40,11 @@ def test_one_name_for_all_ops(backend, home, runs_anywhere):
 
 
 def test_the_torch_backend_is_pytorchs_functions():
-    assert backends.Torch.scaled_dot_product_attention is F.scaled_dot_product_attention
+    qkv = torch.randn(2, 7, 3, 2, 4, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+    assert torch.equal(
+        backends.Torch.scaled_dot_product_attention_qkvpacked(qkv, is_causal=True), expected.transpose(1, 2)
+    )
     assert backends.Torch.layer_norm is F.layer_norm
     x, residual, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (3, 4), (5, 4)))
     target, bias = torch.tensor([0, 4, -100]), torch.randn(5, dtype=torch.float64)

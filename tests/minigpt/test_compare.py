@@ -37,16 +37,19 @@ def failed(result):
 
 def namespace(whole=kernels.reference, **broken):
     """The functions of a backend, some of them replaced."""
-    names = ("scaled_dot_product_attention", "decode_attention", "layer_norm", "add_layer_norm", "linear_cross_entropy")
+    names = (
+        "scaled_dot_product_attention_qkvpacked", "decode_attention", "layer_norm", "add_layer_norm",
+        "linear_cross_entropy",
+    )  # fmt: skip
     return types.SimpleNamespace(**({name: getattr(whole, name) for name in names} | broken))
 
 
 def attention_off_by(factor, whole=kernels.reference):
-    def attention(query, key, value, **options):
-        scale = factor * query.shape[-1] ** -0.5
-        return whole.scaled_dot_product_attention(query, key, value, scale=scale, **options)
+    def attention(qkv, **options):
+        scale = factor * qkv.shape[-1] ** -0.5
+        return whole.scaled_dot_product_attention_qkvpacked(qkv, scale=scale, **options)
 
-    return namespace(whole, scaled_dot_product_attention=attention)
+    return namespace(whole, scaled_dot_product_attention_qkvpacked=attention)
 
 
 def norm_off_by(factor):

@@ -59,8 +59,9 @@ def test_without_the_division_scores_are_wider_by_the_root_of_d(heads):
 
 
 def test_without_the_division_the_softmax_gets_the_plain_products():
-    query, key, value = torch.randn(3, 2, 2, 5, 4)
-    got = variants.without_scaling(OPS).attention(query, key, value, is_causal=True)
+    qkv = torch.randn(2, 5, 3, 2, 4)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    got = variants.without_scaling(OPS).attention(qkv, is_causal=True).transpose(1, 2)
     scores = (query @ key.mT).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -math.inf)
     assert torch.allclose(got, scores.softmax(-1) @ value, atol=1e-6)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+import kernels
 from kernels.op import count_launches
 from minigpt.backends import resolve
 from minigpt.config import ModelConfig, preset
@@ -307,6 +308,44 @@ def test_backends_agree(request_text, steps, options, device):
     assert losses == pytest.approx(expected_losses, abs=1e-3)
 
 
+def of_three_tensors(function):
+    """Attention as of queries, keys and values that are three tensors."""
+
+    def attention(qkv, **options):
+        B, T, _, H, D = qkv.shape
+        query, key, value = (part.view(B, T, H, D).transpose(1, 2) for part in qkv.flatten(2).split(H * D, -1))
+        return function(query, key, value, **options).transpose(1, 2)
+
+    return attention
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "function"),
+    [("torch", F.scaled_dot_product_attention), ("triton", kernels.scaled_dot_product_attention)],
+    ids=["torch", "triton"],
+)
+def test_one_tensor_of_queries_keys_and_values_changes_no_bit(backend, function, checkpointing, autocast, device):
+    """Loss and every gradient, dropout's mask in them, as of three tensors, whose gradients autograd puts together."""
+    results = []
+    for packed in (True, False):
+        ops = resolve(backend, device)
+        model = build(
+            replace(SMALL, dropout=0.2), ops if packed else replace(ops, attention=of_three_tensors(function))
+        )
+        model.to(device).checkpoint_activations = checkpointing
+        torch.manual_seed(4)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            _, loss = model(tokens(2, 9).to(device), tokens(2, 9, seed=5).to(device))
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        if device.type == "cpu":  # a GPU may sum otherwise what lies otherwise in memory
+            assert torch.equal(one, other)
+        torch.testing.assert_close(one, other)
+
+
 def test_heads_that_the_kernel_does_not_have_are_told_before_anything_runs(device):
     config = replace(SMALL, n_embd=300, n_head=1)
     with pytest.raises(UserError, match=r"heads of 300 channels.*--n-head"):
@@ -340,9 +379,9 @@ def _step(model, optimizer, idx, targets, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernels", ["eager", "torch", "triton"])
-def test_a_step_under_fake_tensors_is_the_real_one_without_the_numbers(kernels, dtype):
-    ops, results = resolve(kernels, torch.device("cpu")), []
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_a_step_under_fake_tensors_is_the_real_one_without_the_numbers(backend, dtype):
+    ops, results = resolve(backend, torch.device("cpu")), []
     for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode, count_launches() as launched:
             model = build(replace(SMALL, dropout=0.1), ops)

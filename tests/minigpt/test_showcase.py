@@ -90,7 +90,7 @@ def test_a_wrong_model_fails_the_station(monkeypatch):
 def test_attention_that_looks_ahead_fails_the_station():
     ops = backends.resolve("torch", CPU)
 
-    looks_ahead = replace(ops, attention=lambda q, k, v, **_: ops.attention(q, k, v))
+    looks_ahead = replace(ops, attention=lambda qkv, **_: ops.attention(qkv))
     failed = {check.what for check in showcase.transformer(looks_ahead, CPU, 0) if not check.passed}
     assert failed == {"tokens 6 to 9 changed: before them", "against plain arithmetic"}
 

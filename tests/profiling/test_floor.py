@@ -55,8 +55,10 @@ def test_a_step_of_the_tiny_model(kernels):
     ours = [work for work in step.work if work.op.startswith("kernels::")]
     assert bool(ours) == (kernels == "triton")
     if ours:
-        assert {work.launches for work in ours if work.op == "kernels::attention"} == {1}
-        assert {work.launches for work in ours if work.op == "kernels::attention_backward"} == {2}
+        assert [work.launches for work in ours if work.op == "kernels::attention_qkvpacked"] == [1, 1]
+        assert [work.launches for work in ours if work.op == "kernels::attention_qkvpacked_backward"] == [2, 2]
+        joined = [work for work in step.work if work.op in ("aten::cat", "aten::stack") and work.phase == "backward"]
+        assert not joined, "the gradients of query, key and value are one tensor"
         assert sum(work.launches for work in ours) >= len(step.planned) >= 2 * 3 + 5 * 3 + 2
     assert {work.phase for work in step.work} == {"forward", "backward", "clipping", "AdamW"}
 

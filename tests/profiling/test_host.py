@@ -66,6 +66,8 @@ def test_nothing_waits_for_the_device(calls):
 MOST = {
     ("scaled_dot_product_attention", "forward"): (1, 6, 65),
     ("scaled_dot_product_attention", "forward and backward"): (2, 20, 130),
+    ("scaled_dot_product_attention_qkvpacked", "forward"): (1, 17, 60),
+    ("scaled_dot_product_attention_qkvpacked", "forward and backward"): (2, 43, 125),
     ("decode_attention", "no gradients"): (1, 4, 55),
     ("layer_norm", "forward"): (1, 10, 55),
     ("layer_norm", "forward and backward"): (3, 28, 150),

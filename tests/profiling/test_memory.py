@@ -308,7 +308,7 @@ def test_a_forward_pass_makes_what_pytorch_makes_on_cuda_tensors(name, bf16, req
     ops = backends.resolve(name, torch.device("cuda"))
     torchs = backends.resolve("torch", torch.device("cuda"))
     if name == "torch":
-        ops = dataclasses.replace(ops, attention=lambda q, k, v, **_: q * k * v)
+        ops = dataclasses.replace(ops, attention=lambda qkv, **_: qkv.amax(2))
     else:
         ops = dataclasses.replace(ops, loss=torchs.loss)
 
