@@ -253,12 +253,18 @@ def default_preset(kernels: str | None, device: torch.device) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it."""
+    """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it.
+
+    A GPU with a number becomes the current one: streams, events and CUDA graphs are made on that, wherever tensors are.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name in usable or (name == "cuda" and len(usable) > 1):
-        return torch.device(name)
+        device = torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     hint = "" if len(usable) > 1 else "; PyTorch sees no GPU"
     raise UserError(f"unknown device {name!r}: choose auto, {', '.join(usable)}{hint}")
 

@@ -190,7 +190,12 @@ def test_device_and_dtype(monkeypatch, no_gpu):
     assert pick_dtype("fp16", torch.device("cpu")) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda") and pick_device("cpu").type == "cpu"
+    assert not current
+    # on another GPU, an event on the current stream would be over before the work that it stands for
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
     with pytest.raises(UserError, match="cuda:0, cuda:1"):
         pick_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
