@@ -81,11 +81,22 @@ def test_every_op_of_ours_has_a_group(form):
     assert trace.group_of(form.format("attention")) == "attention"
 
 
-def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
-    def event(name, device_type, start, end, annotation=False):
-        time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(name=name, device_type=device_type, time_range=time, is_user_annotation=annotation)
+def event(name, device_type, start, end, annotation=False):
+    time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, device_type=device_type, time_range=time, is_user_annotation=annotation)
 
+
+def test_a_steps_time_is_the_hosts_alone():
+    """On a GPU the profiler gives every range twice, as the host and as the GPU went through it."""
+    events = [
+        event(name, device, start, end, annotation=True)
+        for name, start, end in (("step 0", 0.0, 10.0), ("forward", 0.0, 4.0), ("step 1", 10.0, 18.0))
+        for device in (DeviceType.CPU, DeviceType.CUDA)
+    ]
+    assert trace.host_us(events, "step 0") == 10.0 and trace.host_us(events, "forward") == 4.0
+
+
+def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
     events = [
         event("later", DeviceType.CUDA, 8.0, 9.5),
         event("aten::mm", DeviceType.CPU, 0.0, 7.0),
