@@ -29,6 +29,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs Triton's interpreter in a process of its own")
+    config.addinivalue_line("markers", "interpreted: runs kernels on the CPU: needs the interpreter in this process")
     config.stash[RATIOS] = {}
     config.stash[SKIPPED] = []
     if worker := getattr(config, "workerinput", None):
@@ -64,8 +65,11 @@ def pytest_collection_modifyitems(items):
     no_gpu = None if torch.cuda.is_available() else "needs a CUDA GPU"
     # without a GPU the interpreter is what is tested: there a misfit is a failure
     misfit = _interpreter_misfit() if torch.cuda.is_available() or not kernels.device.HAS_TRITON else None
+    compiled = None
+    if torch.cuda.is_available() and not kernels.device.INTERPRETED:
+        compiled = "kernels are compiled for the GPU here: TRITON_INTERPRET=1 pytest runs it"
     for item in items:
-        for marker, reason in (("gpu", no_gpu), ("interpreter", misfit)):
+        for marker, reason in (("gpu", no_gpu), ("interpreter", misfit), ("interpreted", misfit or compiled)):
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -77,7 +77,7 @@ def test_the_same_ids_of_another_tokenizer_are_another_text(small):
         train(parse(["--resume", "r", "--data", "b", "--max-steps", "3"]))
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_so_it_does_on_triton(small):
     small_steps = {"max_steps": 3, "eval_interval": 2, "eval_tokens": 16, "val_tokens": 16, "sample_tokens": 0}
     stopped_and_not(small, 1, kernels="triton", batch_size=2, dropout=0.1, **small_steps)

@@ -97,7 +97,7 @@ def test_backends_see_the_same_run(small):
     assert losses(Path("eager")) == pytest.approx(losses(Path("torch")), abs=1e-3)
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_triton_kernels_train_the_same_and_run_once_per_op(small):
     options = {
         "max_steps": 2,

@@ -146,7 +146,7 @@ def test_a_trace_of_torch_steps(run, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_launches_are_counted(run, tmp_path):
     """Two layers: attention 1 forward each and backward at least 1, and five layer norms forward."""
     asked = "--kernels", "attention=triton,layer_norm=triton,loss=triton"
@@ -180,7 +180,7 @@ def test_bad_input_is_told_in_one_line(arguments, says, run):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_the_interpreter_refuses_what_would_take_hours(run):
     status, _, complaint = run("--kernels", "triton", "--device", "cpu", "--preset", "gpt2")
     assert status == 1 and "--preset tiny" in complaint and complaint.count("\n") == 1
