@@ -284,6 +284,7 @@ def test_the_interpreter_writes_few_tokens_and_says_so(models):
     )
 
 
+@pytest.mark.interpreted
 def test_a_text_of_a_model_that_was_replaced(root, models):
     session = written(models)
     write_run(root / "a", CharTokenizer.from_text("ab"))
