@@ -129,4 +129,9 @@ def facts(device: torch.device) -> Device:
 
 def allow_tf32(tensor: torch.Tensor) -> bool:
     """Whether PyTorch is set to compute matrix products of such a tensor in TF32."""
-    return tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if tensor.dtype != torch.float32:
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set in PyTorch's newer words, torch.backends.*.fp32_precision, which this does not know
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"

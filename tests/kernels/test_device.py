@@ -134,6 +134,14 @@ def test_tf32_is_as_pytorch_is_set():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cuda.matmul"])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tf32_is_as_pytorchs_newer_settings_have_it(owner, precision):
+    """In a process of its own: PyTorch takes no older setting back after them."""
+    script = f"import kernels, torch; {owner}.fp32_precision = {precision!r}; x = torch.zeros(1)\n"
+    assert _python(script + "print(kernels.device.allow_tf32(x))") == f"{precision == 'tf32'}\n"
+
+
 @pytest.mark.gpu
 def test_facts_of_the_gpu():
     facts = devices.facts(torch.device("cuda"))
