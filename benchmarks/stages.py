@@ -219,9 +219,7 @@ def _note(work: Path, outcomes: list[Outcome]) -> None:
 def _run_step(step: Step, number: int, seconds: float, work: Path, pack_now: Callable[[], None]) -> Outcome:
     log = work / f"{number:02d}-{step.name}.log"
     began = packed = time.monotonic()
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    paths = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": machine.import_path()}
     with log.open("w", encoding="utf-8") as output:
         try:
             # a session of its own, so that its compilers end with it
