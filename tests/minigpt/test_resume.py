@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import StopAfter, assert_same_run, losses
 
-from minigpt import bpe, checkpoint, generators, plots, prepare, storage
+from minigpt import bpe, checkpoint, generators, plots, prepare, process, storage
 from minigpt.config import parse
 from minigpt.errors import Stopped, UserError
 from minigpt.resume import why_not_exact
@@ -23,8 +23,8 @@ def no_pictures(monkeypatch):
 
 def stop(config, after):
     """Train so many steps, and be stopped."""
-    session = Session(config)
-    with session, pytest.raises(Stopped, match=rf"after step {after} of {config.max_steps}.*--resume {config.out}"):
+    told = rf"after step {after} of {config.max_steps}.*--resume {config.out}"
+    with process.deterministic(config.deterministic), Session(config) as session, pytest.raises(Stopped, match=told):
         session.run(StopAfter(session, after))
     generators.seed(99)  # they are elsewhere meanwhile
 
