@@ -62,7 +62,7 @@ def _interpreter_misfit() -> str | None:
 
 
 def pytest_collection_modifyitems(items):
-    no_gpu = None if torch.cuda.is_available() else "needs a CUDA GPU"
+    no_gpu = None if torch.cuda.is_available() and not kernels.device.INTERPRETED else "needs a CUDA GPU"
     # without a GPU the interpreter is what is tested: there a misfit is a failure
     misfit = _interpreter_misfit() if torch.cuda.is_available() or not kernels.device.HAS_TRITON else None
     compiled = None

@@ -56,10 +56,15 @@ import kernels, torch
 def test_it():
     x = torch.arange(24.0).reshape(3, 8)
     torch.testing.assert_close(kernels.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
+
+@pytest.mark.gpu
+def test_other():
+    assert not kernels.device.INTERPRETED
 """
-    done = _pytest(tmp_path, test, path=tmp_path)
+    done = _pytest(tmp_path, test, "-vv", path=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("1 passed" if interpret == "1" else "1 skipped") in done.stdout
+    ran, skipped = ("test_it", "test_other") if interpret == "1" else ("test_other", "test_it")
+    assert f"::{ran} PASSED" in done.stdout and f"::{skipped} SKIPPED" in done.stdout
 
 
 @pytest.mark.parametrize("reason", [pytest.param("Triton is not installed", marks=pytest.mark.slow), "no time"])
