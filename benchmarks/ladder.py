@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, noise, results, stats, suite, timing
+from benchmarks import noise, results, stats, suite, timing
 from minigpt import backends, config, corpora, graphs
 from minigpt.allocator import keep_freed_memory
 from minigpt.batches import Batches
@@ -18,6 +18,7 @@ from minigpt.config import TrainConfig
 from minigpt.errors import UserError
 from minigpt.learning import Learner
 from minigpt.model import GPT
+from minigpt.resume import device_name
 from minigpt.tokenizers import CharTokenizer
 from minigpt.utilization import flops_per_token, mfu_percent
 
@@ -197,7 +198,7 @@ def enter_speed(row: dict[str, Any], samples_ms: list[float], training: Training
     row.pop("reason")
     row |= speed(samples_ms, training.tokens_per_step)
     flops = flops_per_token(training.model, training.batches.window)
-    mfu = mfu_percent(row["tokens_per_second"], flops, machine.here().name, training.dtype)
+    mfu = mfu_percent(row["tokens_per_second"], flops, device_name(training.device), training.dtype)
     row["mfu_percent"] = None if mfu is None else float(f"{mfu:.4g}")
 
 

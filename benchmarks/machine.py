@@ -17,6 +17,11 @@ from kernels import tiles
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def import_path() -> str:
+    """PYTHONPATH for a process of this checkout: what this one has stays, as its libraries may lie there."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @dataclass(frozen=True)
 class Machine:
     """The device that is measured. Bytes for memory and caches; 0 where PyTorch does not say."""

@@ -12,6 +12,7 @@ steps run on the CPU, small, with Triton's interpreter for the kernels: a rehear
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -102,6 +103,8 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
         tests = ["tests/kernels/test_parity.py", "-q", "-x", "-p", "no:cacheprovider"]
         small = "small or one_row or characters"
         chosen = ["-k", choice if on_gpu else f"({small}) and float32"]
+        if on_gpu and importlib.util.find_spec("xdist"):  # hundreds of kernels are compiled: one core takes too long
+            chosen += ["-n", "auto"]
         return Step("parity", [sys.executable, "-m", "pytest", *tests, *chosen], seconds)
 
     python = [sys.executable, "-m"]
@@ -219,9 +222,7 @@ def _note(work: Path, outcomes: list[Outcome]) -> None:
 def _run_step(step: Step, number: int, seconds: float, work: Path, pack_now: Callable[[], None]) -> Outcome:
     log = work / f"{number:02d}-{step.name}.log"
     began = packed = time.monotonic()
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    paths = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": machine.import_path()}
     with log.open("w", encoding="utf-8") as output:
         try:
             # a session of its own, so that its compilers end with it

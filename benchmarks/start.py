@@ -94,14 +94,10 @@ def _process(words: list[str]) -> dict[str, Any]:
             caches["TRITON_INTERPRET"] = "0"
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.first_step", str(time.time()), *words],
-            cwd=machine.ROOT, env=os.environ | caches | {"PYTHONPATH": _path()}, capture_output=True, text=True,
-            timeout=600,
+            cwd=machine.ROOT, env=os.environ | caches | {"PYTHONPATH": machine.import_path()}, capture_output=True,
+            text=True, timeout=600,
         )  # fmt: skip
     if done.returncode or not done.stdout.strip():
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise RuntimeError(f"status {done.returncode}: {said}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _path() -> str:
-    return os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

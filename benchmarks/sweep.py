@@ -157,7 +157,7 @@ def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder) / "in.json", Path(folder) / "out.json"
         wanted.write_text(json.dumps([[c.entry.name, list(c.numbers)] for c in chosen]))
-        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(machine.ROOT)}
+        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": machine.import_path()}
         command = [sys.executable, "-m", "benchmarks.sweep", arch, str(wanted), str(found), str(workers)]
         done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -34,6 +34,23 @@ _ASKED, INTERPRETED = _interpreter_state() if HAS_TRITON else (False, False)
 DEBUG = os.environ.get("KERNELS_DEBUG", "0") not in ("", "0")
 
 
+OLDEST = (8, 0)  # compute capability that Triton supports; of what is older, some kernels do not fit shared memory
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """why_not of a GPU by its age; None where there is no GPU to ask, as where only shapes are computed."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and Triton "
+        f"needs {'.'.join(map(str, OLDEST))} or above; kernels.reference has the same functions in plain PyTorch"
+    )
+
+
 def why_not(device: torch.device) -> str | None:
     """None if kernels can run on tensors of `device`; otherwise one line that says what to do."""
     if not HAS_TRITON:
@@ -46,7 +63,9 @@ def why_not(device: torch.device) -> str | None:
             "Triton was imported before TRITON_INTERPRET was chosen: set TRITON_INTERPRET=1 in the environment, or "
             "`import kernels` before anything that imports Triton (building a torch.optim.AdamW does)"
         )
-    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type == "cpu" and INTERPRETED:
         return None
     if device.type == "cpu":
         return (
@@ -110,4 +129,9 @@ def facts(device: torch.device) -> Device:
 
 def allow_tf32(tensor: torch.Tensor) -> bool:
     """Whether PyTorch is set to compute matrix products of such a tensor in TF32."""
-    return tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if tensor.dtype != torch.float32:
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set in PyTorch's newer words, torch.backends.*.fp32_precision, which this does not know
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"

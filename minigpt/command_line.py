@@ -4,9 +4,8 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import tyro
 from rich.console import Console
 
 from .errors import UserError
@@ -14,11 +13,27 @@ from .errors import UserError
 T = TypeVar("T")
 
 
+def metavar(text: str) -> Any:
+    """For Annotated: what the help calls the value of an option.
+
+    Settings can be made without tyro, as benchmarks and profiles do; only a command line needs it.
+    """
+    try:
+        import tyro
+    except ModuleNotFoundError:
+        return text
+    return tyro.conf.arg(metavar=text)
+
+
 def command_line(kind: type[T], argv: Sequence[str], *, prog: str, default: T | None = None) -> T:
     """An instance of the dataclass `kind` from flags such as --n-layer 2, `default` giving what they leave out.
 
     Raises UserError, one line, for flags that do not fit; prints the typed help and raises SystemExit(0) for --help.
     """
+    try:
+        import tyro
+    except ModuleNotFoundError:
+        raise UserError("reading a command line needs tyro, which is not installed: pip install tyro") from None
     complaint = io.StringIO()
     known = {} if default is None else {"default": default}
     try:

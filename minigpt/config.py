@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 
 from . import backends, storage, tokenizer_choice
-from .command_line import command_line
+from .command_line import command_line, metavar
 from .errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,13 +92,13 @@ class TrainConfig:
     The defaults are those of the preset; every one of them can be overridden.
     """
 
-    preset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")] = "shakespeare-cpu"
+    preset: Annotated[str, metavar(f"{{{','.join(PRESETS)}}}")] = "shakespeare-cpu"
     """Settings to start from. Without one: shakespeare on a GPU; shakespeare-cpu without, or tiny when kernels run in
     Triton's interpreter."""
     data: str | None = None
     """What to train on: shakespeare, pydocs, a text file, or a folder that `python -m minigpt prepare` has written.
     Without one: shakespeare."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar=tokenizer_choice.METAVAR)] = None
+    tokenizer: Annotated[str | None, metavar(tokenizer_choice.METAVAR)] = None
     """How text becomes tokens: char, each character is one; bpe, frequent runs of bytes, learnt from the text; gpt2,
     GPT-2's own, where its files are; or a folder or file with a tokenizer. Without one: that of a prepared text, else
     char."""
@@ -253,12 +252,18 @@ def default_preset(kernels: str | None, device: torch.device) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it."""
+    """The device called `name` (auto, cpu, cuda, cuda:1, ...). Raises UserError when this machine does not have it.
+
+    A GPU with a number becomes the current one: streams, events and CUDA graphs are made on that, wherever tensors are.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name in usable or (name == "cuda" and len(usable) > 1):
-        return torch.device(name)
+        device = torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     hint = "" if len(usable) > 1 else "; PyTorch sees no GPU"
     raise UserError(f"unknown device {name!r}: choose auto, {', '.join(usable)}{hint}")
 

@@ -47,10 +47,14 @@ def _measured(row: dict[str, float]) -> str:
     return f"loss {row['train_loss']:.4g}, norm of the gradient {row['grad_norm']:.4g}"
 
 
+_FULL = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
+"""How a lack of memory is told where it has no type of error of its own: by PyTorch's allocator on a CPU, by cuBLAS, by
+CUDA itself outside PyTorch's allocator, and by Triton where it loads a kernel."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the machine, has no more memory to give."""
-    # PyTorch's allocator on a CPU raises a RuntimeError like any other
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _FULL)
 
 
 def of_the_compiler(error: BaseException) -> UserError | None:
@@ -104,6 +108,8 @@ def _fits(learner: Learner, batch_size: int) -> bool:
     learner.passes = min(2, learner.config.grad_accumulation * learner.config.batch_size // batch_size)
     learner.batches.batch_size = batch_size
     learner.optimizer.zero_grad(set_to_none=True)
+    # a scaler whose step was cut short takes the next one for a part of it
+    learner.scaler = torch.amp.GradScaler(learner.device.type, enabled=learner.scaler.is_enabled())
     if learner.device.type == "cuda":
         torch.cuda.empty_cache()
     try:

@@ -72,7 +72,8 @@ def capture(work: Any) -> tuple[Any, Tensor]:
     """The graph of what `work` launches, not yet run, and what it returns. Raises UserError where that cannot be."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Meanwhile a thread may be pinning memory for the next step's batches, which would end a "global" capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             found = work()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):

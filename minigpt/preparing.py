@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from . import prepare, tokenizer_choice
-from .command_line import command_line, warn
+from .command_line import command_line, metavar, warn
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Prepare:
 
     data: str
     """A text file, or a folder whose *.txt follow each other."""
-    tokenizer: Annotated[str, tyro.conf.arg(metavar=tokenizer_choice.METAVAR)] = tokenizer_choice.CHAR
+    tokenizer: Annotated[str, metavar(tokenizer_choice.METAVAR)] = tokenizer_choice.CHAR
     """How text becomes tokens: char, each character is one; bpe, frequent runs of bytes, learnt from the text; gpt2,
     GPT-2's own, where its files are; or a folder or file with a tokenizer."""
     vocab_size: int = 0

@@ -78,6 +78,8 @@ class Tokenizer(Protocol):
 
 def flat_ids(ids: Iterable[int]) -> np.ndarray:
     """Ids of any shape and integer type as (N,) int64. TypeError for what is no integer."""
+    if hasattr(ids, "cpu"):  # a tensor, on a GPU perhaps; without PyTorch this works too
+        ids = ids.cpu()
     ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids)).reshape(-1)
     if ids.size and ids.dtype.kind not in "iu":
         raise TypeError(f"ids must be integers, not {ids.dtype}")

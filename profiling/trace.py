@@ -131,7 +131,7 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
 
     events = found.events()
     spans = gpu_spans(events) if device.type == "cuda" else cpu_spans(events, [*PHASES, "step "])
-    whole = sum(event.time_range.elapsed_us() for event in events if event.name.startswith("step "))
+    whole = sum(host_us(events, f"step {index}") for index in range(steps))
     busy, idle, gaps = idleness(spans)
     document = {
         "preset": config.preset,
@@ -141,10 +141,7 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "steps": steps,
         "step_us": whole / steps,
-        "phases_us": {
-            phase: sum(event.time_range.elapsed_us() for event in events if _is_phase(event, phase)) / steps
-            for phase in PHASES
-        },
+        "phases_us": {phase: host_us(events, phase) / steps for phase in PHASES},
         "groups": shares(spans, steps),
         "ops": top_ops(spans, steps),
         "our_launches": {name: count / steps for name, count in sorted(launches.items())},
@@ -163,10 +160,12 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- spans
 
 
-def _is_phase(event, phase: str) -> bool:
+def host_us(events: Iterable[Any], name: str) -> float:
+    """The host's time in the ranges of this name; the profiler has them once more, as the GPU went through them."""
     from torch.autograd import DeviceType
 
-    return event.name == phase and event.device_type == DeviceType.CPU
+    named = (event for event in events if event.name == name and event.device_type == DeviceType.CPU)
+    return sum(event.time_range.elapsed_us() for event in named)
 
 
 def cpu_spans(events: Iterable[Any], ranges: Iterable[str]) -> list[Span]:

@@ -33,6 +33,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs Triton's interpreter in a process of its own")
+    config.addinivalue_line("markers", "interpreted: runs kernels on the CPU: needs the interpreter in this process")
     if EMULATED:
         from profiling.emulator.driver import emulate
 
@@ -69,11 +70,14 @@ def _interpreter_misfit() -> str | None:
 
 
 def pytest_collection_modifyitems(items):
-    no_gpu = None if torch.cuda.is_available() else "needs a CUDA GPU"
+    no_gpu = None if torch.cuda.is_available() and not kernels.device.INTERPRETED else "needs a CUDA GPU"
     # without a GPU the interpreter is what is tested: there a misfit is a failure
     misfit = _interpreter_misfit() if torch.cuda.is_available() or not kernels.device.HAS_TRITON else None
+    compiled = None
+    if torch.cuda.is_available() and not kernels.device.INTERPRETED:
+        compiled = "kernels are compiled for the GPU here: TRITON_INTERPRET=1 pytest runs it"
     for item in items:
-        for marker, reason in (("gpu", no_gpu), ("interpreter", misfit)):
+        for marker, reason in (("gpu", no_gpu), ("interpreter", misfit), ("interpreted", misfit or compiled)):
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
 

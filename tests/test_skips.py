@@ -11,14 +11,14 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-def _pytest(folder: Path, test: str, *more: str) -> subprocess.CompletedProcess:
+def _pytest(folder: Path, test: str, *more: str, path: Path | None = None) -> subprocess.CompletedProcess:
     tests = folder / "tests"
     tests.mkdir()
     for name in ("conftest.py", "allowed_skips.txt"):
         shutil.copy(HERE / name, tests / name)
     (tests / "test_it.py").write_text(f"import pytest\n\n{test}\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *more, str(tests)]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, (path, HERE.parent))))}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -42,6 +42,29 @@ def test_a_skip_that_is_not_in_the_list_fails_the_run(test, status, tmp_path):
     # pytest's own closing line stays the last
     last = done.stdout.strip().splitlines()[-1]
     assert " in " in last and ("skipped" in last or "passed" in last)
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_what_needs_the_interpreter_here_runs_where_it_is(interpret, tmp_path, monkeypatch):
+    """On a machine with a GPU kernels are compiled, and a CPU's tensors have none; unless the interpreter is chosen."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    test = """
+import kernels, torch
+
+@pytest.mark.interpreted
+def test_it():
+    x = torch.arange(24.0).reshape(3, 8)
+    torch.testing.assert_close(kernels.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
+
+@pytest.mark.gpu
+def test_other():
+    assert not kernels.device.INTERPRETED
+"""
+    done = _pytest(tmp_path, test, "-vv", path=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran, skipped = ("test_it", "test_other") if interpret == "1" else ("test_other", "test_it")
+    assert f"::{ran} PASSED" in done.stdout and f"::{skipped} SKIPPED" in done.stdout
 
 
 @pytest.mark.parametrize("reason", [pytest.param("Triton is not installed", marks=pytest.mark.slow), "no time"])

@@ -1,11 +1,12 @@
 """Training end to end: the rungs, what makes a row wrong, and nanoGPT beside ours."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ladder, nanogpt
+from benchmarks import ladder, machine, nanogpt
 from minigpt import backends, config
 from minigpt.errors import UserError
 
@@ -53,7 +54,9 @@ def test_a_rung_trains_as_the_trainer_does(tmp_path):
     assert [training.step().item() for _ in range(4)] == pytest.approx(theirs, rel=1e-5)
 
 
-def test_rows_of_a_run_on_a_cpu():
+def test_rows_of_a_run_on_a_cpu(monkeypatch):
+    gpu = replace(machine.here(), name="NVIDIA H200", type="cuda")
+    monkeypatch.setattr(machine, "here", lambda: gpu)  # which is not what they ran on
     settings = config.preset("tiny", **SMALL)
     rungs = ladder.chosen(["eager", "torch", "triton", "torch+graph"])
     rows = ladder.measure(settings, rungs, CPU, steps=2, rounds=6)

@@ -98,6 +98,8 @@ def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path, monk
     monkeypatch.setattr(stages, "_arch", lambda: "sm_90")
     steps = stages.plan(stage, on_gpu, tmp_path)
     assert [s.name for s in steps[:2]] == ["versions", "one-kernel"] and steps[1].vital
+    parity = next(s for s in steps if s.name == "parity")
+    assert ("-n" in parity.command) == on_gpu, "one core does not compile its kernels in time"
     assert len({s.name for s in steps}) == len(steps) and all(s.seconds > 0 for s in steps)
     for s in steps:
         for program in (benchmarks.__main__, profiling.__main__):  # every command line of ours is one that there is

@@ -51,6 +51,21 @@ def test_descriptors_are_tried_where_there_are_any():
                 assert any(x.constexprs.get("OVERLAP") for x in launches) == bool(sum(candidate.numbers[5:]))
 
 
+def test_candidates_are_compiled_by_the_libraries_of_this_process(monkeypatch):
+    """Triton itself may lie in a folder of PYTHONPATH: another one would compile other kernels than run."""
+    seen = []
+
+    def run(command, *, env, **_):
+        seen.append(env["PYTHONPATH"])
+        raise InterruptedError
+
+    monkeypatch.setenv("PYTHONPATH", "/libraries")
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    with pytest.raises(InterruptedError):
+        sweep.compiled([Candidate(NORM)], "sm_90", 1)
+    assert seen == [f"{machine.ROOT}:/libraries"]
+
+
 def test_the_default_is_not_what_a_table_says():
     """A second sweep must beat what stands beside the op, not what the first one found."""
     assert Candidate(NORM).device(replace(BASE, name="somebody")).name == ""

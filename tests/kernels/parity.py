@@ -316,6 +316,11 @@ def unchanged(inputs: dict, grad) -> Iterator[None]:
         assert torch.equal(bits(tensor), held), f"the {what} was modified"
 
 
+def generator_of(device: torch.device):
+    """What has get_rng_state and set_rng_state of the generator that seeds on `device` are drawn from."""
+    return torch.cuda if device.type == "cuda" else torch
+
+
 _full = torch.full
 ALLOCATORS = [
     *((torch, name) for name in ("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "full", "full_like")),

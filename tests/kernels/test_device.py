@@ -107,6 +107,22 @@ def test_why_not_names_the_device():
     assert "mps" in devices.why_not(torch.device("mps"))
 
 
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((7, 5), True), ((8, 0), False), ((8, 6), False), ((12, 0), False)]
+)
+def test_a_gpu_that_triton_does_not_support_is_told_of(capability, refused, monkeypatch):
+    """On one of 7.5 attention's backward kernels ask for more shared memory than there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "ACME T-4")
+    devices._too_old.cache_clear()
+    try:
+        said = devices.why_not(torch.device("cuda"))
+        assert "ACME T-4 has compute capability 7.5" in said and "8.0" in said if refused else said is None
+    finally:
+        devices._too_old.cache_clear()
+
+
 def test_tf32_is_as_pytorch_is_set():
     before = torch.get_float32_matmul_precision()
     try:
@@ -116,6 +132,14 @@ def test_tf32_is_as_pytorch_is_set():
             assert not devices.allow_tf32(torch.zeros(1, dtype=torch.bfloat16))
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cuda.matmul"])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tf32_is_as_pytorchs_newer_settings_have_it(owner, precision):
+    """In a process of its own: PyTorch takes no older setting back after them."""
+    script = f"import kernels, torch; {owner}.fp32_precision = {precision!r}; x = torch.zeros(1)\n"
+    assert _python(script + "print(kernels.device.allow_tf32(x))") == f"{precision == 'tf32'}\n"
 
 
 @pytest.mark.gpu

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from parity import DTYPES, differentiate, in_float64, name_of
-from test_attention import attention, both, draw, problem
+from parity import DTYPES, differentiate, generator_of, in_float64, name_of
+from test_attention import attention, both, draw, problem, torchs
 
 from kernels.catalogue import ATTENTION
 
@@ -174,12 +173,12 @@ def test_dropout_at_its_ends(device):
     inputs = problem(device)
     grad = torch.ones_like(inputs["query"])
     everything = both(attention, inputs, {"dropout_p": 1.0, "is_causal": True}, grad)
-    expected = both(F.scaled_dot_product_attention, inputs, {"dropout_p": 1.0, "is_causal": True}, grad)
+    expected = both(torchs, inputs, {"dropout_p": 1.0, "is_causal": True}, grad)
     for quantity, value in expected.items():
         torch.testing.assert_close(everything[quantity], value, msg=lambda m, q=quantity: f"{q}: {m}")
-    state = torch.get_rng_state()
+    state = generator_of(device).get_rng_state()
     attention(**inputs, dropout_p=0.0)
-    assert torch.equal(state, torch.get_rng_state()), "no dropout, but the generator moved"
+    assert torch.equal(state, generator_of(device).get_rng_state()), "no dropout, but the generator moved"
 
 
 def test_dropout_draws_the_next_mask_each_time(device):

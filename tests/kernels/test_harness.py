@@ -9,7 +9,17 @@ import math
 
 import pytest
 import torch
-from parity import DTYPES, hold, hold_layout, hold_repeats, hold_retained_graph, hold_some_gradients, on_each, sliced
+from parity import (
+    DTYPES,
+    generator_of,
+    hold,
+    hold_layout,
+    hold_repeats,
+    hold_retained_graph,
+    hold_some_gradients,
+    on_each,
+    sliced,
+)
 from test_dropout import hold_one_mask
 from test_hard_values import hold_hard_values
 from test_parity import laid_out
@@ -353,13 +363,13 @@ def test_another_dropout_mask_in_one_pass(spoiled_pass, device):
             @staticmethod
             def forward(ctx, *values):
                 ctx.save_for_backward(*values)
-                ctx.state = torch.get_rng_state()
+                ctx.state = generator_of(device).get_rng_state()
                 return op.public(**dict(zip(tensors, values, strict=True)), **options)
 
             @staticmethod
             def backward(ctx, grad):
                 if spoiled_pass is None:
-                    torch.set_rng_state(ctx.state)
+                    generator_of(device).set_rng_state(ctx.state)
                 with torch.enable_grad():
                     leaves = [value.detach().requires_grad_() for value in ctx.saved_tensors]
                     return torch.autograd.grad(
@@ -367,7 +377,7 @@ def test_another_dropout_mask_in_one_pass(spoiled_pass, device):
                     )
 
         if spoiled_pass == "forward":
-            torch.rand(1)
+            torch.rand(1, device=device)
         return Redrawn.apply(*tensors.values())
 
     shape, options = {"b": 1, "h": 1, "q": 9, "k": 12, "d": 16}, {"dropout_p": 0.4}

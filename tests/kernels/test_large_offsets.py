@@ -280,7 +280,9 @@ def test_every_op_has_conversions_to_leave_out(op):
 
 @pytest.mark.parametrize("name", ["layer_norm", "cross_entropy", "scaled_dot_product_attention"])
 def test_views_with_rows_far_apart(name, device):
-    """Rows 2^30 elements apart, in memory of which no more is touched than the rows: bitwise as packed."""
+    """Rows 2^30 elements apart, in memory of which no more is touched than the rows: as packed, in the interpreter to
+    the bit. On a GPU sums may be split otherwise.
+    """
     op = next(op for op in catalogue.OPS if op.name == name)
     case = {
         "layer_norm": Case("far", {"input": (4, 24), "weight": (24,), "bias": (24,)}, {"normalized_shape": (24,)}),
@@ -298,4 +300,5 @@ def test_views_with_rows_far_apart(name, device):
     inputs[first] = far.as_strided(packed.shape, strides).copy_(packed)
     ours = differentiate(op.public, op, inputs, case.options, grad)
     for quantity, value in expected.items():
-        assert torch.equal(bits(ours[quantity]), bits(value)), quantity
+        assert not INTERPRETED or torch.equal(bits(ours[quantity]), bits(value)), quantity
+        torch.testing.assert_close(ours[quantity], value)

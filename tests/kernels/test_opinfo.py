@@ -83,7 +83,7 @@ REASONS = {OWN_MASK, SAME, ATTN_MASK, PROBABILITIES}
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory) -> list:
+def samples(tmp_path_factory, device) -> list:
     path = tmp_path_factory.mktemp("samples") / "samples.pt"
     functions = ["scaled_dot_product_attention", "layer_norm", "cross_entropy"]
     command = [sys.executable, "-c", COLLECT, str(path), *functions]
@@ -91,7 +91,18 @@ def samples(tmp_path_factory) -> list:
     if done.returncode == 3:
         pytest.skip(f"PyTorch's own test inputs need what is not installed: {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr
-    return torch.load(path, weights_only=False)
+    # what is to be refused stays on the CPU: on a GPU some of it would end the process
+    return [
+        (where, *rest) if where == "errors" else (where, *tree_map(lambda value: _placed(value, device), rest))
+        for where, *rest in torch.load(path, weights_only=False)
+    ]
+
+
+def _placed(value, device):
+    """A tensor as a leaf on the device; anything else as it is."""
+    if not torch.is_tensor(value):
+        return value
+    return value.detach().to(device).requires_grad_(value.requires_grad)
 
 
 def _leaves(value, dtype=None):
@@ -124,7 +135,7 @@ def _results(call, arguments, keywords, dtype=None, parameters=None) -> list[tor
     if not output.requires_grad:
         return [output]
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     gradients = torch.autograd.grad(output, wanted + (parameters or []), grad, allow_unused=True)
     return [output.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
@@ -158,14 +169,14 @@ def _function(name, arguments, keywords, dtype) -> str:
     return SAME
 
 
-def _module(name, made, options, called, keywords, dtype) -> str:
+def _module(name, made, options, called, keywords, dtype, device) -> str:
     ours, theirs, exact = (getattr(package, name)(*made, **options) for package in (kernels, torch.nn, torch.nn))
     generator = torch.Generator().manual_seed(2)
     for parameter in theirs.parameters():  # not ones and zeros
         torch.nn.init.normal_(parameter, generator=generator)
-    theirs = theirs.to(dtype)
-    ours.to(dtype).load_state_dict(theirs.state_dict())
-    exact.double().load_state_dict(theirs.state_dict())
+    theirs = theirs.to(device, dtype)
+    ours.to(device, dtype).load_state_dict(theirs.state_dict())
+    exact.to(device, torch.float64).load_state_dict(theirs.state_dict())
     results = (
         _results(module, called, keywords, kind, list(module.parameters()))
         for module, kind in ((ours, None), (theirs, None), (exact, torch.float64))
@@ -174,23 +185,23 @@ def _module(name, made, options, called, keywords, dtype) -> str:
     return SAME
 
 
-def _outcome(where, name, arguments, keywords, dtype) -> str:
+def _outcome(where, name, arguments, keywords, dtype, device) -> str:
     try:
         if where == "modules":
-            return _module(name, *arguments, dtype)
+            return _module(name, *arguments, dtype, device)
         return _function(name, arguments, keywords, dtype)
     except NotImplementedError as error:
         return str(error).split(": ", 1)[1].split(";")[0]
 
 
-def _run(samples, where, dtype) -> dict:
+def _run(samples, where, dtype, device) -> dict:
     counts = collections.defaultdict(collections.Counter)
     chosen = [sample for sample in samples if sample[0] == where and sample[2] == name_of(dtype)]
     assert chosen
     for place, (_, name, _, arguments, keywords, _) in enumerate(chosen):
         if dtype == torch.float32 or place % 3 == 0:
             try:
-                counts[where, name, name_of(dtype)][_outcome(where, name, arguments, keywords, dtype)] += 1
+                counts[where, name, name_of(dtype)][_outcome(where, name, arguments, keywords, dtype, device)] += 1
             except Exception as error:
                 problem = tree_map(_described, (arguments, keywords))
                 raise AssertionError(f"{name}, sample {place}, {problem}: {error}") from error
@@ -207,13 +218,13 @@ def _compare(counts: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_functions_on_pytorchs_own_inputs(dtype, samples):
-    _compare(_run(samples, "functions", dtype))
+def test_functions_on_pytorchs_own_inputs(dtype, samples, device):
+    _compare(_run(samples, "functions", dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_modules_on_pytorchs_own_inputs(dtype, samples):
-    _compare(_run(samples, "modules", dtype))
+def test_modules_on_pytorchs_own_inputs(dtype, samples, device):
+    _compare(_run(samples, "modules", dtype, device))
 
 
 def test_what_pytorchs_modules_refuse_ours_refuse(samples):

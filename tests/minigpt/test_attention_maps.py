@@ -42,7 +42,7 @@ def softmax_in_float64(made):
     return torch.stack(found).detach()
 
 
-@pytest.mark.parametrize("kernels", ["eager", "torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("kernels", ["eager", "torch", pytest.param("triton", marks=pytest.mark.interpreted)])
 def test_the_maps_are_the_softmax_of_the_scores(kernels):
     made = model(kernels, dropout=0.5)
     made.train()

@@ -94,7 +94,7 @@ def test_a_factor_that_is_wrong_by_a_hundredth_is_caught(config, monkeypatch, br
     assert not any(what.startswith("gradient of b") for what in found)
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("factor", "agree"), [(1.0, True), (1.01, False)])
 def test_so_is_a_kernel_of_ours(config, monkeypatch, factor, agree):
     monkeypatch.setitem(backends._NAMESPACES, "triton", attention_off_by(factor, kernels))

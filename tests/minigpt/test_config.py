@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,8 +192,30 @@ def test_device_and_dtype(monkeypatch, no_gpu):
     assert pick_dtype("fp16", torch.device("cpu")) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda") and pick_device("cpu").type == "cpu"
+    assert not current
+    # on another GPU, an event on the current stream would be over before the work that it stands for
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
     with pytest.raises(UserError, match="cuda:0, cuda:1"):
         pick_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
     assert config.pick_dtype("auto", torch.device("cuda")) == torch.float32
+
+
+WITHOUT_TYRO = """
+import sys
+sys.modules["tyro"] = None
+import kernels
+from minigpt import config, errors, trainer
+assert config.preset("tiny", max_steps=3).max_steps == 3
+errors.door(lambda: config.parse(["--max-steps", "3", "--device", "cpu"]))
+"""
+
+
+def test_settings_are_there_without_what_reads_a_command_line():
+    """Benchmarks and profiles make theirs themselves, on machines that may have little more than PyTorch."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TYRO], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install tyro" in done.stderr

@@ -73,8 +73,8 @@ def test_what_cannot_be_captured_is_told(small, options, said):
 
 def test_a_capture_that_fails_is_one_line(monkeypatch):
     class Failing:
-        def __init__(self, graph):
-            pass
+        def __init__(self, graph, *, capture_error_mode):
+            assert capture_error_mode == "thread_local"  # what other threads do, as pinning memory, must not end it
 
         def __enter__(self):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")

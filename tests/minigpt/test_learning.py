@@ -110,7 +110,7 @@ def test_a_step_whose_gradient_alone_is_not_finite_changes_nothing(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True))
 
 
-@pytest.mark.parametrize("kernels", ["eager", "torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("kernels", ["eager", "torch", pytest.param("triton", marks=pytest.mark.interpreted)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_activations_give_the_same_gradients(kernels, dropout):
     def gradients(checkpointing):

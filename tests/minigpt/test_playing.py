@@ -251,7 +251,7 @@ def test_attention_is_a_page_of_the_last_tokens(models):
         playing.attention(models, Session())
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_both_backends_agree_and_a_wrong_one_shows(models):
     session = written(models)
     result = side_by_side.side_by_side(models, session)
@@ -268,7 +268,7 @@ def test_both_backends_agree_and_a_wrong_one_shows(models):
         side_by_side.side_by_side(models, Session())
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_the_interpreter_writes_few_tokens_and_says_so(models):
     torch_, triton = (
         written(models, settings=replace(FEW, length=40), kernels=kernels).text for kernels in ("torch", "triton")
@@ -284,6 +284,7 @@ def test_the_interpreter_writes_few_tokens_and_says_so(models):
     )
 
 
+@pytest.mark.interpreted
 def test_a_text_of_a_model_that_was_replaced(root, models):
     session = written(models)
     write_run(root / "a", CharTokenizer.from_text("ab"))

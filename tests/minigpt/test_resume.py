@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import StopAfter, assert_same_run, losses
 
-from minigpt import bpe, checkpoint, generators, plots, prepare, storage
+from minigpt import bpe, checkpoint, generators, plots, prepare, process, storage
 from minigpt.config import parse
 from minigpt.errors import Stopped, UserError
 from minigpt.resume import why_not_exact
@@ -23,8 +23,8 @@ def no_pictures(monkeypatch):
 
 def stop(config, after):
     """Train so many steps, and be stopped."""
-    session = Session(config)
-    with session, pytest.raises(Stopped, match=rf"after step {after} of {config.max_steps}.*--resume {config.out}"):
+    told = rf"after step {after} of {config.max_steps}.*--resume {config.out}"
+    with process.deterministic(config.deterministic), Session(config) as session, pytest.raises(Stopped, match=told):
         session.run(StopAfter(session, after))
     generators.seed(99)  # they are elsewhere meanwhile
 
@@ -77,7 +77,7 @@ def test_the_same_ids_of_another_tokenizer_are_another_text(small):
         train(parse(["--resume", "r", "--data", "b", "--max-steps", "3"]))
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_so_it_does_on_triton(small):
     small_steps = {"max_steps": 3, "eval_interval": 2, "eval_tokens": 16, "val_tokens": 16, "sample_tokens": 0}
     stopped_and_not(small, 1, kernels="triton", batch_size=2, dropout=0.1, **small_steps)

@@ -102,3 +102,30 @@ def test_a_damaged_description_is_a_user_error(data):
 def test_characters_out_of_order_are_refused():
     with pytest.raises(ValueError, match="from_text"):
         CharTokenizer("ba")
+
+
+class OnGpu:
+    """Ids as a tensor on a GPU has them, which NumPy cannot read."""
+
+    def __init__(self, ids):
+        self._ids = torch.as_tensor(ids)
+
+    def __len__(self):
+        return len(self._ids)
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def cpu(self):
+        return self._ids
+
+
+def test_ids_on_a_gpu_are_text_too():
+    tokenizer = CharTokenizer.from_text("to be")
+    assert tokenizer.decode(OnGpu(tokenizer.encode("to be"))) == "to be"
+
+
+@pytest.mark.gpu
+def test_ids_on_a_real_gpu_are_text_too():
+    tokenizer = CharTokenizer.from_text("to be")
+    assert tokenizer.decode(torch.from_numpy(tokenizer.encode("to be")).cuda()) == "to be"

@@ -97,7 +97,7 @@ def test_backends_see_the_same_run(small):
     assert losses(Path("eager")) == pytest.approx(losses(Path("torch")), abs=1e-3)
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_triton_kernels_train_the_same_and_run_once_per_op(small):
     options = {
         "max_steps": 2,
@@ -308,6 +308,8 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:130] . DefaultCPUAlloca
         (torch.OutOfMemoryError("CUDA out of memory"), 11, 6, 4),
         (MemoryError(), 4, 4, 6),
         (CPU_ERROR, 1, 1, 24),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 6, 6, 4),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 6, 6, 4),
     ],
     ids=repr,
 )
@@ -320,6 +322,25 @@ def test_out_of_memory_says_which_batch_fits(small, monkeypatch, error, limit, f
     monkeypatch.setattr(Learner, "loss", WHOLE)
     train(small(out=Path("whole"), batch_size=12, grad_accumulation=2))
     assert losses(Path("r")) == pytest.approx(losses(Path("whole")), abs=1e-4)
+
+
+def test_out_of_memory_in_the_optimizer_leaves_the_loss_scale_ready_for_another_try(small, monkeypatch):
+    """AdamW makes its state in the first step: the scaler has divided the gradients by then, and refuses to again."""
+    windows, step = [], torch.optim.AdamW.step
+
+    def loss(self, inputs, targets):
+        windows.append(len(inputs))
+        return WHOLE(self, inputs, targets)
+
+    def limited(self, *arguments, **options):
+        if windows[-1] > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "loss", loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", limited)
+    with pytest.raises(UserError, match="--batch-size 12, and 6 fits"):
+        train(small(out=Path("r"), batch_size=12, dtype="fp16"))
 
 
 def test_out_of_memory_with_one_window_or_before_any(small, monkeypatch):

@@ -408,7 +408,7 @@ def test_so_it_is_under_autocast():
 
 
 @needs_triton
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_so_it_is_with_the_kernels_in_the_interpreter():
     config = _config("triton", name="shakespeare", n_layer=1, batch_size=1, block_size=128, dropout=0.0)
     assert estimate.estimate(config, device="cpu").peak == pytest.approx(_real_peak(config), rel=0.15)

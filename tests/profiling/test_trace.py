@@ -81,11 +81,22 @@ def test_every_op_of_ours_has_a_group(form):
     assert trace.group_of(form.format("attention")) == "attention"
 
 
-def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
-    def event(name, device_type, start, end, annotation=False):
-        time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(name=name, device_type=device_type, time_range=time, is_user_annotation=annotation)
+def event(name, device_type, start, end, annotation=False):
+    time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, device_type=device_type, time_range=time, is_user_annotation=annotation)
 
+
+def test_a_steps_time_is_the_hosts_alone():
+    """On a GPU the profiler gives every range twice, as the host and as the GPU went through it."""
+    events = [
+        event(name, device, start, end, annotation=True)
+        for name, start, end in (("step 0", 0.0, 10.0), ("forward", 0.0, 4.0), ("step 1", 10.0, 18.0))
+        for device in (DeviceType.CPU, DeviceType.CUDA)
+    ]
+    assert trace.host_us(events, "step 0") == 10.0 and trace.host_us(events, "forward") == 4.0
+
+
+def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
     events = [
         event("later", DeviceType.CUDA, 8.0, 9.5),
         event("aten::mm", DeviceType.CPU, 0.0, 7.0),
@@ -135,7 +146,7 @@ def test_a_trace_of_torch_steps(run, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_launches_are_counted(run, tmp_path):
     """Two layers: attention 1 forward each and backward at least 1, and five layer norms forward."""
     asked = "--kernels", "attention=triton,layer_norm=triton,loss=triton"
@@ -169,7 +180,7 @@ def test_bad_input_is_told_in_one_line(arguments, says, run):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.interpreter
+@pytest.mark.interpreted
 def test_the_interpreter_refuses_what_would_take_hours(run):
     status, _, complaint = run("--kernels", "triton", "--device", "cpu", "--preset", "gpt2")
     assert status == 1 and "--preset tiny" in complaint and complaint.count("\n") == 1
