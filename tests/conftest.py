@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items):
     # without a GPU the interpreter is what is tested: there a misfit is a failure
     misfit = _interpreter_misfit() if torch.cuda.is_available() or not kernels.device.HAS_TRITON else None
     compiled = None
-    if torch.cuda.is_available() and not kernels.device.INTERPRETED:
+    if (torch.cuda.is_available() or EMULATED) and not kernels.device.INTERPRETED:
         compiled = "kernels are compiled for the GPU here: TRITON_INTERPRET=1 pytest runs it"
     for item in items:
         for marker, reason in (("gpu", no_gpu), ("interpreter", misfit), ("interpreted", misfit or compiled)):

@@ -10,6 +10,8 @@ import numpy as np
 
 GRAIN = 2
 """Bytes that are watched together for races."""
+WATCHED = 1 << 28
+"""Bytes of a tensor above which nobody watches: 16 bytes are kept for each grain."""
 UNWRITTEN = 0xFF
 """What shared memory is filled with: NaN in bf16, fp16 and fp32."""
 
@@ -87,8 +89,9 @@ class Global:
     def __init__(self, regions: list[Region], owners: int = 0):
         self.regions = sorted(regions, key=lambda region: region.start)
         self.starts = np.array([region.start for region in self.regions], np.int64)
-        for region in self.regions if owners else ():
-            region.watch = Watch(region.size + region.lead, owners)
+        for region in self.regions:
+            if owners and region.size <= WATCHED:
+                region.watch = Watch(region.size + region.lead, owners)
 
     def find(self, addresses: np.ndarray, width: int) -> list[tuple[Region, np.ndarray]]:
         """(region, places in `addresses` that lie in it) of accesses of `width` bytes. Raises Fault."""
