@@ -3,14 +3,14 @@
 import sys
 
 from minigpt.errors import CommandParser, door
-from profiling import floor, host, memory, resources, scaling_command, trace
+from profiling import emulate, floor, host, memory, resources, scaling_command, trace
 
 
 def parser() -> CommandParser:
     """The command line, of every command."""
     parser = CommandParser(prog="python -m profiling", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (resources, memory, scaling_command, floor, trace, host):
+    for command in (resources, memory, scaling_command, floor, trace, host, emulate):
         command.add_to(commands)
     return parser
 

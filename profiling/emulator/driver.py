@@ -14,14 +14,16 @@ from profiling.emulator import ptx
 from profiling.emulator.machine import Counts, Machine
 from profiling.emulator.memory import Global, Region
 
+ARCHS = ("sm_80", "sm_89", "sm_90")
+
 
 class Emulated:
-    """Triton's driver. `launched` notes (kernel's name, Machine, Counts) of each launch."""
+    """Triton's driver. `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run."""
 
-    def __init__(self, arch: str, watched: bool = True, measured: bool = False):
+    def __init__(self, arch: str, watched: bool = True, measured: bool = False, some: int = 0):
         from kernels.device import TARGETS
 
-        self.arch, self.watched, self.measured = arch, watched, measured
+        self.arch, self.watched, self.measured, self.some = arch, watched, measured, some
         self.launched: list[tuple[str, Machine, Counts]] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": TARGETS[arch].shared_memory},
@@ -52,7 +54,7 @@ class Emulated:
                 tensors["scratch"] = scratch
             parameters += [0] * (len(program.parameters) - len(parameters))
             memory = Global(merged([region_of(name, tensor) for name, tensor in tensors.items()]), owners)
-            counts = machine.launch((x, y, z), parameters, memory, self.watched, self.measured)
+            counts = machine.launch((x, y, z), parameters, memory, self.watched, self.measured, self.some)
             self.launched.append((program.name, machine, counts))
 
         return launch
@@ -109,16 +111,21 @@ def merged(regions: list[Region]) -> list[Region]:
     return found
 
 
-def emulate(arch: str = "sm_90", watched: bool = True, measured: bool = False) -> Emulated:
+def emulate(arch: str = "sm_90", **settings) -> Emulated:
     """Let kernels run in the emulator on CPU tensors, in this process and from now on.
 
-    The process must have been started with TRITON_INTERPRET=0.
+    `settings` are Emulated's. Raises ValueError for an arch whose PTX it does not know, and where Triton was imported
+    as its interpreter: the process must have been started with TRITON_INTERPRET=0.
     """
     import triton
 
     from kernels import device, op
 
-    driver = Emulated(arch, watched, measured)
+    if arch not in ARCHS:
+        raise ValueError(f"no GPU of {arch} can be emulated: choose from {', '.join(ARCHS)}")
+    if device.INTERPRETED:
+        raise ValueError("kernels are interpreted in this process: set TRITON_INTERPRET=0 before it starts")
+    driver = Emulated(arch, **settings)
     triton.runtime.driver.set_active(driver)
     device.why_not = lambda place: None
     op._pretended = device.TARGETS[arch]

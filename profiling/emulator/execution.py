@@ -219,8 +219,6 @@ class Run:
             self.put(self.shared_watch, "shared memory", self.shared, offsets, data, lanes)
             return
         for region, part in self.memory.find(addresses, width):
-            if not region.writable:
-                raise Fault(f"writes {region.name}, which is an input")
             offsets = addresses[part] - region.start + region.lead
             self.put(region.watch, region.name, region.bytes, offsets, data[part], lanes[part])
 
@@ -228,18 +226,18 @@ class Run:
         """Count what an access moves."""
         if not self.measured or len(lanes) == 0:
             return
-        place, warp = self.place, lanes // WARP
         if space == "global":
-            self.counts.bytes[place] += width * len(lanes)
-            self.counts.sectors[place] += len(np.unique(warp * (1 << 44) + addresses // 32))
+            # of an instruction of one warp, a sector that several lanes want is moved once
+            sectors = (lanes // WARP)[:, None] * (1 << 44) + (addresses[:, None] + np.arange(0, width, 32)) // 32
+            self.counts.bytes[self.place] += width * len(lanes)
+            self.counts.sectors[self.place] += len(np.unique(sectors))
             return
-        # a pass serves 32 banks: 128 bytes; wide accesses go by halves and quarters of a warp
+        # a pass serves 32 banks of 4 bytes, and of each of them one word: wide accesses go by halves or quarters of a warp
         share = lanes // (WARP * 4 // max(width, 4))
         words = addresses[:, None] // 4 + np.arange(max(width // 4, 1))
-        unique = np.unique((share[:, None] * (1 << 24) + words).ravel())
-        banks = unique // (1 << 24) * 32 + unique % 32
-        _, loads = np.unique(banks, return_counts=True)
-        by_share = np.zeros(int(share.max()) + 1, np.int64)
-        np.maximum.at(by_share, np.unique(banks) // 32, loads)
-        self.counts.passes[place] += int(by_share.sum())
-        self.counts.conflicts[place] += int(by_share.sum() - np.count_nonzero(by_share))
+        wanted = np.unique(share[:, None] * (1 << 24) + words)
+        banks, loads = np.unique(wanted // (1 << 24) * 32 + wanted % 32, return_counts=True)
+        passes = np.zeros(int(share.max()) + 1, np.int64)
+        np.maximum.at(passes, banks // 32, loads)
+        self.counts.passes[self.place] += int(passes.sum())
+        self.counts.conflicts[self.place] += int(passes.sum() - np.count_nonzero(passes))

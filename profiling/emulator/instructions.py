@@ -12,7 +12,7 @@ import numpy as np
 from profiling.emulator import asynchronous, matrix
 from profiling.emulator.arithmetic import TYPES
 from profiling.emulator.execution import DONE, WARP
-from profiling.emulator.ptx import Address, Instruction, Unsupported
+from profiling.emulator.ptx import Instruction, Unsupported
 
 _SIZES = {"%rs": 2, "%h": 2, "%r": 4, "%f": 4, "%rd": 8, "%fd": 8}  # bytes of a register, by its name
 

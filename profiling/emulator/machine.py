@@ -22,14 +22,16 @@ LANES = 4096
 
 @dataclasses.dataclass
 class Counts:
-    """What the warps of a launch executed.
+    """What the warps of a launch executed, by place in the program.
 
-    `warps` counts instructions a warp, by place in the program. `bytes` are asked for and `sectors`, of 32 bytes,
-    are moved for it by each global access; `conflicts` are the passes that shared memory's 32 banks of 4 bytes need
-    beyond those that the width asks for.
+    `warps` counts instructions, once a warp. `bytes` are asked for and `sectors`, of 32 bytes, are moved for them by
+    global accesses; shared ones take `passes`, `conflicts` of them beyond what their width asks for. `programs` ran,
+    of `grid`.
     """
 
     warps: np.ndarray
+    programs: int
+    grid: int
     bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     sectors: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     passes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -96,14 +98,21 @@ class Machine:
     # ------------------------------------------------------------ running
 
     def launch(
-        self, grid: Sequence[int], parameters: Sequence, memory: Global, watched: bool = True, measured: bool = False
+        self,
+        grid: Sequence[int],
+        parameters: Sequence,
+        memory: Global,
+        watched: bool = True,
+        measured: bool = False,
+        some: int = 0,
     ) -> Counts:
-        """Run every program of the grid. Raises Fault, which names the instruction and a thread."""
-        counts = Counts(np.zeros(len(self.steps), np.int64))
+        """Run every program of the grid, or `some`, evenly spaced. Raises Fault, which names the instruction."""
         grid = tuple(grid) + (1,) * (3 - len(grid))
         total, together = grid[0] * grid[1] * grid[2], max(1, LANES // self.threads)
-        for first in range(0, total, together):
-            programs = np.arange(first, min(first + together, total))
+        chosen = np.unique(np.linspace(0, total - 1, some).astype(int)) if 0 < some < total else np.arange(total)
+        counts = Counts(np.zeros(len(self.steps), np.int64), len(chosen), total)
+        for first in range(0, len(chosen), together):
+            programs = chosen[first : first + together]
             Run(self, programs, grid, parameters, memory, counts, watched, measured).go()
         return counts
 

@@ -79,7 +79,6 @@ class Region:
     size: int
     bytes: np.ndarray  # all whole units of 16 bytes that hold it, as uint8; bytes[lead] is the first of the region
     lead: int
-    writable: bool = True
     watch: Watch | None = None
 
 

@@ -1,0 +1,246 @@
+"""Compiled kernels run without a GPU, every address checked, and what their warps execute and move counted.
+
+The PTX that Triton compiles for the target runs in an emulator (profiling/emulator): wrong addresses, misaligned ones,
+races in shared and global memory, and barriers that not everyone reaches stop it with the line of the source. Results
+of whole problems are held to the reference in float64, beside PyTorch's own. Sizes too large for that run a few of
+their programs, for the counts alone.
+
+    python -m profiling emulate --op layer_norm --dtype bfloat16
+    python -m profiling emulate --op scaled_dot_product_attention --case gpt2 --programs 16 --lines 10
+"""
+
+import argparse
+import collections
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from profiling.emulator.driver import ARCHS
+from profiling.outputs import check_folders
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = {  # what an instruction begins with -> its kind in the table
+    "products": ("mma", "wgmma.mma_async"), "exp2": ("ex2",), "shuffles": ("shfl",), "barriers": ("bar.sync",),
+}  # fmt: skip
+
+
+def summary(name: str, machine, counts) -> dict[str, Any]:
+    """One launch: instructions a warp, by kind too; bytes asked for and moved a program; passes of shared memory."""
+    instructions = machine.program.instructions
+    warps = counts.programs * machine.threads // 32
+    executed = {
+        kind: int(sum(n for one, n in zip(instructions, counts.warps, strict=True) if one.name.startswith(begins)))
+        for kind, begins in KINDS.items()
+    }
+    asked, moved = sum(counts.bytes.values()), 32 * sum(counts.sectors.values())
+    return {
+        "kernel": name,
+        "programs": counts.programs,
+        "of": counts.grid,
+        "warps": machine.threads // 32,
+        "instructions": round(int(counts.warps.sum()) / warps),
+        **{kind: round(number / warps, 1) for kind, number in executed.items()},
+        "bytes": asked // counts.programs,
+        "moved": moved // counts.programs,
+        "passes": sum(counts.passes.values()) // counts.programs,
+        "conflicts": sum(counts.conflicts.values()) // counts.programs,
+        "lines": _by_line(machine, counts),
+    }
+
+
+def _by_line(machine, counts) -> dict[str, dict[str, int]]:
+    """By line of the source: warps' instructions, bytes asked for and moved, passes and conflicts, of all programs."""
+    lines: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for place, instruction in enumerate(machine.program.instructions):
+        line = lines[instruction.line or "?"]
+        line["instructions"] += int(counts.warps[place])
+        line["bytes"] += counts.bytes[place]
+        line["moved"] += 32 * counts.sectors[place]
+        line["passes"] += counts.passes[place]
+        line["conflicts"] += counts.conflicts[place]
+    return {name: dict(line) for name, line in lines.items() if line["instructions"]}
+
+
+def call(op, function, inputs: dict, options: dict, grads=None) -> tuple[torch.Tensor, ...]:
+    """Outputs and, of what is differentiable, gradients; `grads` are ones if not given."""
+    leaves = {name: one.detach().requires_grad_(name in op.differentiable) for name, one in inputs.items()}
+    outputs = function(**leaves, **options)
+    outputs = (outputs,) if torch.is_tensor(outputs) else tuple(outputs)
+    wanted = [leaves[name] for name in inputs if name in op.differentiable]
+    if not wanted:
+        return outputs
+    grads = grads or [torch.ones_like(output) for output in outputs]
+    return (*(output.detach() for output in outputs), *torch.autograd.grad(outputs, wanted, grads))
+
+
+def errors(op, case, inputs: dict, ours: tuple[torch.Tensor, ...], grads: list) -> tuple[float, float]:
+    """(our largest error, PyTorch's), over outputs and gradients, each in units of the truth's RMS."""
+    exact = {name: one.double() if one.is_floating_point() else one for name, one in inputs.items()}
+    truth = call(op, op.reference, exact, case.options, [grad.double() for grad in grads])
+    theirs = call(op, op.torch, inputs, case.options, grads)
+
+    def largest(results) -> float:
+        worst = 0.0
+        for result, right in zip(results, truth, strict=True):
+            if right.numel() and (scale := right.square().mean().sqrt().item()):
+                worst = max(worst, (result.double() - right).abs().max().item() / scale)
+        return worst
+
+    return largest(ours), largest(theirs)
+
+
+def measure(driver, op, case, dtype: torch.dtype, whole: bool) -> dict[str, Any]:
+    """One problem, emulated; with `whole`, every program, and the result held to the reference."""
+    inputs = op.inputs(case, dtype, "cpu")
+    inputs = {name: one.to(dtype) if one.is_floating_point() else one for name, one in inputs.items()}
+    driver.launched.clear()
+    outputs = op.public(**inputs, **case.options)
+    outputs = (outputs,) if torch.is_tensor(outputs) else tuple(outputs)
+    driver.launched.clear()
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(output.shape, generator=generator).to(output.dtype) for output in outputs]
+    ours = call(op, op.public, inputs, case.options, grads)
+    found = {
+        "op": op.name,
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "launches": [summary(*launched) for launched in driver.launched],
+    }
+    if whole:
+        found["error"], found["torch_error"] = errors(op, case, inputs, ours, grads)
+    return found
+
+
+# ---------------------------------------------------------------- command
+
+
+def add_to(commands) -> None:
+    """Add `emulate` to a command line."""
+    parser = commands.add_parser("emulate", help=__doc__.split("\n")[0], description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--op", nargs="+", action="extend", default=[], help="ops of the catalogue (default: all)")
+    parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
+    parser.add_argument("--arch", default="sm_90", choices=ARCHS, help="the GPU to emulate (default: sm_90)")
+    parser.add_argument("--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: bfloat16")
+    parser.add_argument(
+        "--programs", type=int, default=0,
+        help="take the real sizes, and run so many programs of each launch (default: the tests' cases, whole)",
+    )  # fmt: skip
+    parser.add_argument("--lines", type=int, default=0, help="print so many lines of the source that move the most")
+    parser.add_argument("--json", type=Path, help="write all counts here, `-` for stdout instead of the table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command."""
+    if os.environ.get("TRITON_INTERPRET") != "0":
+        # kernels that are interpreted are not compiled: start over without that
+        os.environ["TRITON_INTERPRET"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "profiling", *sys.argv[1:]])
+    from kernels import catalogue
+    from minigpt.errors import UserError, writing
+    from profiling.emulator.driver import emulate
+    from profiling.emulator.memory import Fault
+
+    ops = {op.name: op for op in catalogue.OPS}
+    if unknown := [name for name in arguments.op if name not in ops]:
+        raise UserError(f"unknown op {', '.join(unknown)}: choose from {', '.join(ops)}")
+    if arguments.programs < 0 or arguments.lines < 0:
+        raise UserError("--programs and --lines must be 0 or more")
+    check_folders(arguments.json)
+    which = "sizes" if arguments.programs else "cases"
+    chosen = [
+        (op, case)
+        for op in ([ops[name] for name in arguments.op] or ops.values())
+        for case in getattr(op, which)
+        if not arguments.case or case.name in arguments.case
+    ]
+    if not chosen:
+        raise UserError(f"no such case among the {which}; without --case all are taken")
+    torch.set_num_threads(1)
+    driver = emulate(arguments.arch, measured=True, some=arguments.programs)
+    problems, faults = [], 0
+    for op, case in chosen:
+        for dtype in arguments.dtype or ["bfloat16"]:
+            try:
+                problems.append(measure(driver, op, case, DTYPES[dtype], not arguments.programs))
+            except Fault as fault:
+                faults += 1
+                problems.append({"op": op.name, "case": case.name, "dtype": dtype, "launches": [], "fault": str(fault)})
+    import triton
+
+    document = {
+        "arch": arguments.arch,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "problems": problems,
+    }
+    if arguments.json == Path("-"):
+        json.dump(document, sys.stdout, indent=1)
+        print()
+        return int(faults > 0)
+    _print(document, arguments.lines)
+    if arguments.json:
+        with writing(arguments.json):
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return int(faults > 0)
+
+
+def _print(document: dict[str, Any], lines: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    versions = ", ".join(" ".join(version) for version in document["versions"].items())
+    view = Table(title=f"Compiled for {document['arch']} and emulated", caption=versions)
+    for name in ("op", "case", "dtype", "kernel"):
+        view.add_column(name, overflow="fold")
+    for name in (
+        "programs", "warps", "instructions a warp", *KINDS, "bytes a program", "of moved", "shared passes", "conflicts",
+        "error", "PyTorch's",
+    ):  # fmt: skip
+        view.add_column(name, justify="right")
+    for problem in document["problems"]:
+        head = (problem["op"], problem["case"], problem["dtype"])
+        if "fault" in problem:
+            view.add_row(*head, problem["fault"], style="red")
+        for place, one in enumerate(problem["launches"]):
+            programs = f"{one['programs']} of {one['of']}" if one["programs"] < one["of"] else str(one["of"])
+            numbers = [f"{one[kind]:g}" for kind in KINDS]
+            share = f"{one['bytes'] / one['moved']:.0%}" if one["moved"] else ""
+            last = place == len(problem["launches"]) - 1 and "error" in problem
+            errors = [f"{problem[name]:.1e}" for name in ("error", "torch_error")] if last else []
+            view.add_row(
+                *head, one["kernel"], programs, str(one["warps"]), str(one["instructions"]), *numbers,
+                f"{one['bytes']:,}", share, f"{one['passes']:,}", f"{one['conflicts']:,}", *errors,
+            )  # fmt: skip
+    console.print(view)
+    if lines:
+        console.print(_line_table(document, lines))
+
+
+def _line_table(document: dict[str, Any], count: int):
+    from rich.table import Table
+
+    view = Table(title="Lines of the source that move the most, of all programs that ran")
+    for name in ("kernel", "line"):
+        view.add_column(name, overflow="fold")
+    for name in ("instructions", "bytes", "of moved", "shared passes", "conflicts"):
+        view.add_column(name, justify="right")
+    lines = [
+        (one["kernel"], name, line)
+        for problem in document["problems"]
+        for one in problem["launches"]
+        for name, line in one["lines"].items()
+    ]
+    lines.sort(key=lambda entry: -(entry[2]["moved"] + 128 * entry[2]["passes"]))
+    for kernel, name, line in lines[:count]:
+        share = f"{line['bytes'] / line['moved']:.0%}" if line["moved"] else ""
+        view.add_row(
+            kernel, name, f"{line['instructions']:,}", f"{line['bytes']:,}", share, f"{line['passes']:,}",
+            f"{line['conflicts']:,}",
+        )  # fmt: skip
+    return view
