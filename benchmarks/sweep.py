@@ -91,7 +91,8 @@ def _attention() -> Iterator[Entry]:
 def _norms() -> Iterator[Entry]:
     for n, block in ((768, 1024), (384, 512), (4096, 4096), (8192, 8192)):
         small = Case("tune", {"input": (9, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
-        yield Entry("layer_norm.rows", str(block), "layer_norm", str(n), "bfloat16", "forward+backward", small)
+        for which in ("forward", "backward"):
+            yield Entry(f"layer_norm.{which}", str(block), "layer_norm", str(n), "bfloat16", which, small)
 
 
 def _losses() -> Iterator[Entry]:
@@ -134,10 +135,10 @@ def candidates(entry: Entry, device: Device) -> list[Candidate]:
         found = [numbers + off for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
         if half and TARGETS[device.tiles].descriptors:
             found += _with_descriptors(entry.slot, entry.key)
-    elif entry.slot == "layer_norm.rows":
+    elif entry.slot.startswith("layer_norm"):
         block = int(entry.key)
         grid = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
-        found = [(rows, warps) for rows, warps in grid if 256 * warps <= rows * block <= 1024 * warps]
+        found = [(rows, warps) for rows, warps in grid if 256 * warps <= rows * block <= 2048 * warps]
     else:
         block = min(int(entry.key), 16384)
         grid = itertools.product({block, block // 2, block // 4, block // 8}, (1, 2, 4, 8, 16), (4, 8, 16))

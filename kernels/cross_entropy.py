@@ -95,31 +95,64 @@ def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr,
 
 
 @triton.jit
-def _odd_row_sums(logits_ptr, lead, weight_ptr, V, BLOCK_V: tl.constexpr, SMOOTH: tl.constexpr):
-    """row_sums of one row, which begins `lead` elements after logits_ptr, where 16 bytes begin.
+def long_row_sums(
+    logits_ptr, lead, weight_ptr, V, BLOCK_V: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """row_sums of one row, in LANES sums of their own that only the end puts together: a lane reads UNIT elements, 16
+    bytes, at a time, and is a thread, so that no tile waits for all threads' largest logit.
 
-    Tiles begin there too, so that all but the first and the last need no mask and load 16 bytes at a time.
+    ODD: the row begins `lead` elements after logits_ptr, where 16 bytes begin; else at logits_ptr. Tiles begin there
+    too, so that all but the first and the last need no mask and load 16 bytes at a time.
     """
-    places = tl.arange(0, BLOCK_V)[None, :]
-    peak = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    below = tl.zeros([1], tl.float32)
-    weight_so_far = 0.0
-    last = (lead + V - 1) // BLOCK_V * BLOCK_V
-    for start in range(BLOCK_V, last, BLOCK_V):
+    groups = tl.arange(0, BLOCK_V // (LANES * UNIT))[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    places = groups * UNIT + tl.arange(0, UNIT)[None, None, :]
+    peak = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    below = tl.zeros([LANES], tl.float32)
+    weight_so_far = tl.zeros([LANES], tl.float32)
+    if ODD:
+        last = (lead + V - 1) // BLOCK_V * BLOCK_V
+        inner, edge, end, step = BLOCK_V, 0, last + 1, tl.maximum(last, 1)
+    else:
+        last = V // BLOCK_V * BLOCK_V
+        inner, edge, end, step = 0, last, V, BLOCK_V
+    for start in range(inner, last, BLOCK_V):
         x = tl.load(logits_ptr + start + places).to(tl.float32)
         columns = start - lead + places
-        peak, total, below, weight_so_far = _add_tile(
+        peak, total, below, weight_so_far = _add_to_lanes(
             peak, total, below, weight_so_far, x, columns, columns >= 0, weight_ptr, SMOOTH
         )
-    for start in range(0, last + 1, tl.maximum(last, 1)):
+    for start in range(edge, end, step):
         columns = start - lead + places
         in_row = (columns >= 0) & (columns < V)
         x = tl.load(logits_ptr + start + places, mask=in_row, other=float("-inf")).to(tl.float32)
-        peak, total, below, weight_so_far = _add_tile(
+        peak, total, below, weight_so_far = _add_to_lanes(
             peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH
         )
-    return peak, total, below
+    highest = tl.max(peak, axis=0, keep_dims=True)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    if SMOOTH:
+        below += tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
+    return highest, tl.sum(total * tl.exp(peak - base), axis=0, keep_dims=True), tl.sum(below, axis=0, keep_dims=True)
+
+
+@triton.jit
+def _add_to_lanes(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH: tl.constexpr):
+    """_add_tile for each lane, the middle axis of x. A lane without a finite logit has a base of zero, as a row has."""
+    highest = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    x -= base[None, :, None]
+    total = total * tl.exp(peak - base) + tl.sum(tl.sum(tl.exp(x), axis=2), axis=0)
+    if SMOOTH:
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+        else:
+            w = in_row.to(tl.float32)
+        shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
+        below += shift + tl.sum(tl.sum(tl.where(in_row, w * x, 0.0), axis=2), axis=0)
+        weight_so_far += tl.sum(tl.sum(w, axis=2), axis=0)
+    return highest, total, below, weight_so_far
 
 
 @triton.jit
@@ -146,43 +179,71 @@ def row_losses(
 
 
 @triton.jit
-def logit_gradients(
-    x, peak, log_total, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V,
-    SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """grad * dloss/dx for the logits x at `columns` of some rows; zero for ignored rows, NaN for wrong targets."""
+def row_scales(
+    target, target_weight, grad, peak, log_total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH: tl.constexpr
+):
+    """What logit_gradients needs of rows: (scale of p, what the target's column has less, what every class has less by
+    its weight, peak, log of total, the target's column or -1, whether the row is kept).
+
+    Ignored rows get zeros, with which their gradients are zeros for any finite logits: loads leave those rows out.
+    """
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
+    grad = tl.where(kept, tl.where(valid, grad, float("nan")), 0.0)
+    scale = target_weight * grad
+    less, spread = scale, scale
+    if SMOOTH:
+        weight_sum = V * 1.0
+        if weight_sum_ptr is not None:
+            weight_sum = tl.load(weight_sum_ptr)
+        spread = smoothing / V * grad
+        less = (1.0 - smoothing) * scale
+        scale = less + weight_sum * spread
+    place = tl.where(kept & valid, target, -1).to(tl.int32)
+    return scale, less, spread, tl.where(kept, peak, 0.0), tl.where(kept, log_total, 0.0), place, kept
+
+
+@triton.jit
+def logit_gradients(
+    x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH: tl.constexpr, TARGET: tl.constexpr
+):
+    """grad * dloss/dx for the logits x at `columns` of some rows, by their row_scales.
+
+    TARGET: the target of a row may be among the columns. Most tiles have none, and the look for it takes a third of
+    what is left to do for a logit.
+    """
     p = tl.exp((x - peak[:, None]) - log_total[:, None])
-    dx = tl.where(columns[None, :] == target[:, None], p - 1.0, p)
-    if weight_ptr is not None:
-        dx *= target_weight[:, None]
+    dx = p * scale[:, None]
+    if TARGET:
+        dx = tl.where(columns[None, :] == place[:, None], dx - less[:, None], dx)
     if SMOOTH:
         if weight_ptr is not None:
-            w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-            spread = p * tl.load(weight_sum_ptr) - w
+            dx -= tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :] * spread[:, None]
         else:
-            spread = p * V - 1.0
-        dx = (1.0 - smoothing) * dx + smoothing / V * spread
-    return tl.where(kept[:, None], tl.where(valid[:, None], dx * grad[:, None], float("nan")), 0.0)
+            dx -= spread[:, None]
+    return dx
 
 
 @triton.jit
 def _cross_entropy_forward(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, lse_ptr,
     n_rows, row_stride, ignore_index, smoothing, V,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr,
+    ODD: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows: their losses, their weights (the second row of losses) and the two parts of lse.
 
-    UNIT: elements in 16 bytes, for single rows that begin or end within them; else 0.
+    LANES, UNIT, ODD: of long_row_sums, which a row alone takes; ODD where rows begin or end within 16 bytes.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
-    if UNIT:
+    if ROWS == 1:
         begin = tl.program_id(0).to(tl.int64) * row_stride
-        lead = (begin % UNIT).to(tl.int32)
-        peak, total, below = _odd_row_sums(logits_ptr + begin // UNIT * UNIT, lead, weight_ptr, V, BLOCK_V, SMOOTH)
+        lead = 0
+        if ODD:
+            lead = (begin % UNIT).to(tl.int32)
+            begin = begin // UNIT * UNIT
+        peak, total, below = long_row_sums(logits_ptr + begin, lead, weight_ptr, V, BLOCK_V, LANES, UNIT, ODD, SMOOTH)
         logits_ptr += rows[:, None] * row_stride
     else:
         logits_ptr += rows[:, None] * row_stride
@@ -205,11 +266,12 @@ def _cross_entropy_backward(
 ):  # fmt: skip
     """A program owns BLOCK_V columns of ROWS rows of dlogits, which may be the logits' own memory.
 
-    width: how many columns to read and write, V or more if the rows are padded. UNIT: as in forward; a row's tiles then
-    begin where 16 bytes do, so that there may be one more.
+    width: how many columns to read and write, V or more if the rows are padded. UNIT: elements in 16 bytes, for single
+    rows that begin or end within them, else 0; a row's tiles then begin where 16 bytes do: there may be one more.
     """
     blocks = tl.cdiv(V + UNIT - 1, BLOCK_V) if UNIT else tl.cdiv(V, BLOCK_V)
-    rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
     in_rows = rows < n_rows
 
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
@@ -223,53 +285,39 @@ def _cross_entropy_backward(
     if weight_ptr is not None:
         weighed = in_rows & (target != ignore_index) & (target >= 0) & (target < V)
         target_weight = tl.load(weight_ptr + target, mask=weighed, other=0.0).to(tl.float32)
-    places = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    if UNIT:
-        row = (tl.program_id(0) // blocks).to(tl.int64)
-        lead = (row * row_stride % UNIT).to(tl.int32)
-        logits_ptr += row * row_stride // UNIT * UNIT
-        dlogits_ptr += row * dlogits_stride // UNIT * UNIT
+    scale, less, spread, peak, log_total, place, kept = row_scales(
+        target, target_weight, grad, peak, log_total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
+    )
+    start = tl.program_id(0) % blocks * BLOCK_V
+    places = start + tl.arange(0, BLOCK_V)
+    if ROWS == 1:
+        lead = 0
+        logits_begin, dlogits_begin = first * row_stride, first * dlogits_stride
+        if UNIT:
+            lead = (logits_begin % UNIT).to(tl.int32)
+            logits_begin, dlogits_begin = logits_begin // UNIT * UNIT, dlogits_begin // UNIT * UNIT
+        logits_ptr += logits_begin + places[None, :]
+        dlogits_ptr += dlogits_begin + places[None, :]
         columns = places - lead
-        start = tl.program_id(0) % blocks * BLOCK_V
-        if (start >= lead) & (start + BLOCK_V <= lead + V):
-            _store_gradients(
-                logits_ptr, dlogits_ptr, rows, 0, 0, places, None, peak, log_total, columns, target,
-                target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH,
-            )  # fmt: skip
+        row_target = tl.load(target_ptr + first)
+        inside = (start >= lead) & (start + BLOCK_V <= lead + width) & (row_target != ignore_index)
+        if inside & ((row_target < start - lead) | (row_target >= start - lead + BLOCK_V)):
+            x = tl.load(logits_ptr).to(tl.float32)
+            dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, False)
+            tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty))
         else:
-            in_row = (columns >= 0) & (columns < V)
-            _store_gradients(
-                logits_ptr, dlogits_ptr, rows, 0, 0, places, in_row[None, :], peak, log_total,
-                tl.where(in_row, columns, V), target,
-                target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH,
-            )  # fmt: skip
+            mask = ((columns >= 0) & (columns < width))[None, :]
+            x = tl.load(logits_ptr, mask=mask & kept[:, None], other=0.0).to(tl.float32)
+            columns = tl.where(columns < 0, V, columns)  # of no class
+            dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True)
+            tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
     else:
-        _store_gradients(
-            logits_ptr, dlogits_ptr, rows, row_stride, dlogits_stride, places,
-            in_rows[:, None] & (places < width)[None, :], peak, log_total, places, target,
-            target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH,
-        )  # fmt: skip
-
-
-@triton.jit
-def _store_gradients(
-    logits_ptr, dlogits_ptr, rows, row_stride, dlogits_stride, places, mask, peak, log_total, columns, target,
-    target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """Read a tile of logits and write their gradients; without a mask all of it."""
-    logits_ptr += rows[:, None] * row_stride + places[None, :]
-    if mask is None:
-        x = tl.load(logits_ptr).to(tl.float32)
-    else:
-        x = tl.load(logits_ptr, mask=mask, other=0.0).to(tl.float32)
-    dx = logit_gradients(
-        x, peak, log_total, columns, target, target_weight, grad, weight_ptr, weight_sum_ptr, ignore_index, smoothing,
-        V, SMOOTH,
-    )  # fmt: skip
-    dlogits_ptr += rows[:, None] * dlogits_stride + places[None, :]
-    if mask is None:
-        tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty))
-    else:
+        mask = in_rows[:, None] & (places < width)[None, :]
+        x = tl.load(logits_ptr + rows[:, None] * row_stride + places[None, :], mask=mask & kept[:, None], other=0.0).to(
+            tl.float32
+        )
+        dx = logit_gradients(x, places, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True)
+        dlogits_ptr += rows[:, None] * dlogits_stride + places[None, :]
         tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -277,19 +325,28 @@ def _store_gradients(
 
 
 def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
-    """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short."""
+    """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short.
+
+    Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else.
+    """
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
         return block_v, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_v)), 4
     tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
     if tuned:
         return tuned
-    block_v = max(16, min(next_power_of_2(n_classes), 4096))
+    block_v = max(16, min(next_power_of_2(n_classes), 8192 if which == "backward" else 4096))
     return block_v, max(1, 2048 // block_v), 4 if block_v <= 2048 else 8
 
 
 def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
     return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
+
+
+def lanes(logits: Spec, block_v: int, warps: int) -> dict[str, int]:
+    """What long_row_sums takes of a tile: a lane for each thread, 16 bytes at a time."""
+    unit = 16 // logits.dtype.itemsize
+    return {"LANES": max(1, min(32 * warps, block_v // unit)), "UNIT": unit}
 
 
 def _unit(logits: Spec, n_classes: int, rows: int) -> int:
@@ -306,7 +363,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
-    constexprs["UNIT"] = _unit(specs["logits"], n_classes, rows)
+    constexprs |= lanes(specs["logits"], block_v, warps) | {"ODD": _unit(specs["logits"], n_classes, rows) > 0}
     return [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
 
 

@@ -169,7 +169,7 @@ def _layer_norm_backward(
         x = tl.load(input_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
-        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
+        xhat = (x - mean) * rstd  # whatever it is where dy is zero because nothing is there
         if dweight_parts_ptr is not None:
             dweight += dy * xhat
         if dbias_parts_ptr is not None:
@@ -178,7 +178,8 @@ def _layer_norm_backward(
             g = dy
             if weight_ptr is not None:
                 g = dy * weight
-            dx = (g - (tl.sum(g, axis=1) / N)[:, None] - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]) * rstd
+            level, slope = (tl.sum(g, axis=1) / N)[:, None] * rstd, (tl.sum(g * xhat, axis=1) / N)[:, None] * rstd
+            dx = g * rstd - (xhat * slope + level)
             if grad_sum_ptr is not None:
                 places = rows[:, None] * grad_sum_stride + columns[None, :]
                 dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
@@ -288,20 +289,26 @@ LONGEST_BACKWARD = 8192
 CHUNK = 4096  # what a program walks a longer row in
 
 
-def _block(n_rows: int, n: int, device: Device) -> tuple[int, int, int]:
-    """(BLOCK_N, rows a program, warps): 16 elements a thread, so that bf16 rows load 16 bytes at a time."""
+def _block(n_rows: int, n: int, device: Device, which: str) -> tuple[int, int, int]:
+    """(BLOCK_N, rows a program, warps).
+
+    Forward, a warp has rows up to 1024 to itself: a sum over several warps takes as many instructions as all else, and
+    then it is instructions that bound, not bytes. Backward, 16 elements a thread, and fewer workspaces to add up.
+    """
     block_n = max(16, next_power_of_2(n))
     if device.arch == "interpreter":  # its cost is per program
         return block_n, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_n)), 4
-    tuned = tiles.tuned(device, "layer_norm.rows", str(block_n))
-    return block_n, *(tuned or (max(1, 2048 // block_n), min(16, max(4, block_n // 512))))
+    if tuned := tiles.tuned(device, f"layer_norm.{which}", str(block_n)):
+        return block_n, *tuned
+    warps = max(1, block_n // 1024) if which == "forward" else min(16, max(4, block_n // 512))
+    return block_n, max(1, 2048 // block_n), warps
 
 
 def _parts(n_rows: int, n: int, device: Device) -> int:
     """How many programs, and so workspace rows, share the parameters' gradients: enough to fill the device."""
     if n > LONGEST_BACKWARD:
         return min(n_rows, max(1, 4 * device.processors * CHUNK // next_power_of_2(n)))
-    _, rows, warps = _block(n_rows, n, device)
+    _, rows, warps = _block(n_rows, n, device, "backward")
     return min(cdiv(n_rows, rows), device.processors * (16 // warps))
 
 
@@ -318,7 +325,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     if n > LONGEST_FORWARD:
         arguments = tensors | strides | {"N": n, "eps": options["eps"]}
         return [Launch(_layer_norm_forward_long, (n_rows,), arguments, {"BLOCK_N": CHUNK}, 8, 1)]
-    block_n, rows, warps = _block(n_rows, n, device)
+    block_n, rows, warps = _block(n_rows, n, device, "forward")
     arguments = tensors | {"n_rows": n_rows} | strides | {"eps": options["eps"]}
     constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
     return [Launch(_layer_norm_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 1)]
@@ -344,7 +351,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             grid = (cdiv(n, CHUNK) * n_parts,)
             launches.append(Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1))
     else:
-        block_n, rows, warps = _block(n_rows, n, device)
+        block_n, rows, warps = _block(n_rows, n, device, "backward")
         arguments = pointers(specs, "grad", "grad_sum", "input", "weight", "mean", "rstd", "dinput", "dresidual")
         arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
         constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}

@@ -35,9 +35,12 @@ from kernels.cross_entropy import (
     CHECK_TARGETS,
     DTYPES,
     check_targets,
+    lanes,
     logit_gradients,
+    long_row_sums,
     numbers,
     row_losses,
+    row_scales,
     row_sums,
     tile,
     weight_sum,
@@ -72,6 +75,7 @@ def _linear_cross_entropy_forward(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, factor_ptr, losses_ptr, lse_ptr,
     n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, PADDED: tl.constexpr, GRADIENTS: tl.constexpr,
+    LANES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows of a chunk: their losses, their lse, and if GRADIENTS dZ, written over the logits.
 
@@ -80,8 +84,12 @@ def _linear_cross_entropy_forward(
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
+    row_ptr = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride
     logits_ptr += rows[:, None] * row_stride
-    peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, row_stride, BLOCK_V, ROWS, SMOOTH, PADDED)
+    if ROWS == 1:
+        peak, total, below = long_row_sums(row_ptr, 0, weight_ptr, V, BLOCK_V, LANES, UNIT, False, SMOOTH)
+    else:
+        peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, row_stride, BLOCK_V, ROWS, SMOOTH, PADDED)
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     loss, target_weight, log_total = row_losses(
         logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
@@ -94,15 +102,15 @@ def _linear_cross_entropy_forward(
         factor = tl.full([ROWS], 1.0, tl.float32)
         if factor_ptr is not None:
             factor *= tl.load(factor_ptr)
+        scale, less, spread, peak, log_total, place, kept = row_scales(
+            target, target_weight, factor, peak, log_total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
+        )
         tl.debug_barrier()  # another thread may still be reading its target's logit
         for start in range(0, V, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
             mask = in_rows[:, None] & (columns < row_stride)[None, :]
-            x = tl.load(logits_ptr + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dx = logit_gradients(
-                x, peak, log_total, columns, target, target_weight, factor, weight_ptr, weight_sum_ptr,
-                ignore_index, smoothing, V, SMOOTH,
-            )  # fmt: skip
+            x = tl.load(logits_ptr + columns[None, :], mask=mask & kept[:, None], other=0.0).to(tl.float32)
+            dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True)
             tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -151,6 +159,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     constexprs |= {"PADDED": specs["logits"].stride[0] > n_classes, "GRADIENTS": options["gradients"]}
+    constexprs |= lanes(specs["logits"], block_v, warps)
     return [Launch(_linear_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
 
 

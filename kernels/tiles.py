@@ -20,7 +20,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "attention.forward": (*_ATTENTION, "OVERLAP"),
     "attention.backward_query": _ATTENTION,
     "attention.backward_key": _ATTENTION,
-    "layer_norm.rows": ("ROWS", "num_warps"),
+    "layer_norm.forward": ("ROWS", "num_warps"),
+    "layer_norm.backward": ("ROWS", "num_warps"),
     "cross_entropy.forward": ("BLOCK_V", "ROWS", "num_warps"),
     "cross_entropy.backward": ("BLOCK_V", "ROWS", "num_warps"),
 }

@@ -16,7 +16,7 @@ from kernels.device import TARGETS, facts
 from kernels.op import Case
 
 ENTRIES = sweep.entries()
-NORM = next(entry for entry in ENTRIES if entry.slot == "layer_norm.rows")
+NORM = next(entry for entry in ENTRIES if entry.slot == "layer_norm.forward")
 BASE = TARGETS["sm_90"]
 
 

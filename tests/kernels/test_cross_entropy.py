@@ -70,7 +70,7 @@ def planned_units(x: torch.Tensor) -> list[int]:
     target = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     with plan_only(TARGETS["sm_90"]) as launches:
         cross_entropy(x.detach().requires_grad_(), target, reduction="sum").backward()
-    return [launch.constexprs["UNIT"] for launch in launches]
+    return [launch.constexprs["UNIT"] if launch.constexprs.get("ODD", True) else 0 for launch in launches]
 
 
 def within(n_rows: int, n_classes: int, stride: int, dtype, device, shift: int = 0) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_attention_takes_what_was_tuned(folder):
 @pytest.mark.parametrize(
     ("name", "case", "slot", "key", "numbers", "expected"),
     [
-        ("layer_norm", "768", "layer_norm.rows", "1024", [4, 8], {"ROWS": 4}),
+        ("layer_norm", "768", "layer_norm.forward", "1024", [4, 8], {"ROWS": 4}),
         ("cross_entropy", "v50304", "cross_entropy.forward", "65536", [512, 2, 4], {"BLOCK_V": 512, "ROWS": 2}),
         ("cross_entropy", "v50304", "cross_entropy.backward", "65536", [256, 4, 4], {"BLOCK_V": 256, "ROWS": 4}),
     ],
@@ -94,14 +94,14 @@ BAD = {
     "tuned on 'ACME G-2', not on 'ACME G-1'": ({}, {"gpu": "ACME G-2"}),
     '"tiles" must be an object': ([], {}),
     "'attention.sideways' is no slot": ({"attention.sideways": {}}, {}),
-    "must be [ROWS, num_warps], not [1]": ({"layer_norm.rows": {"1024": [1]}}, {}),
+    "must be [ROWS, num_warps], not [1]": ({"layer_norm.forward": {"1024": [1]}}, {}),
     "BLOCK_Q of attention.forward half/64 must be a power of two from 16 to 256, not 96": (
         {"attention.forward": {"half/64": [96, 64, 8, 2, 0, 0]}}, {},
     ),
-    "num_warps of layer_norm.rows 1024 must be a power of two from 1 to 16, not 32": (
-        {"layer_norm.rows": {"1024": [1, 32]}}, {},
+    "num_warps of layer_norm.forward 1024 must be a power of two from 1 to 16, not 32": (
+        {"layer_norm.forward": {"1024": [1, 32]}}, {},
     ),
-    "not True": ({"layer_norm.rows": {"1024": [True, 4]}}, {}),
+    "not True": ({"layer_norm.forward": {"1024": [True, 4]}}, {}),
     "num_stages of attention.forward half/64 must be a number from 1 to 8, not 0": (
         {"attention.forward": {"half/64": [64, 64, 8, 0, 0, 0]}}, {},
     ),
