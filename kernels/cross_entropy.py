@@ -327,7 +327,8 @@ def _cross_entropy_backward(
 def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
     """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short.
 
-    Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else.
+    Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else. Forward, a
+    warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else.
     """
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
@@ -336,7 +337,8 @@ def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, 
     if tuned:
         return tuned
     block_v = max(16, min(next_power_of_2(n_classes), 8192 if which == "backward" else 4096))
-    return block_v, max(1, 2048 // block_v), 4 if block_v <= 2048 else 8
+    warps = 8 if block_v > 2048 else 1 if block_v <= 1024 and which == "forward" else 4
+    return block_v, max(1, 2048 // block_v), warps
 
 
 def numbers(n_classes: int, options: dict) -> dict[str, int | float]:

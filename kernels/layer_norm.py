@@ -178,8 +178,7 @@ def _layer_norm_backward(
             g = dy
             if weight_ptr is not None:
                 g = dy * weight
-            level, slope = (tl.sum(g, axis=1) / N)[:, None] * rstd, (tl.sum(g * xhat, axis=1) / N)[:, None] * rstd
-            dx = g * rstd - (xhat * slope + level)
+            dx = (g - (tl.sum(g, axis=1) / N)[:, None] - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]) * rstd
             if grad_sum_ptr is not None:
                 places = rows[:, None] * grad_sum_stride + columns[None, :]
                 dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
