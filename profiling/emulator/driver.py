@@ -18,7 +18,10 @@ ARCHS = ("sm_80", "sm_89", "sm_90")
 
 
 class Emulated:
-    """Triton's driver. `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run."""
+    """Triton's driver.
+
+    `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run, 0 for all.
+    """
 
     def __init__(self, arch: str, watched: bool = True, measured: bool = False, some: int = 0):
         from kernels.device import TARGETS

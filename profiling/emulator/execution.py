@@ -136,8 +136,8 @@ class Run:
     def barrier(self, mask: np.ndarray | None) -> None:
         if mask is not None:
             programs = mask.reshape(len(self.programs), -1)
-            waiting = (self.places != DONE).reshape(programs.shape) if self.places is not None else programs
-            if (programs.any(1) & (programs != (programs | waiting)).any(1)).any():
+            waiting = np.ones_like(programs) if self.places is None else (self.places != DONE).reshape(programs.shape)
+            if (programs.any(1) & (waiting & ~programs).any(1)).any():
                 raise Fault("a barrier that some threads of the program are not at")
             self.epoch[programs.any(1)] += 1
         else:
@@ -156,10 +156,13 @@ class Run:
         return value[lanes] + offset
 
     def watch(self, watch: Watch | None, what: str, offsets, width, lanes, engine: bool = False) -> None:
-        """Note reads. Raises Fault for one that races with a write."""
+        """Note reads. Raises Fault for one that races with a write, or comes before a copy has landed."""
         if watch is None or len(lanes) == 0:
             return
-        if watch.reading(grains_of(offsets, width), *self.who(lanes, engine)):
+        grains = grains_of(offsets, width)
+        if watch.awaited(grains):
+            raise Fault(f"reads {what} before the copy to it has been waited for")
+        if watch.reading(grains, *self.who(lanes, engine)):
             raise Fault(f"reads {what} that another warp writes, with no barrier between")
 
     def who(self, lanes: np.ndarray, engine: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +180,10 @@ class Run:
         if watch is None:
             memory[places] = data
             return
-        read, rewritten = watch.writing(grains_of(offsets, data.shape[1]), *self.who(lanes, engine))
+        grains = grains_of(offsets, data.shape[1])
+        if watch.awaited(grains):
+            raise Fault(f"writes {what} before the copy to it has been waited for")
+        read, rewritten = watch.writing(grains, *self.who(lanes, engine))
         differs = rewritten.any() and (memory[places[rewritten]] != data[rewritten]).any()
         memory[places] = data
         if read or differs:
@@ -232,7 +238,7 @@ class Run:
             self.counts.bytes[self.place] += width * len(lanes)
             self.counts.sectors[self.place] += len(np.unique(sectors))
             return
-        # a pass serves 32 banks of 4 bytes, and of each of them one word: wide accesses go by halves or quarters of a warp
+        # a pass serves 32 banks of 4 bytes, one word of each: wide accesses go by halves or quarters of a warp
         share = lanes // (WARP * 4 // max(width, 4))
         words = addresses[:, None] // 4 + np.arange(max(width // 4, 1))
         wanted = np.unique(share[:, None] * (1 << 24) + words)

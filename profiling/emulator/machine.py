@@ -77,7 +77,8 @@ class Machine:
 
     def _computed(self, instruction: Instruction) -> Callable:
         found = arithmetic.function_of(instruction.parts)
-        if found is None or any(isinstance(operand, tuple | Address) for operand in instruction.operands):
+        two_results = any("|" in str(operand) for operand in instruction.operands)
+        if found is None or two_results or any(isinstance(one, tuple | Address) for one in instruction.operands):
             raise Unsupported(instruction.where)
         function, types = found
         target = self.place(instruction.operands[0], types[0])

@@ -18,7 +18,7 @@ _lane = np.arange(WARP)
 
 
 def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """fp32 numbers of packed operands: the last axis is of 32-bit registers, and comes out twice as long for 16 bits."""
+    """fp32 numbers of packed operands, the last axis of 32-bit registers: twice as long for numbers of 16 bits."""
     bits = np.ascontiguousarray(bits)
     if kind == "bf16":
         return from_bf16(bits.view(np.uint16))
@@ -94,7 +94,7 @@ def _matrices(instruction: Instruction) -> tuple[int, bool]:
 
 
 def _row_addresses(run, register, offset, count, warps, mask):
-    """(offsets in all shared memory, lanes) of the 16 bytes of each of the 8 rows of each matrix: (warps, count * 8)."""
+    """(offsets in all shared memory, lanes) of the 16 bytes of each matrix's 8 rows: (warps * count * 8,) of each."""
     lanes = np.arange(run.lanes).reshape(-1, WARP)
     lanes = (lanes if warps is None else lanes[warps])[:, : 8 * count].reshape(-1)
     addresses = run.addresses(register, offset, lanes)
