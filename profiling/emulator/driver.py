@@ -130,6 +130,7 @@ def emulate(arch: str = "sm_90", **settings) -> Emulated:
         raise ValueError("kernels are interpreted in this process: set TRITON_INTERPRET=0 before it starts")
     driver = Emulated(arch, **settings)
     triton.runtime.driver.set_active(driver)
-    device.why_not = lambda place: None
+    refused = device.why_not
+    device.why_not = lambda place: None if place.type == "cpu" else refused(place)
     op._pretended = device.TARGETS[arch]
     return driver

@@ -1,7 +1,8 @@
 """A processor made of NumPy: runs PTX on the CPU, all threads of several programs at once.
 
 A register is an array with an element a thread, or with one element if all threads have the same. Of the threads that
-are not at the same instruction those at the earliest run first, so that they meet again where the code does.
+are not at the same instruction those at the earliest run first, so that they meet again where the code does; at a
+barrier, or what is one for a warp, those who are there wait for who may still come.
 """
 
 import collections

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from profiling.emulator.arithmetic import TYPES, from_bf16
-from profiling.emulator.memory import Fault
+from profiling.emulator.execution import Apart
 from profiling.emulator.ptx import Instruction, Unsupported
 
 WARP, WARPGROUP = 32, 128
@@ -185,7 +185,7 @@ def wgmma(instruction: Instruction, machine) -> Callable:
         if warps is not None:
             active = warps.reshape(-1, 4)
             if (active.any(1) != active.all(1)).any():
-                raise Fault("warps of one warp group are apart at a product of the group")
+                raise Apart("warps of one warp group are apart at a product of the group")
             groups = np.flatnonzero(active[:, 0])
         first = groups * WARPGROUP
         if in_registers:

@@ -80,6 +80,34 @@ def test_programs_of_different_length_and_a_grid_of_three():
     assert counts.programs == counts.grid == 24
 
 
+@pytest.mark.parametrize("met", ["bar.sync 0;", "shfl.sync.idx.b32 %r3, %r2, 3, 31, -1;"])
+def test_a_rare_path_that_lies_behind_the_place_where_all_meet(met):
+    """Compilers put what is seldom taken at the end: those who are at the barrier wait for those who come back."""
+    found = numbered(64)
+    body = f"""
+    {AT_THREAD}
+    mov.u32 %r3, 0;
+    and.b32 %r4, %r1, 7;
+    setp.eq.u32 %p1, %r4, 3;
+    mov.u32 %r2, 10;
+    @%p1 bra $rare;
+    $meet:
+    {met}
+    add.u32 %r2, %r2, %r3;
+    st.global.b32 [%rd9], %r2;
+    bra.uni $end;
+    $rare:
+    mul.lo.u32 %r2, %r1, 100;
+    bra.uni $meet;
+    $end:
+    """
+    counts = launch(body, found, threads=64)
+    given = [100 * t if t % 8 == 3 else 10 for t in range(64)]
+    taken = [given[t // 32 * 32 + 3] if "shfl" in met else 0 for t in range(64)]
+    assert found.tolist() == [a + b for a, b in zip(given, taken, strict=True)]
+    assert counts.warps[8] == 2  # the meeting is once a warp
+
+
 def test_some_programs_of_a_launch():
     written = np.zeros(100, np.uint32)
     body = "mov.u32 %r2, %ctaid.x; mad.wide.u32 %rd9, %r2, 4, %rd1; st.global.b32 [%rd9], 1;"

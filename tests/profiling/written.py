@@ -29,11 +29,15 @@ def launch(body: str, *arrays: np.ndarray, threads: int = 32, grid=(1,), shared:
     parameters = ", ".join(f".param .u64 written_param_{place}" for place in range(len(arrays)))
     loads = [f"ld.param.b64 %rd{place + 1}, [written_param_{place}];" for place in range(len(arrays))]
     text = HEAD.format(parameters=parameters, threads=threads, body="\n".join(["mov.u32 %r1, %tid.x;", *loads, body]))
-    tensors = [torch.from_numpy(array.view(np.uint8).reshape(-1)) for array in arrays]
+    # PyTorch's own memory begins at whole sectors, as a GPU's does; NumPy's may not
+    tensors = [torch.from_numpy(array.view(np.uint8).reshape(-1)).clone() for array in arrays]
     regions = [region_of(f"array {place}", tensor) for place, tensor in enumerate(tensors)]
     machine = Machine(parse(text), threads, shared)
     memory = Global(regions, machine.threads // 32 + 2)
-    return machine.launch(grid, [tensor.data_ptr() for tensor in tensors], memory, **settings)
+    counts = machine.launch(grid, [tensor.data_ptr() for tensor in tensors], memory, **settings)
+    for array, tensor in zip(arrays, tensors, strict=True):
+        array.view(np.uint8).reshape(-1)[:] = tensor.numpy()
+    return counts
 
 
 def compute(instruction: str, to: str, *operands) -> np.ndarray:
