@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from profiling.emulator.driver import ARCHS
+from profiling.limits import PRODUCTS
 from profiling.outputs import check_folders
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,8 +29,15 @@ KINDS = {  # what an instruction begins with -> its kind in the table
 }  # fmt: skip
 
 
-def summary(name: str, machine, counts) -> dict[str, Any]:
-    """One launch: instructions a warp, by kind too; bytes asked for and moved a program; passes of shared memory."""
+PRODUCTS_OF = {"sm_80": "A100 SXM 80 GB", "sm_89": "GeForce RTX 4090", "sm_90": "H200 SXM"}
+
+
+def summary(name: str, machine, counts, arch: str) -> dict[str, Any]:
+    """One launch: instructions a warp, by kind too; bytes asked for and moved a program; passes of shared memory.
+
+    And for the whole grid, at published peaks, the microseconds that issuing its instructions and moving what it asks
+    for take at least; PTX instructions for those that ptxas makes of them.
+    """
     instructions = machine.program.instructions
     warps = counts.programs * machine.threads // 32
     executed = {
@@ -37,6 +45,7 @@ def summary(name: str, machine, counts) -> dict[str, Any]:
         for kind, begins in KINDS.items()
     }
     asked, moved = sum(counts.bytes.values()), 32 * sum(counts.sectors.values())
+    peaks, grids = PRODUCTS[PRODUCTS_OF[arch]], counts.grid / counts.programs
     return {
         "kernel": name,
         "programs": counts.programs,
@@ -48,6 +57,8 @@ def summary(name: str, machine, counts) -> dict[str, Any]:
         "moved": moved // counts.programs,
         "passes": sum(counts.passes.values()) // counts.programs,
         "conflicts": sum(counts.conflicts.values()) // counts.programs,
+        "issue_us": int(counts.warps.sum()) * grids / peaks.issued / 1e3,
+        "move_us": asked * grids / peaks.bandwidth / 1e3,
         "lines": _by_line(machine, counts),
     }
 
@@ -111,7 +122,7 @@ def measure(driver, op, case, dtype: torch.dtype, whole: bool) -> dict[str, Any]
         "op": op.name,
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "launches": [summary(*launched) for launched in driver.launched],
+        "launches": [summary(*launched, driver.arch) for launched in driver.launched],
     }
     if whole:
         found["error"], found["torch_error"] = errors(op, case, inputs, ours, dtype)
@@ -208,7 +219,7 @@ def _print(document: dict[str, Any], lines: int) -> None:
         view.add_column(name, overflow="fold")
     for name in (
         "programs", "warps", "instructions a warp", *KINDS, "bytes a program", "of moved", "shared passes", "conflicts",
-        "error", "PyTorch's",
+        "us to issue", "us to move", "error", "PyTorch's",
     ):  # fmt: skip
         view.add_column(name, justify="right")
     for problem in document["problems"]:
@@ -224,7 +235,8 @@ def _print(document: dict[str, Any], lines: int) -> None:
             errors = ["" if error is None else f"{error:.1e}" for error in errors]
             view.add_row(
                 *head, one["kernel"], programs, str(one["warps"]), str(one["instructions"]), *numbers,
-                f"{one['bytes']:,}", share, f"{one['passes']:,}", f"{one['conflicts']:,}", *errors,
+                f"{one['bytes']:,}", share, f"{one['passes']:,}", f"{one['conflicts']:,}",
+                f"{one['issue_us']:.1f}", f"{one['move_us']:.1f}", *errors,
             )  # fmt: skip
     console.print(view)
     if lines:

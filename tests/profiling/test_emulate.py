@@ -102,6 +102,6 @@ def test_a_broken_kernel():
     assert done.returncode == 1, done.stderr
     (problem,) = json.loads(done.stdout)["problems"]
     assert problem["launches"] == []
-    assert problem["fault"].startswith("_layer_norm_forward: `@")
+    assert problem["fault"].startswith("_layer_norm_backward: `@")
     assert "reads shared memory that another warp writes, with no barrier between" in problem["fault"]
     assert "(standard.py:" in problem["fault"] or "(layer_norm.py:" in problem["fault"]
