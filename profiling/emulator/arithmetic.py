@@ -1,7 +1,9 @@
 """What instructions compute: one function of NumPy arrays for each, an element a thread.
 
 Registers have no type: every instruction views their bits as its own. Where the ISA leaves an approximation open
-(ex2.approx, div.full, ...) the result here is the correctly rounded one, and fma rounds twice in about one of 2^29 cases.
+(ex2.approx, div.full, ...) the result here is the nearest, and fma rounds twice in about one of 2^29 cases. What the
+ISA does not specify, as a quotient by zero, is all bits set. A modifier that is not known makes an instruction that
+is not known: none is passed over.
 """
 
 import functools
@@ -28,15 +30,25 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_bf16(numbers: np.ndarray) -> np.ndarray:
-    """fp32 to the 16 bits of the nearest bf16, ties to even; NaN to 0x7FFF, as the instruction has it."""
-    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    """Numbers to the 16 bits of the nearest bf16, ties to even; NaN to 0x7FFF, as the instruction has it."""
+    single = numbers if numbers.dtype == np.float32 else _to_odd(numbers.astype(np.float64))
+    bits = np.ascontiguousarray(single).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> np.uint32(16)
     return np.where(numbers != numbers, 0x7FFF, rounded).astype(np.uint16)
 
 
+def _to_odd(numbers: np.ndarray) -> np.ndarray:
+    """fp64 cut to fp32, the last bit set if anything was lost: rounding that again is as rounding once."""
+    single = numbers.astype(np.float32)
+    larger, lost = np.abs(single.astype(np.float64)) > np.abs(numbers), single != numbers
+    bits = single.view(np.uint32) - larger.astype(np.uint32)
+    return np.where(np.isnan(numbers), single, (bits | lost).astype(np.uint32).view(np.float32))
+
+
 def to_tf32(numbers: np.ndarray) -> np.ndarray:
     """fp32 rounded to the 10 bits of mantissa that tensor cores read, ties away from zero (cvt.rna)."""
-    return ((numbers.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    rounded = ((numbers.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isnan(numbers), np.float32(np.nan), rounded)
 
 
 def flushed(numbers: np.ndarray) -> np.ndarray:
@@ -51,7 +63,8 @@ def _high(a, b):
     """The upper half of a product."""
     size = a.dtype.itemsize * 8
     if size == 64:
-        return np.array([(int(x) * int(y)) >> 64 for x, y in np.broadcast(a, b)]).astype(a.dtype)
+        halves = [(int(x) * int(y) >> 64) % (1 << 64) for x, y in np.broadcast(a, b)]
+        return np.array(halves, np.uint64).view(a.dtype)
     wide = _wider(a.dtype)
     return ((a.astype(wide) * b.astype(wide)) >> size).astype(a.dtype)
 
@@ -79,36 +92,43 @@ def _remainder(a, b):
 
 
 def _shifted_left(a, b):
+    """`b` is unsigned, of 32 bits; shifts of the width and more leave nothing."""
     size = a.dtype.itemsize * 8
-    b = b.astype(a.dtype)
-    return np.where(b < size, a << (b & a.dtype.type(size - 1)), a.dtype.type(0))
+    return np.where(b < size, a << (b & (size - 1)).astype(a.dtype), a.dtype.type(0))
 
 
 def _shifted_right(a, b):
     last = a.dtype.itemsize * 8 - 1
     if a.dtype.kind == "i":
-        return a >> np.minimum(b.view(np.uint32), last).astype(a.dtype)
-    b = b.astype(a.dtype)
-    return np.where(b <= last, a >> (b & a.dtype.type(last)), a.dtype.type(0))
+        return a >> np.minimum(b, last).astype(a.dtype)
+    return np.where(b <= last, a >> (b & last).astype(a.dtype), a.dtype.type(0))
+
+
+def _low_bits(count):
+    """As many bits set, from the lowest on."""
+    return np.where(count >= 64, ~np.uint64(0), (np.uint64(1) << (count & np.uint64(63))) - np.uint64(1))
 
 
 def _field(a, start, length):
-    """bfe: `length` bits from `start` on, signed if the type is."""
+    """bfe: `length` bits from `start` on; beyond them and beyond the top its sign if the type has one, or zeros."""
     size = a.dtype.itemsize * 8
-    start, length = start.astype(np.int64) & 255, length.astype(np.int64) & 255
-    bits = a.astype(np.int64) & ((1 << size) - 1) if size < 64 else a.astype(np.uint64).view(np.int64)
-    taken = (bits >> start) & ((np.int64(1) << length) - 1)
+    start, length = start.astype(np.uint64) & np.uint64(255), length.astype(np.uint64) & np.uint64(255)
+    bits = a.view(f"u{size // 8}").astype(np.uint64)
+    there = np.minimum(length, np.maximum(size, start) - start)  # of the field, within the register
+    taken = np.where(start < size, bits >> np.minimum(start, size - 1), np.uint64(0)) & _low_bits(there)
     if a.dtype.kind == "i":
-        top = np.clip(start + length - 1, 0, size - 1)
-        sign = (bits >> top) & 1
-        taken = np.where((length > 0) & (sign == 1), taken | (np.int64(-1) << length), taken)
-    return taken.astype(a.dtype)
+        top = np.minimum(np.maximum(start + length, 1) - np.uint64(1), np.uint64(size - 1))
+        negative = (bits >> top & np.uint64(1) == 1) & (length > 0)
+        taken = np.where(negative, taken | ~_low_bits(there), taken)
+    return taken.astype(f"u{size // 8}").view(a.dtype)
 
 
 def _inserted(a, b, start, length):
     """bfi: the low `length` bits of a in b, from `start` on."""
-    mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << start.astype(np.uint64)
-    moved = (a.astype(np.uint64) << start.astype(np.uint64)) & mask
+    start, length = start.astype(np.uint64) & np.uint64(255), length.astype(np.uint64) & np.uint64(255)
+    shift, inside = start & np.uint64(63), start < 64
+    mask = np.where(inside, _low_bits(length) << shift, np.uint64(0))
+    moved = (a.astype(np.uint64) << shift) & mask
     return ((b.astype(np.uint64) & ~mask) | moved).astype(b.dtype)
 
 
@@ -145,29 +165,36 @@ def _ones(a):
 
 
 def _fused(a, b, c):
-    return (a.astype(np.float64) * b + c).astype(a.dtype)
+    return _fused_long(a, b, c).astype(a.dtype)
 
 
-def _least(a, b):
-    return np.fmin(a, b)
+def _fused_long(a, b, c):
+    return a.astype(np.float64) * b + c
 
 
-def _greatest(a, b):
-    return np.fmax(a, b)
+def _long(function: Callable) -> Callable:
+    """In fp64, rounded to what came: NumPy's own of fp32 may be off by a bit, as 2 to the 127th is."""
+    return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
 
-def _tanh(a):
-    return np.tanh(a)
+def _smaller(a, b, choose=np.fmin):
+    """A number rather than NaN, and -0 below +0."""
+    return np.where(a == b, np.where(np.signbit(a), a, b), choose(a, b))
+
+
+def _larger(a, b, choose=np.fmax):
+    return np.where(a == b, np.where(np.signbit(a), b, a), choose(a, b))
 
 
 _FLOATS: dict[str, Callable] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fused, "mad": _fused,
-    "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a,
-    "ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "min": np.fmin, "max": np.fmax,
+    "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": np.reciprocal, "rsqrt": _long(lambda a: 1 / np.sqrt(a)),
+    "ex2": _long(np.exp2), "lg2": _long(np.log2), "tanh": _long(np.tanh), "sin": _long(np.sin), "cos": _long(np.cos),
+    "min": _smaller, "max": _larger,
     "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
 _INTEGERS: dict[str, Callable] = {
-    "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "mul.hi": _high, "mul.wide": _wide, "mul": np.multiply,
+    "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "mul.hi": _high, "mul.wide": _wide,
     "div": _quotient, "rem": _remainder, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "shl": _shifted_left,
     "shr": _shifted_right, "bfe": _field, "bfi": _inserted, "clz": _leading_zeros, "popc": _ones,
@@ -180,11 +207,12 @@ _COMPARED: dict[str, Callable] = {
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
-_NO_MEANING = frozenset({"rn", "approx", "full", "sync", "aligned", "uni", "ftz", "b32", "lto"})
+_OF_FLOATS = frozenset({"rn", "approx", "full", "ftz", "sat", "relu", "NaN"})
+_OF_INTEGERS = frozenset({"lo", "hi", "wide", "relu"})
 
 
 def _with_halves(function: Callable, kind: str) -> Callable:
-    """A function of fp32 for operands of 16 bits, one or two in a register: computed in fp32, rounded once."""
+    """A function of fp32 for operands of 16 bits, one or two in a register: computed longer, rounded once."""
     packed = kind.endswith("x2")
     if kind.startswith("bf16"):
         read, write = from_bf16, to_bf16
@@ -204,29 +232,31 @@ def _with_halves(function: Callable, kind: str) -> Callable:
     return of_bits
 
 
-def _float(parts: tuple[str, ...], kind: str) -> Callable:
-    function = _FLOATS[parts[0]]
+def _float(parts: tuple[str, ...], kind: str) -> Callable | None:
+    halves = kind not in ("f32", "f64")
+    function = _fused_long if halves and parts[0] == "fma" else _FLOATS[parts[0]]
     if "NaN" in parts:
-        function = {"min": np.minimum, "max": np.maximum}[parts[0]]
+        whole, choose = {"min": (_smaller, np.minimum), "max": (_larger, np.maximum)}[parts[0]]
+        function = lambda a, b: whole(a, b, choose)  # noqa: E731
     if "relu" in parts:
         before = function
         function = lambda *a: np.maximum(before(*a), np.float32(0))  # noqa: E731
     if "sat" in parts:
         unbounded = function
-        function = lambda *a: np.clip(unbounded(*a), np.float32(0), np.float32(1))  # noqa: E731
+        function = lambda *a: np.fmin(np.fmax(unbounded(*a), np.float32(0)), np.float32(1))  # noqa: E731
     if "ftz" in parts:
+        if kind not in ("f32", "bf16", "bf16x2"):
+            return None
         subnormal = function
         function = lambda *a: flushed(subnormal(*map(flushed, a)))  # noqa: E731
-    return function if kind in ("f32", "f64") else _with_halves(function, kind)
+    return _with_halves(function, kind) if halves else function
 
 
-def _comparison(parts: tuple[str, ...], kind: str) -> Callable:
-    how = next(part for part in parts[1:] if part in _COMPARED or part[:-1] in _COMPARED or part in ("num", "nan"))
-    floating = kind in ("f32", "f64", "f16", "bf16")
+def _comparison(how: str, kind: str) -> Callable:
     read = {"bf16": from_bf16, "f16": lambda bits: bits.view(np.float16)}.get(kind, lambda a: a)
     if how in ("num", "nan"):
         return lambda a, b: ((read(a) != read(a)) | (read(b) != read(b))) == (how == "nan")
-    if floating and how == "ne":  # ordered: false for NaN
+    if kind in ("f32", "f64", "f16", "bf16") and how == "ne":  # ordered: false for NaN
         return lambda a, b: (read(a) < read(b)) | (read(a) > read(b))
     if how in _COMPARED:
         compare = _COMPARED[how]
@@ -240,8 +270,12 @@ def _comparison(parts: tuple[str, ...], kind: str) -> Callable:
 # ---------------------------------------------------------------- conversions
 
 
-def _rounded_to(kind: str, source: str) -> Callable:
-    """fp32 numbers as an array of the bits of `kind`."""
+_ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+_FLOATING = ("f32", "f64", "f16", "bf16", "tf32")
+
+
+def _writer(kind: str) -> Callable:
+    """A function from numbers to those of `kind`, bf16 as their bits."""
     if kind == "bf16":
         return to_bf16
     if kind == "tf32":
@@ -249,42 +283,50 @@ def _rounded_to(kind: str, source: str) -> Callable:
     return lambda numbers: numbers.astype(TYPES[kind])
 
 
-def _read_as(kind: str) -> Callable:
-    return from_bf16 if kind == "bf16" else lambda bits: bits
-
-
-_ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-
-
-def _conversion(parts: tuple[str, ...]) -> Callable:
-    to, source = parts[-2:]
+def _conversion(parts: tuple[str, ...]) -> Callable | None:
+    """cvt, or None for one that is not known."""
+    modifiers, (to, source) = set(parts[1:-2]), parts[-2:]
+    rounding = next((_ROUNDINGS[part] for part in parts if part in _ROUNDINGS), None)
     if to in ("bf16x2", "f16x2"):  # two numbers into one register, the first on top
-        write = _rounded_to(to[:-2], source)
-        if "relu" in parts:
-            raise NotImplementedError("cvt with relu")
+        if modifiers != {"rn"} or source != "f32":
+            return None
+        write = _writer(to[:-2])
         return lambda high, low: (
             (write(high).view(np.uint16).astype(np.uint32) << np.uint32(16)) | write(low).view(np.uint16)
         )
-    read, write = _read_as(source), _rounded_to(to, source)
-    rounding = next((_ROUNDINGS[part] for part in parts if part in _ROUNDINGS), None)
-    integer = TYPES[to].kind in "iu" and to not in ("bf16", "tf32")
-    if integer and source in ("f32", "f64", "f16", "bf16"):
+    known = {"rn", "ftz", "rna", *_ROUNDINGS} if source in _FLOATING else {"rn", "sat"}
+    if not modifiers <= known or ("rna" in modifiers) != (to == "tf32") or {to, source} - TYPES.keys():
+        return None
+    read = from_bf16 if source == "bf16" else lambda bits: bits
+    if "ftz" in modifiers and source == "f32":
+        read = flushed
+    if to not in _FLOATING:
         limits = np.iinfo(TYPES[to])
-        rounding = rounding or np.rint
-
-        def to_integer(numbers):
-            wide = np.nan_to_num(rounding(read(numbers).astype(np.float64)), nan=0.0)
-            inside = np.clip(wide, limits.min, limits.max)
-            whole = np.where(inside >= 2.0**63, 0, inside).astype(TYPES[to])
-            return np.where(wide >= limits.max, limits.max, whole).astype(TYPES[to])
-
-        return to_integer
-    if integer and "sat" in parts:
-        limits = np.iinfo(TYPES[to])
-        return lambda numbers: np.clip(numbers, limits.min, limits.max).astype(TYPES[to])
-    if rounding is not None:
+        if source in _FLOATING:
+            return _to_integer(read, rounding, limits, source) if rounding else None
+        if "sat" in modifiers:
+            return lambda numbers: np.minimum(np.maximum(numbers.astype(object), limits.min), limits.max).astype(
+                limits.dtype
+            )
+    write = _writer(to)
+    if rounding:
         return lambda numbers: write(rounding(read(numbers)))
     return lambda numbers: write(read(numbers))
+
+
+def _to_integer(read: Callable, rounding: Callable, limits: np.iinfo, source: str) -> Callable:
+    """To the nearest of the type's range; NaN to 0, or where 64 bits take part to the top bit alone."""
+    nan = 1 << (limits.bits - 1) if source == "f64" or limits.bits == 64 else 0
+    nan = np.array(nan, f"u{limits.bits // 8}").view(limits.dtype)
+
+    def convert(bits):
+        numbers = rounding(read(bits).astype(np.float64))
+        over, under = numbers >= limits.max, numbers <= limits.min
+        whole = np.where(over | under | np.isnan(numbers), 0, numbers).astype(limits.dtype)
+        whole = np.where(over, limits.dtype.type(limits.max), whole)
+        return np.where(np.isnan(numbers), nan, np.where(under, limits.dtype.type(limits.min), whole))
+
+    return convert
 
 
 # ---------------------------------------------------------------- from an instruction to a function
@@ -292,41 +334,46 @@ def _conversion(parts: tuple[str, ...]) -> Callable:
 
 @functools.lru_cache(maxsize=1024)
 def function_of(parts: tuple[str, ...]) -> tuple[Callable, tuple[np.dtype, ...]] | None:
-    """(the function, the types in which its operands are read), or None for what computes nothing of its operands alone.
+    """(the function, the types in which its operands are read), or None for an instruction that is not known.
 
     The last type stands for all operands that follow.
     """
-    verb, kind = parts[0], parts[-1]
-    if verb == "cvt":
-        return _conversion(parts), (TYPES[kind],)
-    if verb == "cvta":
-        return (lambda a: a), (TYPES[kind],)
-    if verb == "setp":
-        return _comparison(parts, kind), (TYPES[kind],)
-    if verb == "selp":
-        return (lambda a, b, p: np.where(p, a, b)), (TYPES[kind], TYPES[kind], TYPES["pred"])
-    if verb == "mov" and kind in TYPES:
-        return (lambda a: a), (TYPES[kind],)
-    if kind in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2") and verb in _FLOATS:
-        dtype = TYPES[kind] if kind != "f16" else TYPES["b16"]
-        return _float(parts, kind), (dtype,)
-    if kind == "pred" and verb in _INTEGERS:
-        return {"not": np.logical_not}.get(verb, _INTEGERS[verb]), (TYPES["pred"],)
-    return _integer(verb, parts, kind)
-
-
-def _integer(verb: str, parts: tuple[str, ...], kind: str):
-    how = ".".join(part for part in parts[:-1] if part in ("lo", "hi", "wide", "relu") or part == verb)
+    verb, kind, modifiers = parts[0], parts[-1], frozenset(parts[1:-1])
     dtype = TYPES.get(kind)
-    function = _INTEGERS.get(how) or _INTEGERS.get(verb)
-    if function is None or dtype is None:
+    if verb == "cvt" and len(parts) > 2:
+        conversion = _conversion(parts)
+        return conversion and (conversion, (dtype,))
+    if dtype is None:
         return None
-    if verb in ("shl", "shr"):
-        return function, (dtype, TYPES["u32"])
-    if verb in ("bfe",):
-        return function, (dtype, TYPES["u32"])
+    if verb == "cvta" and modifiers <= {"to", "global"}:
+        return (lambda a: a), (dtype,)
+    if verb == "setp":
+        how, *flush = parts[1:-1]
+        ordered = how in _COMPARED or (how[:-1] in _OPPOSITE and how[-1] == "u") or how in ("num", "nan")
+        return (_comparison(how, kind), (dtype,)) if ordered and not flush else None
+    if verb == "selp" and not modifiers:
+        return (lambda a, b, p: np.where(p, a, b)), (dtype, dtype, TYPES["pred"])
+    if verb == "mov" and not modifiers:
+        return (lambda a: a), (dtype,)
+    if kind in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2") and verb in _FLOATS:
+        if not modifiers <= _OF_FLOATS:
+            return None
+        function = _float(parts, kind)
+        return function and (function, (dtype if kind != "f16" else TYPES["b16"],))
+    if kind == "pred" and verb in ("and", "or", "xor", "not") and not modifiers:
+        return np.logical_not if verb == "not" else _INTEGERS[verb], (dtype,)
+    return _integer(parts, dtype) if modifiers <= _OF_INTEGERS and dtype.kind in "iu" else None
+
+
+def _integer(parts: tuple[str, ...], dtype: np.dtype):
+    function = _INTEGERS.get(".".join(parts[:-1]))
+    if function is None:
+        return None
+    verb, long = parts[0], TYPES["u32"]  # what counts bits has 32 of its own, whatever it counts
+    if verb in ("shl", "shr", "bfe"):
+        return function, (dtype, long)
     if verb == "bfi":
-        return function, (dtype, dtype, TYPES["u32"])
-    if how == "mad.wide":
+        return function, (dtype, dtype, long)
+    if parts[:2] == ("mad", "wide"):
         return function, (dtype, dtype, _wider(dtype))
     return function, (dtype,)

@@ -1,7 +1,7 @@
 """Copies that go on beside the threads: cp.async, the TMA unit's, and the mbarriers that say when those have landed.
 
 What a copy brings is in shared memory when somebody has waited for it, and no sooner: the latest that the ISA allows,
-so that a wait that is missing shows. Until then the place reads as unwritten.
+so that a wait that is missing shows. Until then whoever reads the place or writes to it is at fault.
 """
 
 from collections.abc import Callable
@@ -79,12 +79,16 @@ def copy(instruction: Instruction, machine) -> Callable:
         run.measure("global", addresses[some], width, lanes[some])
         data[some] = run.load("global", addresses[some], width, lanes[some])
         run.put(run.shared_watch, "shared memory", run.shared, offsets, np.full_like(data, UNWRITTEN), lanes)
+        if run.shared_watch is not None:
+            run.shared_watch.begin(offsets, width)
         run.copies.add(lanes, offsets, data)
 
     return begin
 
 
 def _land(run, lanes, offsets, data) -> None:
+    if run.shared_watch is not None:
+        run.shared_watch.land(offsets, data.shape[1])
     run.put(run.shared_watch, "shared memory", run.shared, offsets, data, lanes)
 
 
@@ -156,6 +160,8 @@ def _tile(instruction: Instruction, machine) -> Callable:
             offsets, data = _box(run, np.concatenate(read), int(target), int(x), int(y), one)
             filler = np.full_like(data, UNWRITTEN)
             run.put(run.shared_watch, "shared memory", run.shared, offsets, filler, np.repeat(one, len(data)), True)
+            if run.shared_watch is not None:
+                run.shared_watch.begin(offsets, 16)
             state = run.barriers.get((int(run.cta[lane]), int(barrier)))
             if state is None:
                 raise Fault("a copy for an mbarrier that was not initialised")
@@ -276,6 +282,7 @@ def _arrived(run, state: Barrier) -> None:
     for offsets, data in state.flying:
         run.shared[offsets[:, None] + np.arange(16)] = data
         if run.shared_watch is not None:
+            run.shared_watch.land(offsets, 16)
             run.shared_watch.release(offsets, 16)
         state.bytes -= data.size
     state.flying.clear()

@@ -18,7 +18,10 @@ ARCHS = ("sm_80", "sm_89", "sm_90")
 
 
 class Emulated:
-    """Triton's driver. `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run."""
+    """Triton's driver.
+
+    `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run, 0 for all.
+    """
 
     def __init__(self, arch: str, watched: bool = True, measured: bool = False, some: int = 0):
         from kernels.device import TARGETS
@@ -127,6 +130,7 @@ def emulate(arch: str = "sm_90", **settings) -> Emulated:
         raise ValueError("kernels are interpreted in this process: set TRITON_INTERPRET=0 before it starts")
     driver = Emulated(arch, **settings)
     triton.runtime.driver.set_active(driver)
-    device.why_not = lambda place: None
+    refused = device.why_not
+    device.why_not = lambda place: None if place.type == "cpu" else refused(place)
     op._pretended = device.TARGETS[arch]
     return driver

@@ -11,6 +11,10 @@ DONE = 1 << 40  # where a thread is that has returned
 SPECIAL = ("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid", "%warpid", "%clock", "%cluster")
 
 
+class Apart(Fault):
+    """Threads that must be together are not: a fault if nobody is left who could still come."""
+
+
 def low(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A register, or its low part, as `dtype`."""
     if value.dtype.itemsize != dtype.itemsize:
@@ -55,6 +59,7 @@ class Run:
                 self.R[number] = np.atleast_1d(np.asarray(special[name])).astype(np.uint32)
         self.place = 0
         self.places: np.ndarray | None = None  # of each lane, while they differ
+        self.parked: np.ndarray | None = None  # lanes that wait where they are for others
         self.copies, self.products = Groups(self), Groups(self)  # of cp.async and of wgmma
         self.barriers: dict = {}  # mbarriers by (program, address)
         self.spins = 0
@@ -71,7 +76,8 @@ class Run:
                 place = self.place
                 guard, wanted, function = steps[place]
                 mask = None if self.places is None else self.places == place
-                executed[place] += warps_all if mask is None else np.count_nonzero(mask.reshape(-1, WARP).any(1))
+                if self.parked is not None:  # somebody has come: those who wait here try again
+                    self.parked &= ~mask
                 try:
                     if guard is not None:
                         held = self.R[guard] if wanted else ~self.R[guard]
@@ -83,12 +89,26 @@ class Run:
                     else:
                         guarded = mask
                     target = function(self, guarded)
+                except Apart as fault:
+                    if not self._park(mask):
+                        raise Fault(f"{program.name}: {program.instructions[place].where}: {fault}") from None
+                    continue
                 except Fault as fault:
                     raise Fault(f"{program.name}: {program.instructions[place].where}: {fault}") from None
                 except (TypeError, AttributeError, ValueError) as error:
                     what = f"{program.name}: {program.instructions[place].where}"
                     raise Unsupported(f"{what}: {type(error).__name__}: {error}") from error
+                executed[place] += warps_all if mask is None else np.count_nonzero(mask.reshape(-1, WARP).any(1))
                 self._advance(place, mask, guarded, target)
+
+    def _park(self, mask: np.ndarray | None) -> bool:
+        """Let these lanes wait here and run others; False if there are none."""
+        if mask is None:
+            return False
+        self.parked = mask if self.parked is None else self.parked | mask
+        others = self.places[~self.parked]
+        self.place = int(others.min()) if len(others) else DONE
+        return self.place != DONE
 
     def _advance(self, place, mask, guarded, target) -> None:
         if self.places is None:
@@ -104,10 +124,14 @@ class Run:
         else:
             self.places[mask] = place + 1
             self.places[guarded] = target
-        first = self.places.min()
+        if self.parked is not None and not self.parked.any():
+            self.parked = None
+        first = (self.places if self.parked is None else self.places[~self.parked]).min()
+        if first == DONE and self.parked is not None:  # nobody can come any more
+            first, self.parked = self.places.min(), None
         self.place = int(first)
         if (self.places == first).all():
-            self.places = None
+            self.places = self.parked = None
 
     def write(self, register: int, value: np.ndarray, mask: np.ndarray | None) -> None:
         if mask is None:
@@ -125,20 +149,19 @@ class Run:
         return np.broadcast_to(low(self.R[register], dtype), self.lanes)
 
     def whole_warps(self, mask: np.ndarray | None) -> np.ndarray | None:
-        """The warps that are active, None for all. Raises Fault where threads of a warp are apart."""
+        """The warps that are active, None for all. Raises Apart where threads of a warp are."""
         if mask is None:
             return None
         warps = mask.reshape(-1, WARP)
         if (warps.any(1) != warps.all(1)).any():
-            raise Fault("threads of one warp are apart at an instruction that is one for the warp")
+            raise Apart("threads of one warp are apart at an instruction that is one for the warp")
         return warps[:, 0]
 
     def barrier(self, mask: np.ndarray | None) -> None:
         if mask is not None:
             programs = mask.reshape(len(self.programs), -1)
-            waiting = (self.places != DONE).reshape(programs.shape) if self.places is not None else programs
-            if (programs.any(1) & (programs != (programs | waiting)).any(1)).any():
-                raise Fault("a barrier that some threads of the program are not at")
+            if (programs.any(1) & ~programs.all(1)).any():
+                raise Apart("a barrier that some threads of the program are not at")
             self.epoch[programs.any(1)] += 1
         else:
             self.epoch += 1
@@ -156,10 +179,13 @@ class Run:
         return value[lanes] + offset
 
     def watch(self, watch: Watch | None, what: str, offsets, width, lanes, engine: bool = False) -> None:
-        """Note reads. Raises Fault for one that races with a write."""
+        """Note reads. Raises Fault for one that races with a write, or comes before a copy has landed."""
         if watch is None or len(lanes) == 0:
             return
-        if watch.reading(grains_of(offsets, width), *self.who(lanes, engine)):
+        grains = grains_of(offsets, width)
+        if watch.awaited(grains):
+            raise Fault(f"reads {what} before the copy to it has been waited for")
+        if watch.reading(grains, *self.who(lanes, engine)):
             raise Fault(f"reads {what} that another warp writes, with no barrier between")
 
     def who(self, lanes: np.ndarray, engine: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +203,10 @@ class Run:
         if watch is None:
             memory[places] = data
             return
-        read, rewritten = watch.writing(grains_of(offsets, data.shape[1]), *self.who(lanes, engine))
+        grains = grains_of(offsets, data.shape[1])
+        if watch.awaited(grains):
+            raise Fault(f"writes {what} before the copy to it has been waited for")
+        read, rewritten = watch.writing(grains, *self.who(lanes, engine))
         differs = rewritten.any() and (memory[places[rewritten]] != data[rewritten]).any()
         memory[places] = data
         if read or differs:
@@ -232,7 +261,7 @@ class Run:
             self.counts.bytes[self.place] += width * len(lanes)
             self.counts.sectors[self.place] += len(np.unique(sectors))
             return
-        # a pass serves 32 banks of 4 bytes, and of each of them one word: wide accesses go by halves or quarters of a warp
+        # a pass serves 32 banks of 4 bytes, one word of each: wide accesses go by halves or quarters of a warp
         share = lanes // (WARP * 4 // max(width, 4))
         words = addresses[:, None] // 4 + np.arange(max(width // 4, 1))
         wanted = np.unique(share[:, None] * (1 << 24) + words)

@@ -29,8 +29,10 @@ def special(instruction: Instruction, machine) -> Callable | None:
 
 
 def _branch(instruction, machine):
-    label = instruction.operands[0]
-    return lambda run, mask: machine.program.labels[label]
+    place = machine.program.labels.get(instruction.operands[0])
+    if place is None:
+        raise Unsupported(instruction.where)
+    return lambda run, mask: place
 
 
 def _return(instruction, machine):
@@ -117,9 +119,11 @@ def _elected(instruction, machine):
     return elect
 
 
-def _space(parts: tuple[str, ...]) -> str:
-    for part in parts:
-        if part in ("global", "local", "param"):
+def _space(instruction: Instruction) -> str:
+    for part in instruction.parts:
+        if part == "local":
+            raise Unsupported(instruction.where)
+        if part in ("global", "param"):
             return part
         if part.startswith("shared"):
             return "shared"
@@ -136,7 +140,7 @@ def _load(instruction, machine):
     count, dtype = _width(instruction.parts)
     unsigned = np.dtype(f"u{dtype.itemsize}")
     targets = [machine.place(register, unsigned) for register in (to if isinstance(to, tuple) else (to,))]
-    space = _space(instruction.parts)
+    space = _space(instruction)
     size = _SIZES.get(re.match(r"%[a-z]*", str(to[0] if isinstance(to, tuple) else to)).group(), dtype.itemsize)
 
     def widened(value):
@@ -185,7 +189,7 @@ def _store(instruction, machine):
     unsigned = np.dtype(f"u{dtype.itemsize}")
     sources = [machine.place(register, unsigned) for register in (value if isinstance(value, tuple) else (value,))]
     register, offset = machine.address(address)
-    space = _space(instruction.parts)
+    space = _space(instruction)
 
     def store(run, mask):
         lanes = run.chosen(mask)

@@ -1,7 +1,8 @@
 """A processor made of NumPy: runs PTX on the CPU, all threads of several programs at once.
 
 A register is an array with an element a thread, or with one element if all threads have the same. Of the threads that
-are not at the same instruction those at the earliest run first, so that they meet again where the code does.
+are not at the same instruction those at the earliest run first, so that they meet again where the code does; at a
+barrier, or what is one for a warp, those who are there wait for who may still come.
 """
 
 import collections
@@ -77,7 +78,8 @@ class Machine:
 
     def _computed(self, instruction: Instruction) -> Callable:
         found = arithmetic.function_of(instruction.parts)
-        if found is None or any(isinstance(operand, tuple | Address) for operand in instruction.operands):
+        two_results = any("|" in str(operand) for operand in instruction.operands)
+        if found is None or two_results or any(isinstance(one, tuple | Address) for one in instruction.operands):
             raise Unsupported(instruction.where)
         function, types = found
         target = self.place(instruction.operands[0], types[0])

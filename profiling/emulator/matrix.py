@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from profiling.emulator.arithmetic import TYPES, from_bf16
-from profiling.emulator.memory import Fault
+from profiling.emulator.execution import Apart
 from profiling.emulator.ptx import Instruction, Unsupported
 
 WARP, WARPGROUP = 32, 128
@@ -18,7 +18,7 @@ _lane = np.arange(WARP)
 
 
 def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """fp32 numbers of packed operands: the last axis is of 32-bit registers, and comes out twice as long for 16 bits."""
+    """fp32 numbers of packed operands, the last axis of 32-bit registers: twice as long for numbers of 16 bits."""
     bits = np.ascontiguousarray(bits)
     if kind == "bf16":
         return from_bf16(bits.view(np.uint16))
@@ -94,7 +94,7 @@ def _matrices(instruction: Instruction) -> tuple[int, bool]:
 
 
 def _row_addresses(run, register, offset, count, warps, mask):
-    """(offsets in all shared memory, lanes) of the 16 bytes of each of the 8 rows of each matrix: (warps, count * 8)."""
+    """(offsets in all shared memory, lanes) of the 16 bytes of each matrix's 8 rows: (warps * count * 8,) of each."""
     lanes = np.arange(run.lanes).reshape(-1, WARP)
     lanes = (lanes if warps is None else lanes[warps])[:, : 8 * count].reshape(-1)
     addresses = run.addresses(register, offset, lanes)
@@ -185,7 +185,7 @@ def wgmma(instruction: Instruction, machine) -> Callable:
         if warps is not None:
             active = warps.reshape(-1, 4)
             if (active.any(1) != active.all(1)).any():
-                raise Fault("warps of one warp group are apart at a product of the group")
+                raise Apart("warps of one warp group are apart at a product of the group")
             groups = np.flatnonzero(active[:, 0])
         first = groups * WARPGROUP
         if in_registers:

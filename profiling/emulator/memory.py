@@ -23,11 +23,12 @@ class Fault(Exception):
 class Watch:
     """Who wrote and who read each grain last, and in which epoch: how many barriers its program had passed.
 
-    An owner is `program * owners + warp`. Two more are no warps: SEVERAL, and the ENGINE that copies and multiplies
-    beside the threads; they race with every warp.
+    An owner is `program * owners + warp`. Two more of each program are no warps: SEVERAL, and the ENGINE that copies
+    and multiplies beside the threads; they race with every warp. ALL, several programs, race with everyone.
     """
 
     SEVERAL, ENGINE = -1, -2
+    ALL = 1 << 60
 
     def __init__(self, size: int, owners: int):
         grains = -(-size // GRAIN)
@@ -36,6 +37,7 @@ class Watch:
         self.written = np.zeros(grains, np.int64)
         self.reader = np.full(grains, -1, np.int64)
         self.read = np.zeros(grains, np.int64)
+        self.flying: np.ndarray | None = None  # what copies are still to write
 
     def _unordered(self, owners, epochs, before, then):
         """Where nothing orders this access after the one by `before` in epoch `then`."""
@@ -47,9 +49,14 @@ class Watch:
         raced = self._unordered(owners, epochs, self.writer[grains], self.written[grains]).any()
         several = owners // self.owners * self.owners + self.owners + self.SEVERAL
         before, then = self.reader[grains], self.read[grains]
+        foreign = (before >= 0) & (before // self.owners != owners // self.owners)
         mixed = (before >= 0) & (before != owners) & (then == epochs)
-        self.reader[grains] = owners = np.where(mixed, several, owners)
-        self.reader[grains] = np.where(self.reader[grains] != owners, several, owners)  # in this very instruction
+        readers = np.where(foreign, self.ALL, np.where(mixed, several, owners))
+        self.reader[grains] = readers
+        others = self.reader[grains]  # of several lanes that read one grain now, the last is noted
+        if (others != readers).any():
+            foreign = others // self.owners != readers // self.owners
+            self.reader[grains[others != readers]] = np.where(foreign, self.ALL, several)[others != readers]
         self.read[grains] = epochs
         return bool(raced)
 
@@ -63,6 +70,20 @@ class Watch:
     def release(self, offsets: np.ndarray, width: int) -> None:
         """Forget who wrote here: something else than a barrier has ordered it."""
         self.writer[grains_of(offsets, width)] = -1
+
+    def begin(self, offsets: np.ndarray, width: int) -> None:
+        """A copy to here has begun: until `land` nobody may read or write the place."""
+        if self.flying is None:
+            self.flying = np.zeros(len(self.writer), bool)
+        self.flying[grains_of(offsets, width)] = True
+
+    def land(self, offsets: np.ndarray, width: int) -> None:
+        """That copy is there."""
+        self.flying[grains_of(offsets, width)] = False
+
+    def awaited(self, grains: np.ndarray) -> bool:
+        """Whether a copy is still to write one of these grains."""
+        return self.flying is not None and bool(self.flying[grains].any())
 
 
 def grains_of(offsets: np.ndarray, width: int) -> np.ndarray:
