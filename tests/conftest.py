@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # what is cach
 
 EMULATED = os.environ.get("KERNELS_EMULATE", "")  # run kernels as compiled for this target, on an emulated GPU
 if EMULATED:
-    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
 
 import kernels  # noqa: E402, I001 - before anything that imports Triton
 
@@ -35,15 +35,24 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: needs Triton's interpreter in a process of its own")
     config.addinivalue_line("markers", "interpreted: runs kernels on the CPU: needs the interpreter in this process")
     if EMULATED:
-        from profiling.emulator.driver import emulate
-
-        emulate(EMULATED)
+        _emulate()
     config.stash[RATIOS] = {}
     config.stash[SKIPPED] = []
     if worker := getattr(config, "workerinput", None):
         if config.getoption("--measure-caps"):
             raise pytest.UsageError("--measure-caps needs every ratio in one process: leave out -n")
         torch.set_num_threads(max(1, _cores() // worker["workercount"]))
+
+
+def _emulate() -> None:
+    if not kernels.device.HAS_TRITON:
+        raise pytest.UsageError("KERNELS_EMULATE needs Triton to compile the kernels: pip install triton")
+    from profiling.emulator.driver import emulate
+
+    try:
+        emulate(EMULATED)
+    except ValueError as error:
+        raise pytest.UsageError(f"KERNELS_EMULATE={EMULATED}: {error}") from None
 
 
 def _cores() -> int:

@@ -9,6 +9,7 @@ from parity import DTYPES, constant, expanded, guarded_allocations, name_of, sli
 
 import kernels
 from kernels.catalogue import ADD_LAYER_NORM
+from kernels.device import INTERPRETED
 from kernels.op import count_launches
 
 add_layer_norm = kernels.add_layer_norm
@@ -113,7 +114,9 @@ def test_gradients_of_some_only(wanted, n, dtypes, device):
     for place, leaf in enumerate(chosen):
         assert (leaf.grad is not None) == (place in wanted)
         if place in wanted:
-            assert torch.equal(leaf.grad, everything[place])
+            if INTERPRETED:
+                assert torch.equal(leaf.grad, everything[place])
+            torch.testing.assert_close(leaf.grad, everything[place])  # compiled, other products may be fused
 
 
 def test_one_gradient_for_both_and_no_memory_shared(device):

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from kernels import op, reference
 from kernels.catalogue import ATTENTION
+from kernels.device import INTERPRETED
 
 attention = kernels.scaled_dot_product_attention
 
@@ -36,8 +37,11 @@ def torchs(*args, **options):
         return F.scaled_dot_product_attention(*args, **options)
 
 
-def agree(inputs, options):
-    """Output and gradients are the reference's in float64, and PyTorch's, where PyTorch has the options."""
+def agree(inputs, options, residue=0.0):
+    """Output and gradients are the reference's in float64, and PyTorch's, where PyTorch has the options.
+
+    `residue` is allowed beside: what the rounding of large scores leaves, which PyTorch's own luck says little of.
+    """
     grad = draw(*reference.scaled_dot_product_attention(**inputs, **options).shape, seed=4).to(inputs["query"])
     with guarded_allocations():
         ours = both(attention, inputs, options, grad)
@@ -57,7 +61,7 @@ def agree(inputs, options):
         assert ours[quantity].shape == exact.shape
         size = max(1.0, exact.abs().max().item()) if exact.numel() else 1.0
         # PyTorch's fused kernels too save the lse, whose rounding is that of the largest score
-        allowed = 1e-5 * size + (3.0 * error(theirs[quantity], exact) if theirs else 0.0)
+        allowed = 1e-5 * size + residue + (3.0 * error(theirs[quantity], exact) if theirs else 0.0)
         assert error(ours[quantity], exact) <= allowed, quantity
 
 
@@ -174,7 +178,10 @@ def test_heads_packed_into_a_program_are_the_heads_alone(options, key_heads, q, 
             results.append(both(attention, inputs, options, grad))
         launches.append(dict(counted))
     op._launches.cache_clear()
-    assert launches[0] == {"_attention_short_forward": 1, "_attention_short_backward": 1}
+    if max(q, k) <= 32 or INTERPRETED:  # compiled, fp32 heads longer than that do not fit
+        assert launches[0] == {"_attention_short_forward": 1, "_attention_short_backward": 1}
+    else:
+        assert launches[0] == launches[1]
     assert "_attention_forward" in launches[1]
     for quantity, value in results[0].items():
         torch.testing.assert_close(value, results[1][quantity], rtol=1e-5, atol=1e-5)
@@ -219,7 +226,8 @@ def test_very_negative_scores_keep_their_softmax(device):
     """All of a row's scores far below zero: exp without the maximum subtracted would be 0 / 0."""
     inputs = problem(device, q=5, k=200, d=8)
     inputs["query"], inputs["key"] = inputs["query"].abs() * 30.0, -inputs["key"].abs() * 30.0
-    agree(inputs, {})
+    largest = (inputs["query"] @ inputs["key"].transpose(-2, -1)).abs().max().item() * 8**-0.5
+    agree(inputs, {}, residue=torch.finfo(torch.float32).eps * largest)
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
