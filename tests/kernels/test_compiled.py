@@ -1,0 +1,86 @@
+"""These tests once more, in a process of their own, on the code that Triton compiles for a GPU, run in the emulator.
+
+The default run takes a part of them; `KERNELS_EMULATE=sm_90 pytest tests/kernels` is all of them, for half an hour.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parity import DTYPES
+
+from kernels import catalogue
+from kernels.device import HAS_TRITON
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels are tested on the GPU here"),
+    pytest.mark.skipif("KERNELS_EMULATE" in os.environ, reason="compiled kernels are emulated in this very process"),
+]
+
+PARITY = "tests/kernels/test_parity.py::test_parity"
+OPTIONS = "tests/kernels/test_attention_options.py"
+QUICK = [
+    *(
+        f"{PARITY}[{case}-bfloat16]"
+        for case in (
+            "scaled_dot_product_attention-offset", "scaled_dot_product_attention_qkvpacked-prime",
+            "decode_attention-pairs", "layer_norm-prime", "add_layer_norm-prime", "cross_entropy-prime",
+            "linear_cross_entropy-prime",
+        )
+    ),
+    f"{PARITY}[layer_norm-prime-float32]",
+    f"{PARITY}[cross_entropy-prime-float32]",
+    f"{OPTIONS}::test_parity_with_both[one_over_a_tile-bfloat16]",
+]  # fmt: skip
+
+
+def emulated(arch: str, *tests: str, slow: bool = False) -> subprocess.CompletedProcess:
+    """pytest of these tests with kernels compiled for `arch` and emulated."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTER"))
+    }
+    environment |= {"KERNELS_EMULATE": arch, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-m", "not network"] if slow else []
+    return subprocess.run(
+        [*command, *tests], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600 * 6
+    )
+
+
+def passed(done: subprocess.CompletedProcess) -> int:
+    """How many passed, where nothing else happened."""
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"(\d+) passed(?:, \d+ warnings?)? in .*", summary)
+    assert found, summary
+    return int(found.group(1))
+
+
+def test_some_of_everything():
+    """Each op in bf16, and attention with the TMA unit's descriptors and overlap."""
+    assert passed(emulated("sm_90", *QUICK)) == len(QUICK)
+
+
+def test_a_target_that_cannot_be_emulated():
+    done = emulated("sm_91", QUICK[0])
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    says = "ERROR: KERNELS_EMULATE=sm_91: no GPU of sm_91 can be emulated: choose from sm_80, sm_89, sm_90"
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_89"])
+def test_parity_of_every_case(arch):
+    assert passed(emulated(arch, PARITY, slow=True)) == len(DTYPES) * sum(len(op.cases) for op in catalogue.OPS)
+
+
+@pytest.mark.slow
+def test_attention_with_descriptors_and_overlap():
+    tests = [f"{OPTIONS}::{name}" for name in ("test_the_options_change_nothing", "test_parity_with_both")]
+    assert passed(emulated("sm_90", *tests, slow=True)) > 100

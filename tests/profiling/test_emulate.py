@@ -1,0 +1,107 @@
+"""The command `emulate`: its table, its counts as JSON, what it refuses, and what it says of a broken kernel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.device import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    # the interpreter may be chosen in this process; the command must see to that itself
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    return _python("-m", "profiling", "emulate", *arguments)
+
+
+def test_counts_and_errors_of_a_case():
+    """A layer norm's three launches: right, and with at least the bytes that its tensors have."""
+    done = _run("--op", "layer_norm", "--case", "prime", "--dtype", "bfloat16", "float32", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["arch"] == "sm_90" and set(document["versions"]) == {"torch", "triton"}
+    assert [problem["dtype"] for problem in document["problems"]] == ["bfloat16", "float32"]
+    for problem, eps in zip(document["problems"], (2**-8, 2**-23), strict=True):
+        assert problem["error"] <= 2 * problem["torch_error"] + 16 * eps
+        names = [launch["kernel"] for launch in problem["launches"]]
+        assert len(names) == 3 and names[0] == "_layer_norm_forward"
+        for launch in problem["launches"]:
+            assert launch["programs"] == launch["of"] > 0
+            assert launch["moved"] >= 32 and launch["bytes"] > 0
+            lines = launch["lines"].values()
+            warps = launch["programs"] * launch["warps"]
+            assert abs(sum(line["instructions"] for line in lines) / warps - launch["instructions"]) <= 0.5
+            assert sum(line["bytes"] for line in lines) // launch["programs"] == launch["bytes"]
+            assert all(name.startswith(("layer_norm.py:", "standard.py:", "op.py:", "?")) for name in launch["lines"])
+    half, single = (problem["launches"][0]["bytes"] for problem in document["problems"])
+    assert 1.3 * half < single <= 2 * half
+
+
+def test_the_table_of_some_programs_at_real_size(tmp_path):
+    """Without the results, which only whole problems have; and the lines that move the most."""
+    path = tmp_path / "counts.json"
+    done = _run("--op", "layer_norm", "--case", "768", "--programs", "2", "--lines", "3", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "Compiled for sm_90 and emulated" in done.stdout and "_layer_norm_forward" in done.stdout
+    assert "Lines of the source that move the most" in done.stdout and "layer_norm.py:" in done.stdout
+    (problem,) = json.loads(path.read_text())["problems"]
+    assert "error" not in problem
+    for launch in problem["launches"]:
+        assert launch["programs"] == min(2, launch["of"])
+        assert f"{launch['programs']} of {launch['of']}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--op", "layer_nrom"), "unknown op layer_nrom: choose from scaled_dot_product_attention"),
+        (("--op", "layer_norm", "--case", "nosuch"), "no case nosuch among the cases of these ops"),
+        (("--programs", "-1"), "--programs and --lines must be 0 or more"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(arguments, says):
+    done = _python("-m", "profiling", "emulate", *arguments, TRITON_INTERPRET="0")
+    assert done.returncode == 1 and done.stdout == ""
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+BROKEN = """
+import sys
+from profiling.emulator import driver, ptx
+
+def parse(text):
+    program = whole(text)
+    program.instructions = [
+        ptx.Instruction(("membar", "cta"), ()) if one.name == "bar.sync" else one for one in program.instructions
+    ]
+    return program
+
+whole, driver.ptx.parse = ptx.parse, parse
+from minigpt.errors import door
+from profiling.__main__ import main
+door(main)
+"""
+
+
+def test_a_broken_kernel():
+    """Without its barriers a row's sum is read before it is written: named with its line, and the status is 1."""
+    command = ("emulate", "--op", "layer_norm", "--case", "gpt2", "--json", "-")
+    done = _python("-c", BROKEN, *command, TRITON_INTERPRET="0")
+    assert done.returncode == 1, done.stderr
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert problem["launches"] == []
+    assert problem["fault"].startswith("_layer_norm_forward: `@")
+    assert "reads shared memory that another warp writes, with no barrier between" in problem["fault"]
+    assert "(standard.py:" in problem["fault"] or "(layer_norm.py:" in problem["fault"]
