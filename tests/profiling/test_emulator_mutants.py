@@ -1,0 +1,53 @@
+"""Real kernels as Triton compiles them, one barrier or wait taken out at a time: the emulator must stop, or err.
+
+Not each of them is missed, on these problems. The barrier before the first copies stands before anything was written.
+Those between attention's two loops keep the second one's first copies off buffers that the first still reads: which
+buffers these are turns with the number of tiles, and here they are others. The wait behind a loop finds nothing under
+way, where the loop's last rounds began no copies. A launch's products are there at once in the emulator, so that a
+wait for them is missed only where what they read is written again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.device import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def mutants(*arguments: str) -> list[dict]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(Path(__file__).with_name("mutants.py")), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_barrier_of_a_layer_norm_is_missed():
+    (kernel,) = mutants("sm_90", "layer_norm", "gpt2")
+    assert kernel["kernel"] == "_layer_norm_forward" and len(kernel["outcomes"]) >= 4
+    for name, outcome in kernel["outcomes"]:
+        assert name == "bar.sync"
+        assert "another warp" in outcome and "with no barrier between" in outcome
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_barriers_and_waits_of_attention(arch):
+    (kernel,) = mutants(arch, "scaled_dot_product_attention", "one_over_a_tile")
+    assert kernel["kernel"] == "_attention_forward"
+    by_name = {}
+    for name, outcome in kernel["outcomes"]:
+        by_name.setdefault(name, []).append(outcome)
+    missed = {name: [one for one in outcomes if one != "unnoticed"] for name, outcomes in by_name.items()}
+    assert sum(map(len, missed.values())) >= 0.6 * len(kernel["outcomes"])
+    assert any("with no barrier between" in one for one in missed["bar.sync"])
+    assert any("before the copy to it has been waited for" in one for one in missed["cp.async.wait_group"])
+    if arch == "sm_90":
+        assert missed["wgmma.wait_group.sync.aligned"]
