@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from profiling.emulator.arithmetic import TYPES, from_bf16
+from profiling.emulator.conversions import TYPES, from_bf16
 from profiling.emulator.execution import Apart
 from profiling.emulator.ptx import Instruction, Unsupported
 
