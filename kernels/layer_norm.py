@@ -169,7 +169,7 @@ def _layer_norm_backward(
         x = tl.load(input_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
-        xhat = (x - mean) * rstd  # whatever it is where dy is zero because nothing is there
+        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
         if dweight_parts_ptr is not None:
             dweight += dy * xhat
         if dbias_parts_ptr is not None:

@@ -6,7 +6,8 @@ To be read in this order:
 2. machine.py: a program of instructions, made into functions of NumPy arrays, and a launch of it; what is counted.
 3. execution.py: some programs in step: registers, where each thread is, the ways to memory.
 4. memory.py: tensors and shared memory, their bounds, and who wrote and read what (races).
-5. arithmetic.py, instructions.py, asynchronous.py (copies, mbarriers, the TMA unit), matrix.py: the instructions.
+5. conversions.py (types), arithmetic.py, instructions.py, asynchronous.py (copies, mbarriers, the TMA unit), matrix.py:
+   the instructions.
 6. driver.py: Triton made to launch here; `emulate()` is the door.
 
 What stops a kernel is a Fault: an address outside of every tensor or of the program's shared memory, or misaligned;

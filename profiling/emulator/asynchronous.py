@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from profiling.emulator.arithmetic import TYPES
+from profiling.emulator.conversions import TYPES
 from profiling.emulator.memory import UNWRITTEN, Fault
 from profiling.emulator.ptx import Instruction, Unsupported
 

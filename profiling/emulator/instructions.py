@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from profiling.emulator import asynchronous, matrix
-from profiling.emulator.arithmetic import TYPES
+from profiling.emulator.conversions import TYPES
 from profiling.emulator.execution import DONE, WARP
 from profiling.emulator.ptx import Instruction, Unsupported
 

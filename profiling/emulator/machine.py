@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from profiling.emulator import arithmetic, instructions
-from profiling.emulator.arithmetic import TYPES
+from profiling.emulator.conversions import TYPES
 from profiling.emulator.execution import SPECIAL, Run, low
 from profiling.emulator.memory import Global
 from profiling.emulator.ptx import Address, Instruction, Program, Unsupported

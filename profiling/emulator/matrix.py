@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from profiling.emulator.arithmetic import TYPES, from_bf16
+from profiling.emulator.conversions import TYPES, from_bf16
 from profiling.emulator.execution import Apart
 from profiling.emulator.ptx import Instruction, Unsupported
 
@@ -93,7 +93,7 @@ def _matrices(instruction: Instruction) -> tuple[int, bool]:
     return int(next(p[1:] for p in instruction.parts if re.fullmatch(r"x[124]", p))), "trans" in instruction.parts
 
 
-def _row_addresses(run, register, offset, count, warps, mask):
+def _row_addresses(run, register, offset, count, warps):
     """(offsets in all shared memory, lanes) of the 16 bytes of each matrix's 8 rows: (warps * count * 8,) of each."""
     lanes = np.arange(run.lanes).reshape(-1, WARP)
     lanes = (lanes if warps is None else lanes[warps])[:, : 8 * count].reshape(-1)
@@ -111,7 +111,7 @@ def ldmatrix(instruction: Instruction, machine) -> Callable:
 
     def load(run, mask):
         warps = run.whole_warps(mask)
-        offsets, lanes = _row_addresses(run, register, offset, count, warps, mask)
+        offsets, lanes = _row_addresses(run, register, offset, count, warps)
         run.watch(run.shared_watch, "shared memory", offsets, 16, lanes)
         rows = run.shared[offsets[:, None] + np.arange(16)].view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
@@ -137,7 +137,7 @@ def stmatrix(instruction: Instruction, machine) -> Callable:
         rows = dealt.view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             rows = rows.swapaxes(2, 3)
-        offsets, lanes = _row_addresses(run, register, offset, count, warps, mask)
+        offsets, lanes = _row_addresses(run, register, offset, count, warps)
         data = np.ascontiguousarray(rows).view(np.uint8).reshape(-1, 16)
         run.put(run.shared_watch, "shared memory", run.shared, offsets, data, lanes)
 

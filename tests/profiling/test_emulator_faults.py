@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from written import launch
 
-from profiling.emulator.memory import Fault
+from profiling.emulator.driver import merged, region_of
+from profiling.emulator.memory import Fault, Global
 
 AT_THREAD = "mad.wide.u32 %rd9, %r1, 4, %rd1;"
 WARP = "shr.u32 %r8, %r1, 5;"  # the warp's number
@@ -269,3 +271,22 @@ def test_an_mbarrier_that_nobody_completes(count, arrive):
     """Too few arrivals, or bytes that no copy brings."""
     body = MBARRIER.format(init=INIT.format(count), arrive=arrive)
     fails("waits for an mbarrier that nothing completes", body, threads=64, shared=16)
+
+
+# ---------------------------------------------------------------- tensors as regions
+
+
+def test_tensors_that_share_memory_are_one_region_with_both_names():
+    """As the parts of a packed tensor are; what lies beyond them is outside, and a padded row's end is not."""
+    whole = torch.zeros(4, 24)
+    shared = merged([region_of("left", whole[:, :8]), region_of("right", whole[1:, 16:])])
+    assert [(one.name, one.start, one.size) for one in shared] == [("left and right", whole.data_ptr(), 4 * 24 * 4)]
+    apart = merged([region_of("b", whole[3]), region_of("a", whole[0]), region_of("none", whole[:0])])
+    assert [(one.name, one.start - whole.data_ptr(), one.size) for one in apart] == [("a", 0, 96), ("b", 288, 96)]
+    memory = Global(apart)
+    found = memory.find(whole.data_ptr() + np.array([0, 92, 288]), 4)
+    assert [(region.name, part.tolist()) for region, part in found] == [("a", [0, 1]), ("b", [2])]
+    with pytest.raises(Fault, match="4 bytes outside of every tensor: byte 96 of a, which has 96"):
+        memory.find(whole.data_ptr() + np.array([0, 96]), 4)
+    with pytest.raises(Fault, match="no tensor"):
+        Global([]).find(np.array([64]), 4)
