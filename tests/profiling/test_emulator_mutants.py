@@ -31,8 +31,8 @@ def mutants(*arguments: str) -> list[dict]:
 
 
 def test_every_barrier_of_a_layer_norm_is_missed():
-    (kernel,) = mutants("sm_90", "layer_norm", "gpt2")
-    assert kernel["kernel"] == "_layer_norm_forward" and len(kernel["outcomes"]) >= 4
+    (kernel,) = mutants("sm_90", "layer_norm", "long")
+    assert kernel["kernel"].startswith("_layer_norm_forward") and len(kernel["outcomes"]) >= 4
     for name, outcome in kernel["outcomes"]:
         assert name == "bar.sync"
         assert "another warp" in outcome and "with no barrier between" in outcome
