@@ -46,7 +46,7 @@ def hold(qkv, grad, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "dropout_p": 0.3}, {"scale": 0.4}])
-@pytest.mark.parametrize("shape", [(2, 9, 3, 3, 16), (1, 140, 3, 2, 20)], ids=["short", "long"])
+@pytest.mark.parametrize("shape", [(2, 9, 3, 3, 16), pytest.param((1, 140, 3, 2, 20), marks=pytest.mark.slow)], ids=str)
 def test_it_is_attention_of_its_parts(shape, options, dtype, device):
     hold(draw(*shape, dtype=dtype, device=device), draw(*shape[:2], *shape[3:], dtype=dtype, device=device), **options)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from addresses import launches_of, wrong_access
 from parity import bits, differentiate, incoming, inputs_of, on_each
-from test_parity import each_op, laid_out
+from test_parity import OPS, each_op, laid_out
 
 from kernels import catalogue
 from kernels.device import INTERPRETED, TARGETS
@@ -156,8 +156,16 @@ def _values(inputs: dict) -> dict[str, int]:
     return {"lengths_ptr": inputs["key_cache"].shape[-2]} if "lengths" in inputs else {}
 
 
+# attention of one tensor has the kernels of attention
+each_kernel = pytest.mark.parametrize(
+    "op",
+    [pytest.param(op, marks=pytest.mark.slow if op.name.endswith("qkvpacked") else ()) for op in OPS.values()],
+    ids=lambda op: op.name,
+)
+
+
 @interpreted
-@each_op
+@each_kernel
 def test_every_offset_is_64_bits(op):
     reached: dict[tuple[str, str], int] = {}
     pointers = set()

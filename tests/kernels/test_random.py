@@ -216,7 +216,10 @@ def solve(op, problem: Problem, device) -> None:
     check({}, op, "random", dtype, ours, theirs, truth, residue=residue)
 
 
-each_op = pytest.mark.parametrize("op", OPS)  # by name: a failure prints it
+# by name: a failure prints it; attention of one tensor has the kernels of attention
+each_op = pytest.mark.parametrize(
+    "op", [pytest.param(name, marks=pytest.mark.slow if name.endswith("qkvpacked") else ()) for name in OPS]
+)
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 ALWAYS = {"deadline": None, "database": None, "print_blob": True, "suppress_health_check": FIXTURES}
 

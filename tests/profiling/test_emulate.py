@@ -49,6 +49,7 @@ def test_counts_and_errors_of_a_case():
     assert 1.3 * half < single <= 2 * half
 
 
+@pytest.mark.slow
 def test_the_table_of_some_programs_at_real_size(tmp_path):
     """Without the results, which only whole problems have; and the lines that move the most."""
     path = tmp_path / "counts.json"

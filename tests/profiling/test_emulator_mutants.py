@@ -38,7 +38,7 @@ def test_every_barrier_of_a_layer_norm_is_missed():
         assert "another warp" in outcome and "with no barrier between" in outcome
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_barriers_and_waits_of_attention(arch):
     (kernel,) = mutants(arch, "scaled_dot_product_attention", "one_over_a_tile")
     assert kernel["kernel"] == "_attention_forward"
