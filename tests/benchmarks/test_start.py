@@ -31,6 +31,7 @@ def test_what_fails_is_a_row(monkeypatch):
         start._process(["nothing", "torch"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_command(tmp_path, monkeypatch, capsys):
     """The processes are real: one compiles the kernels of a tiny step, one trains it on the CPU."""

@@ -312,11 +312,11 @@ def test_a_flag_given_twice_adds_to_itself():
     ("arguments", "says"),
     [
         (("--op", "softmax"), "unknown op softmax: choose from scaled_dot_product_attention"),
-        (("--arch", "sm_70"), "unknown arch sm_70: choose from sm_80"),
+        pytest.param(("--arch", "sm_70"), "unknown arch sm_70: choose from sm_80", marks=pytest.mark.slow),
         (("--op", "layer_norm", "--case", "gpt2"), "unknown case gpt2: choose from"),
-        (("--workers", "0"), "--workers must be at least 1"),
-        (("--workers", "many"), "invalid int value"),
-        (("--json", "no/such/folder/a.json"), "no such folder"),
+        pytest.param(("--workers", "0"), "--workers must be at least 1", marks=pytest.mark.slow),
+        pytest.param(("--workers", "many"), "invalid int value", marks=pytest.mark.slow),
+        pytest.param(("--json", "no/such/folder/a.json"), "no such folder", marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_anything_is_compiled(arguments, says):
