@@ -4,6 +4,7 @@ Layouts are those of the ISA's figures for mma.m16n8k*, wgmma.m64n*k*, ldmatrix 
 and TF32 are exact in fp32 here, and summed in fp32 (hardware cuts some low bits off).
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -236,6 +237,7 @@ def _fragments(numbers: np.ndarray, depth: int, kind: str) -> np.ndarray:
     return matrix
 
 
+@functools.lru_cache(maxsize=4096)
 def places(descriptor: int, rows: int, depth: int, itemsize: int, transposed: bool) -> np.ndarray:
     """(rows, depth): the address in shared memory of each element of a matrix that a wgmma reads.
 
@@ -259,20 +261,9 @@ def places(descriptor: int, rows: int, depth: int, itemsize: int, transposed: bo
     return address ^ ((address >> 7 & bits) << 4)
 
 
-_known: dict[tuple, np.ndarray] = {}
-
-
 def _from_shared(run, descriptors, lanes, rows, depth, itemsize, transposed, kind) -> np.ndarray:
     """(groups, rows, depth) of fp32 numbers."""
-    addresses = []
-    for descriptor in descriptors:
-        key = (int(descriptor), rows, depth, itemsize, transposed)
-        if key not in _known:
-            if len(_known) > 4096:
-                _known.clear()
-            _known[key] = places(*key).ravel()
-        addresses.append(_known[key])
-    addresses = np.stack(addresses)
+    addresses = np.stack([places(int(one), rows, depth, itemsize, bool(transposed)).ravel() for one in descriptors])
     owners = np.repeat(lanes, rows * depth)
     offsets = run.shared_offsets(addresses.ravel(), itemsize, owners)
     run.watch(run.shared_watch, "shared memory", offsets, itemsize, owners, engine=True)
