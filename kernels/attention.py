@@ -678,6 +678,8 @@ class Tile(NamedTuple):
     stages: int
     descriptors: int = 0  # load through tensor descriptors, by the TMA unit, where _describable
     overlap: int = 0  # forward: a tile's product p v during the next one's softmax
+    warpgroups: int = 0  # forward: so many, with block_q queries each, in the kernel of attention_hopper.py
+    turns: int = 0  # forward: at the tensor cores, between those
 
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
@@ -801,7 +803,9 @@ def _kind(spec: Spec, options: dict) -> str:
     return "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
 
 
-def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False) -> Tile:
+def _tile(
+    table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False, tuned: bool = True
+) -> Tile:  # fmt: skip
     """The tile of one of the kernels that loop."""
     if device.arch == "interpreter":  # its cost is per program
         return Tile(128, 128, 4, 1)
@@ -810,8 +814,8 @@ def _tile(table: dict, spec: Spec, options: dict, device: Device, grouped: bool 
     traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
     exact = kind + "".join(traits)
     slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
-    if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
-        return Tile(*tuned)
+    if tuned and (numbers := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}")):
+        return Tile(*numbers)
     row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
     return Tile(*rows[row][size])
 
@@ -892,6 +896,21 @@ def _short_launch(kernel, specs: Specs, options: dict, arguments: dict, short: t
     return Launch(kernel, grid, arguments | {"key_heads": key_heads}, constexprs, warps, 1)
 
 
+def _hopper_launch(specs: Specs, options: dict, arguments: dict, tile: Tile, device: Device) -> Launch:
+    from kernels.attention_hopper import _attention_forward_hopper  # Gluon is imported where it is used
+
+    batch, n_head, q_len, _ = specs["query"].shape
+    programs = cdiv(q_len, tile.block_q * tile.warpgroups) * batch * n_head
+    taken = {name: value for name, value in arguments.items() if name not in ("seed_ptr", "threshold", "keep_scale")}
+    constexprs = _constexprs(specs, options)
+    del constexprs["PRECISION"]
+    constexprs |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
+    constexprs |= {"EVEN": specs["key"].shape[2] % tile.block_k == 0}
+    constexprs |= {"WARPGROUPS": tile.warpgroups, "TURNS": bool(tile.turns)}
+    grid = (min(programs, device.processors),)
+    return Launch(_attention_forward_hopper, grid, taken | {"heads": batch * n_head}, constexprs, 4, tile.stages)
+
+
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
     numbers = _numbers(specs, options)
@@ -903,9 +922,13 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     options = _with_diagonal(specs, options)
     arguments["query_offset"] = options["query_offset"]
     tile = _tile(FORWARD, specs["query"], options, device)
-    constexprs = _constexprs(specs, options) | _tile_constexprs(
-        tile, specs["key"].shape[2] % tile.block_k == 0, device, specs["query"], specs["key"], specs["value"]
-    )
+    walked = (specs["query"], specs["key"], specs["value"])
+    if tile.warpgroups and device.warpgroups and _describable(device, *walked):
+        return [_hopper_launch(specs, options, arguments, tile, device)]
+    if tile.warpgroups:
+        tile = _tile(FORWARD, specs["query"], options, device, tuned=False)
+    even = specs["key"].shape[2] % tile.block_k == 0
+    constexprs = _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked)
     constexprs["OVERLAP"] = bool(tile.overlap)
     grid = (cdiv(q_len, tile.block_q) * batch * n_head,)
     return [Launch(_attention_forward, grid, arguments, constexprs, tile.warps, tile.stages)]

@@ -101,6 +101,11 @@ class Device:
         """Whether kernels can load through tensor descriptors (the TMA unit): compute capability 9.0 and above."""
         return self.arch.startswith("sm_") and int(self.arch.removeprefix("sm_")) >= 90
 
+    @property
+    def warpgroups(self) -> bool:
+        """Whether four warps issue products on the tensor cores together (wgmma): compute capability 9.0 alone."""
+        return self.arch == "sm_90"
+
 
 TARGETS = {
     "sm_80": Device("sm_80", 108, 163 * 1024),

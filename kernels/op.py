@@ -61,9 +61,14 @@ class Launch:
         return self.kernel.fn.__name__
 
     @property
+    def gluon(self) -> bool:
+        """Whether the kernel is written in Gluon, not in Triton."""
+        return getattr(self.kernel, "is_gluon", bool)()
+
+    @property
     def scratch(self) -> bool:
         """Whether the kernel makes tensor descriptors, for which Triton asks an allocator for memory at each launch."""
-        return self.constexprs.get("DESCRIPTORS", False)
+        return self.constexprs.get("DESCRIPTORS", False) or "WARPGROUPS" in self.constexprs
 
 
 Specs = Mapping[str, Spec | None]
@@ -161,6 +166,11 @@ class _Ready:
             self._compiled[index](*arguments, *self._constants)
             return
         launch = self.launch
+        if devices.INTERPRETED and launch.gluon:
+            raise RuntimeError(
+                f"{launch.name} is written in Gluon, which Triton's interpreter does not run: unset TRITON_INTERPRET "
+                "where there is a GPU, or run it in the emulator (docs/profiling.md)"
+            )
         with _interpreting() if devices.INTERPRETED else _nothing:
             compiled = launch.kernel[launch.grid](
                 *arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages

@@ -1,6 +1,6 @@
 """Tuned tiles: what a sweep on one GPU found, read before the defaults that stand beside each op.
 
-`tiles/<slug>.json` holds one GPU's: {"schema": 2, "gpu": its name, "tiles": {slot: {key: [numbers]}}}. A slot is a
+`tiles/<slug>.json` holds one GPU's: {"schema": 3, "gpu": its name, "tiles": {slot: {key: [numbers]}}}. A slot is a
 launch of a plan, SLOTS says what its numbers are, options 0 or 1 at the end; a key is what the op chooses its tile by,
 as "half/64". A plan asks `tuned`; without a file, or an entry, it takes its default. `python -m benchmarks tune` writes
 the files.
@@ -14,10 +14,10 @@ from pathlib import Path
 from kernels.device import Device
 
 FOLDER = Path(__file__).with_name("tiles")
-SCHEMA = 2  # 1 had no options
+SCHEMA = 3  # 1 had no options, 2 no warpgroups
 _ATTENTION = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "DESCRIPTORS")
 SLOTS: dict[str, tuple[str, ...]] = {
-    "attention.forward": (*_ATTENTION, "OVERLAP"),
+    "attention.forward": (*_ATTENTION, "OVERLAP", "WARPGROUPS", "TURNS"),
     "attention.backward_query": _ATTENTION,
     "attention.backward_key": _ATTENTION,
     "layer_norm.forward": ("ROWS", "num_warps"),
@@ -27,7 +27,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 _LIMITS = {
     "BLOCK_Q": (16, 256), "BLOCK_K": (16, 256), "BLOCK_V": (16, 1 << 16), "ROWS": (1, 1024), "num_warps": (1, 16),
-    "num_stages": (1, 8), "DESCRIPTORS": (0, 1), "OVERLAP": (0, 1),
+    "num_stages": (1, 8), "DESCRIPTORS": (0, 1), "OVERLAP": (0, 1), "WARPGROUPS": (0, 3), "TURNS": (0, 1),
 }  # fmt: skip
 
 Table = dict[str, dict[str, tuple[int, ...]]]
@@ -85,9 +85,25 @@ def _checked(tiles: object, where: str) -> Table:
             for what, number in zip(names, numbers, strict=True):
                 low, high = _LIMITS[what]
                 whole = isinstance(number, int) and not isinstance(number, bool) and low <= number <= high
-                if not whole or (what != "num_stages" and number & (number - 1)):
-                    kind = "a number" if what == "num_stages" else "a power of two"
+                any_whole = what in ("num_stages", "WARPGROUPS")
+                if not whole or (not any_whole and number & (number - 1)):
+                    kind = "a number" if any_whole else "a power of two"
                     allowed = "0 or 1" if (low, high) == (0, 1) else f"{kind} from {low} to {high}"
                     raise ValueError(f"{where}: {what} of {slot} {key} must be {allowed}, not {number!r}")
+            if wrong := _wrong_for_hopper(key, dict(zip(names, numbers, strict=True))):
+                raise ValueError(f"{where}: {slot} {key} is {list(numbers)}: {wrong}")
             checked.setdefault(slot, {})[key] = tuple(numbers)
     return checked
+
+
+def _wrong_for_hopper(key: str, numbers: dict[str, int]) -> str:
+    """Why these are not numbers for the kernel of kernels/attention_hopper.py; "" if they are, or for another."""
+    if not numbers.get("WARPGROUPS"):
+        return "TURNS are between WARPGROUPS" if numbers.get("TURNS") else ""
+    if numbers["WARPGROUPS"] == 1:
+        return "WARPGROUPS must be 0, 2 or 3"
+    if numbers["num_warps"] != 4 or not (numbers["DESCRIPTORS"] and numbers["OVERLAP"]):
+        return "with WARPGROUPS num_warps must be 4, a warpgroup's, and DESCRIPTORS and OVERLAP 1"
+    if numbers["BLOCK_Q"] not in (64, 128) or numbers["BLOCK_K"] < 32:
+        return "with WARPGROUPS BLOCK_Q must be 64 or 128, a warpgroup's, and BLOCK_K at least 32"
+    return "" if key.split("/")[0] == "half" else "WARPGROUPS are for fp16 and bf16 without dropout"

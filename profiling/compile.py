@@ -136,6 +136,8 @@ def compile_ahead(source: Source):
 
     kernel = getattr(importlib.import_module(source.module), source.kernel)
     attributes = {place: [list(pair) for pair in pairs] for place, pairs in source.attributes}
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     ast = ASTSource(kernel, dict(source.signature), dict(source.constants), attributes)
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
     return triton_compile(ast, target=_target(source.arch), options=options)
@@ -154,6 +156,7 @@ def compile_source(source: Source) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     text = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
     common = {
+        "num_warps": compiled.metadata.num_warps,  # with those that Gluon's kernels start beside their own
         "shared_memory": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         "tensor_core": {name: text.count(name) for name in TENSOR_CORE if name in text},

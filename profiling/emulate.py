@@ -7,10 +7,12 @@ their programs, for the counts alone.
 
     python -m profiling emulate --op layer_norm --dtype bfloat16
     python -m profiling emulate --op scaled_dot_product_attention --case gpt2 --programs 16 --lines 10
+    python -m profiling emulate --case one_over_a_tile --tile attention.forward half/64 64 64 4 2 1 1 2 1
 """
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import sys
@@ -22,6 +24,7 @@ import torch
 from profiling.emulator.driver import ARCHS
 from profiling.limits import PRODUCTS
 from profiling.outputs import check_folders
+from profiling.resources import add_tile_to, trial_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = {  # what an instruction begins with -> its kind in the table
@@ -140,6 +143,7 @@ def add_to(commands) -> None:
     parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
     parser.add_argument("--arch", default="sm_90", choices=ARCHS, help="the GPU to emulate (default: sm_90)")
     parser.add_argument("--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: bfloat16")
+    add_tile_to(parser)
     parser.add_argument(
         "--programs", type=int, default=0,
         help="take the real sizes, and run so many programs of each launch (default: the tests' cases, whole)",
@@ -156,6 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ["TRITON_INTERPRET"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "profiling", *sys.argv[1:]])
     from kernels import catalogue, device
+    from kernels.op import plan_for
     from minigpt.errors import UserError, writing
     from profiling.emulator.driver import emulate
     from profiling.emulator.memory import Fault
@@ -182,11 +187,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     torch.set_num_threads(1)
     driver = emulate(arguments.arch, measured=True, some=arguments.programs)
+    base = dataclasses.replace(device.TARGETS[arguments.arch], name=trial_of(arguments.tile))
     problems, faults = [], 0
     for op, case in chosen:
         for dtype in arguments.dtype or ["bfloat16"]:
             try:
-                problems.append(measure(driver, op, case, DTYPES[dtype], not arguments.programs))
+                with plan_for(base):
+                    problems.append(measure(driver, op, case, DTYPES[dtype], not arguments.programs))
             except (Fault, Unsupported) as fault:
                 faults += 1
                 problems.append({"op": op.name, "case": case.name, "dtype": dtype, "launches": [], "fault": str(fault)})

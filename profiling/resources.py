@@ -5,7 +5,7 @@ the same kernel are compiled once. Occupancy follows from registers, shared memo
 op's own count of operations and bytes and from published peaks: an estimate, not a measurement.
 
     python -m profiling resources --op layer_norm --arch sm_90 --dtype bfloat16 --json resources.json
-    python -m profiling resources --case gpt2 --dtype bfloat16 --tile attention.forward half/64 128 128 8 2 1 1
+    python -m profiling resources --case gpt2 --dtype bfloat16 --tile attention.forward half/64 128 128 8 2 1 1 0 0
 """
 
 import argparse
@@ -170,18 +170,23 @@ def add_to(commands) -> None:
     parser.add_argument("--dtype", nargs="+", action="extend", choices=list(DTYPES), help="default: all")
     parser.add_argument("--cases", choices=["sizes", "cases"], default="sizes", help="real sizes, or the tests' cases")
     parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
-    parser.add_argument(
-        "--tile", nargs="+", action="append", default=[], metavar=("SLOT KEY", "NUMBER"),
-        help="take these numbers, as a table of tuned tiles has them: attention.forward half/64 128 128 8 2 1 1",
-    )  # fmt: skip
+    add_tile_to(parser)
     parser.add_argument("--json", type=Path, help="write the table here as JSON, `-` for stdout instead of the table")
     parser.add_argument("--workers", type=int, help="compile in this many processes (default: the number of cores)")
     parser.add_argument("--store", action="store_true", help="keep the figures, in place of those in profiling/figures")
     parser.set_defaults(run=run)
 
 
-def _trial(chosen: list[list[str]]) -> str:
-    """A name under which plans take these tiles; "" for none. Raises UserError for what is no tile."""
+def add_tile_to(parser: argparse.ArgumentParser) -> None:
+    """The option that `trial_of` reads."""
+    parser.add_argument(
+        "--tile", nargs="+", action="append", default=[], metavar=("SLOT KEY", "NUMBER"),
+        help="take these numbers, as a table of tuned tiles has them: attention.forward half/64 128 128 8 2 1 1 0 0",
+    )  # fmt: skip
+
+
+def trial_of(chosen: list[list[str]]) -> str:
+    """A name under which plans take the tiles of --tile; "" for none. Raises UserError for what is no tile."""
     from kernels import tiles
     from minigpt.errors import UserError
 
@@ -227,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_folders(arguments.json)
     if arguments.store and (arguments.case or arguments.tile or arguments.cases != "sizes"):
         raise UserError("--store keeps whole ops with their defaults: leave out --case, --cases and --tile")
-    trial = _trial(arguments.tile)
+    trial = trial_of(arguments.tile)
     found = uses(
         chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case, trial=trial
     )

@@ -41,7 +41,7 @@ class Emulated:
         with open(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")) as file:
             program = ptx.parse(file.read())
         machine = Machine(program, metadata.num_warps * 32, metadata.shared)
-        owners = machine.threads // 32 + 2 if self.watched else 0
+        owners = machine.threads // 32 + 1 if self.watched else 0
         constant = [kind == "constexpr" for kind in source.signature.values()]
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):

@@ -2,17 +2,14 @@
 
 import numpy as np
 
-from profiling.emulator.asynchronous import Groups
-from profiling.emulator.memory import UNWRITTEN, Fault, Watch, grains_of, view
+from profiling.emulator.asynchronous import Groups, landed, multiplied
+from profiling.emulator.memory import UNWRITTEN, Apart, Fault, grains_of, view
+from profiling.emulator.order import Order, SharedWatch
 from profiling.emulator.ptx import Unsupported
 
 WARP = 32
 DONE = 1 << 40  # where a thread is that has returned
 SPECIAL = ("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid", "%warpid", "%clock", "%cluster")
-
-
-class Apart(Fault):
-    """Threads that must be together are not: a fault if nobody is left who could still come."""
 
 
 def low(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -32,15 +29,17 @@ class Run:
         self.lanes = n * threads
         self.programs = programs
         self.warps = threads // WARP
-        self.owners_each = self.warps + 2
+        self.owners_each = self.warps + 1
         thread = np.tile(np.arange(threads, dtype=np.uint32), n)
         self.cta = np.repeat(np.arange(n), threads)  # the program of each lane, among these
         self.owner = programs[self.cta] * self.owners_each + thread // WARP
+        self.warp = np.arange(self.lanes) // WARP  # among those that run here
         self.shared_size = -(-machine.shared_bytes // 1024) * 1024 + 16
         self.shared = np.full(n * self.shared_size, UNWRITTEN, np.uint8)
         self.shared_base = self.cta * self.shared_size
-        self.shared_watch = Watch(n * self.shared_size, self.owners_each) if watched else None
-        self.epoch = np.zeros(n, np.int64)
+        self.order = Order(n, self.warps)
+        self.shared_watch = SharedWatch(n * self.shared_size, self.order) if watched else None
+        self.epoch = np.zeros(n, np.int64)  # barriers of the whole program
         self.R: list = [None] * len(machine.numbers)
         for number, value in machine.constants:
             self.R[number] = value
@@ -60,9 +59,9 @@ class Run:
         self.place = 0
         self.places: np.ndarray | None = None  # of each lane, while they differ
         self.parked: np.ndarray | None = None  # lanes that wait where they are for others
-        self.copies, self.products = Groups(self), Groups(self)  # of cp.async and of wgmma
+        self.copies, self.products = Groups(self, landed), Groups(self, multiplied)  # of cp.async and of wgmma
         self.barriers: dict = {}  # mbarriers by (program, address)
-        self.spins = 0
+        self.idle = 0  # how often somebody has begun to wait since anything else happened
 
     # ------------------------------------------------------------ control
 
@@ -90,7 +89,7 @@ class Run:
                         guarded = mask
                     target = function(self, guarded)
                 except Apart as fault:
-                    if not self._park(mask):
+                    if not self._park(place, mask, fault.waiting):
                         raise Fault(f"{program.name}: {program.instructions[place].where}: {fault}") from None
                     continue
                 except Fault as fault:
@@ -99,39 +98,57 @@ class Run:
                     what = f"{program.name}: {program.instructions[place].where}"
                     raise Unsupported(f"{what}: {type(error).__name__}: {error}") from error
                 executed[place] += warps_all if mask is None else np.count_nonzero(mask.reshape(-1, WARP).any(1))
+                self.idle = 0
                 self._advance(place, mask, guarded, target)
+            try:
+                self.products.wait(None, -1)
+            except Fault as fault:
+                raise Fault(f"{program.name}: at its end: {fault}") from None
 
-    def _park(self, mask: np.ndarray | None) -> bool:
-        """Let these lanes wait here and run others; False if there are none."""
-        if mask is None:
-            return False
-        self.parked = mask if self.parked is None else self.parked | mask
-        others = self.places[~self.parked]
-        self.place = int(others.min()) if len(others) else DONE
-        return self.place != DONE
+    def _park(self, place: int, mask: np.ndarray | None, waiting: np.ndarray | None) -> bool:
+        """Let these lanes wait here, those of `mask` beside them go on, and run others; False if none can move."""
+        if self.places is None:
+            self.places = np.full(self.lanes, place)
+            mask = np.ones(self.lanes, bool)
+        waiting = mask if waiting is None else waiting
+        going = mask & ~waiting
+        if going.any():
+            self.idle = 0
+            self.places[going] = place + 1
+            self.counts.warps[place] += np.count_nonzero(going.reshape(-1, WARP).any(1))
+        self.parked = waiting.copy() if self.parked is None else self.parked | waiting
+        groups = len(np.unique(self.places[self.parked]))
+        self.idle += 1
+        return self._choose() or self.idle <= 2 * groups
 
     def _advance(self, place, mask, guarded, target) -> None:
         if self.places is None:
             if target is None:
                 self.place = place + 1
                 return
-            if guarded is None:
+            if guarded is None and not isinstance(target, np.ndarray):
                 self.place = target
                 return
-            self.places = np.where(guarded, target, place + 1)
+            self.places = np.where(True if guarded is None else guarded, target, place + 1)
         elif target is None:
             self.places[mask] = place + 1
         else:
             self.places[mask] = place + 1
-            self.places[guarded] = target
+            self.places[guarded] = target[guarded] if isinstance(target, np.ndarray) else target
+        self._choose()
+
+    def _choose(self) -> bool:
+        """Let those at the earliest place run who do not wait; if all do, all try again, and this is False."""
+        some = True
         if self.parked is not None and not self.parked.any():
             self.parked = None
-        first = (self.places if self.parked is None else self.places[~self.parked]).min()
+        first = (self.places if self.parked is None else self.places[~self.parked]).min(initial=DONE)
         if first == DONE and self.parked is not None:  # nobody can come any more
-            first, self.parked = self.places.min(), None
+            first, self.parked, some = self.places.min(), None, False
         self.place = int(first)
         if (self.places == first).all():
             self.places = self.parked = None
+        return some
 
     def write(self, register: int, value: np.ndarray, mask: np.ndarray | None) -> None:
         if mask is None:
@@ -157,14 +174,34 @@ class Run:
             raise Apart("threads of one warp are apart at an instruction that is one for the warp")
         return warps[:, 0]
 
-    def barrier(self, mask: np.ndarray | None) -> None:
-        if mask is not None:
-            programs = mask.reshape(len(self.programs), -1)
-            if (programs.any(1) & ~programs.all(1)).any():
-                raise Apart("a barrier that some threads of the program are not at")
-            self.epoch[programs.any(1)] += 1
-        else:
+    def barrier(self, mask: np.ndarray | None, name: int, threads: int) -> None:
+        """A barrier of so many threads of each program, who may be at different instructions of that name."""
+        if mask is None and threads == self.machine.threads:
+            self.order.meet_all()
             self.epoch += 1
+            return
+        here = np.ones(self.lanes, bool) if mask is None else mask
+        come = here
+        if self.places is not None:
+            waiting = np.zeros(self.lanes, bool) if self.parked is None else self.parked
+            come = here | waiting & (self.machine.barriers[np.minimum(self.places, len(self.machine.steps))] == name)
+            warps = np.where(here, self.place, self.places).reshape(-1, WARP)
+            come = come & np.repeat((warps == warps[:, :1]).all(1), WARP)  # a warp comes as a whole
+        present = come.reshape(len(self.programs), -1)
+        complete = present.sum(1) == threads
+        if (present.sum(1) > threads).any():
+            raise Fault(f"more threads at a barrier than the {threads} that it is for")
+        for program in np.flatnonzero(complete & here.reshape(len(self.programs), -1).any(1)):
+            self.order.meet(program * self.warps + np.flatnonzero(present[program].reshape(-1, WARP).any(1)))
+            self.epoch[program] += threads == self.machine.threads
+        elsewhere = come & ~here & complete[self.cta]
+        if elsewhere.any():
+            np.add.at(self.counts.warps, self.places[elsewhere].reshape(-1)[::WARP], 1)
+            self.places[elsewhere] += 1
+            self.parked &= ~elsewhere
+        late = here & ~(come & complete[self.cta])
+        if late.any():
+            raise Apart("a barrier that some threads of the program are not at", late)
 
     # ------------------------------------------------------------ memory
 
@@ -178,35 +215,44 @@ class Run:
             return np.broadcast_to(value + offset, len(lanes))
         return value[lanes] + offset
 
-    def watch(self, watch: Watch | None, what: str, offsets, width, lanes, engine: bool = False) -> None:
-        """Note reads. Raises Fault for one that races with a write, or comes before a copy has landed."""
+    def note_reads(self, region, offsets, width, lanes) -> None:
+        """Raises Fault for one that races with a write, or comes before a copy has landed; None is shared memory."""
+        watch = self.shared_watch if region is None else region.watch
         if watch is None or len(lanes) == 0:
             return
         grains = grains_of(offsets, width)
-        if watch.awaited(grains):
-            raise Fault(f"reads {what} before the copy to it has been waited for")
-        if watch.reading(grains, *self.who(lanes, engine)):
+        if region is None:
+            if watch.awaited(grains):
+                raise Fault("reads shared memory before the copy to it has been waited for")
+            raced = watch.reading(grains, self.warp[lanes])
+        else:
+            raced = watch.reading(grains, *self.who(lanes))
+        if raced:
+            what = "shared memory" if region is None else region.name
             raise Fault(f"reads {what} that another warp writes, with no barrier between")
 
-    def who(self, lanes: np.ndarray, engine: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def who(self, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(owners, epochs) of accesses by these lanes, a column each."""
-        owners = self.owner[lanes]
-        if engine:
-            owners = owners // self.owners_each * self.owners_each + self.owners_each + Watch.ENGINE
-        return owners[:, None], self.epoch[self.cta[lanes]][:, None]
+        return self.owner[lanes][:, None], self.epoch[self.cta[lanes]][:, None]
 
-    def put(
-        self, watch: Watch | None, what: str, memory: np.ndarray, offsets, data: np.ndarray, lanes, engine: bool = False
-    ) -> None:
-        """Write (lanes, bytes) to an array. Raises Fault for a race, but for several writes of one value."""
+    def put(self, region, offsets, data: np.ndarray, lanes, engine: bool = False) -> None:
+        """Write (lanes, bytes), to shared memory if the region is None, `engine`: for the one that copies.
+
+        Raises Fault for a race, but for several writes of one value.
+        """
+        watch, memory = (self.shared_watch, self.shared) if region is None else (region.watch, region.bytes)
+        what = "shared memory" if region is None else region.name
         places = offsets[:, None] + np.arange(data.shape[1])
         if watch is None:
             memory[places] = data
             return
         grains = grains_of(offsets, data.shape[1])
-        if watch.awaited(grains):
-            raise Fault(f"writes {what} before the copy to it has been waited for")
-        read, rewritten = watch.writing(grains, *self.who(lanes, engine))
+        if region is None:
+            if watch.awaited(grains):
+                raise Fault("writes shared memory before the copy to it has been waited for")
+            read, rewritten = watch.writing(grains, self.warp[lanes], engine)
+        else:
+            read, rewritten = watch.writing(grains, *self.who(lanes))
         differs = rewritten.any() and (memory[places[rewritten]] != data[rewritten]).any()
         memory[places] = data
         if read or differs:
@@ -227,12 +273,12 @@ class Run:
         """(lanes, bytes) of memory."""
         if space == "shared":
             offsets = self.shared_offsets(addresses, width, lanes)
-            self.watch(self.shared_watch, "shared memory", offsets, width, lanes)
+            self.note_reads(None, offsets, width, lanes)
             return self.shared[offsets[:, None] + np.arange(width)]
         result = np.zeros((len(lanes), width), np.uint8)
         for region, part in self.memory.find(addresses, width):
             offsets = addresses[part] - region.start + region.lead
-            self.watch(region.watch, region.name, offsets, width, lanes[part])
+            self.note_reads(region, offsets, width, lanes[part])
             units = view(region.bytes, width)
             if width == 16:
                 result[part] = units.reshape(-1, 2)[offsets // 16].view(np.uint8)
@@ -245,11 +291,11 @@ class Run:
         width = data.shape[1]
         if space == "shared":
             offsets = self.shared_offsets(addresses, width, lanes)
-            self.put(self.shared_watch, "shared memory", self.shared, offsets, data, lanes)
+            self.put(None, offsets, data, lanes)
             return
         for region, part in self.memory.find(addresses, width):
             offsets = addresses[part] - region.start + region.lead
-            self.put(region.watch, region.name, region.bytes, offsets, data[part], lanes[part])
+            self.put(region, offsets, data[part], lanes[part])
 
     def measure(self, space: str, addresses, width, lanes) -> None:
         """Count what an access moves."""

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from profiling.emulator import asynchronous, matrix
+from profiling.emulator import asynchronous, matrix, tma
 from profiling.emulator.conversions import TYPES
 from profiling.emulator.execution import DONE, WARP
+from profiling.emulator.memory import Fault
 from profiling.emulator.ptx import Instruction, Unsupported
 
 _SIZES = {"%rs": 2, "%h": 2, "%r": 4, "%f": 4, "%rd": 8, "%fd": 8}  # bytes of a register, by its name
@@ -35,6 +36,21 @@ def _branch(instruction, machine):
     return lambda run, mask: place
 
 
+def _branch_by_number(instruction, machine):
+    """brx.idx: to the label of that number in a list."""
+    register, names = instruction.operands
+    number = machine.place(register, TYPES["u32"])
+    places = np.array([machine.program.labels[name] for name in machine.program.targets[names]])
+
+    def branch(run, mask):
+        chosen = run.full(number, TYPES["u32"])
+        if (chosen[run.chosen(mask)] >= len(places)).any():
+            raise Fault(f"a branch to the label of number {chosen.max()} of {len(places)}")
+        return places[np.minimum(chosen, len(places) - 1)]
+
+    return branch
+
+
 def _return(instruction, machine):
     return lambda run, mask: DONE
 
@@ -50,9 +66,16 @@ def _barrier(instruction, machine):
             run.whole_warps(mask)
 
         return warp
-    if instruction.operands != (0,):
+    name, threads = named_barrier(instruction, machine)
+    return lambda run, mask: run.barrier(mask, name, threads)
+
+
+def named_barrier(instruction, machine) -> tuple[int, int]:
+    """(its name, the threads that it is for)."""
+    name, *threads = instruction.operands
+    if instruction.parts[1] != "sync" or not all(isinstance(one, int) for one in (name, *threads)):
         raise Unsupported(instruction.where)
-    return lambda run, mask: run.barrier(mask)
+    return name, threads[0] if threads else machine.threads
 
 
 def _packed(instruction, machine):
@@ -204,8 +227,8 @@ def _store(instruction, machine):
 
 
 _MAKERS = {
-    "bra": _branch, "ret": _return, "exit": _return, "bar": _barrier, "barrier": _barrier, "fence": _nothing,
-    "membar": _nothing, "shfl": _shuffle, "elect": _elected, "ld": _load, "st": _store,
-    "cp": asynchronous.copy, "mbarrier": asynchronous.mbarrier, "tensormap": asynchronous.tensormap,
+    "bra": _branch, "brx": _branch_by_number, "ret": _return, "exit": _return, "bar": _barrier, "barrier": _barrier,
+    "fence": _nothing, "membar": _nothing, "setmaxnreg": _nothing, "shfl": _shuffle, "elect": _elected, "ld": _load,
+    "st": _store, "cp": asynchronous.copy, "mbarrier": asynchronous.mbarrier, "tensormap": tma.tensormap,
     "mma": matrix.mma, "ldmatrix": matrix.ldmatrix, "stmatrix": matrix.stmatrix, "wgmma": matrix.wgmma,
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 A register is an array with an element a thread, or with one element if all threads have the same. Of the threads that
 are not at the same instruction those at the earliest run first, so that they meet again where the code does; at a
-barrier, or what is one for a warp, those who are there wait for who may still come.
+barrier, or what is one for a warp, those who are there wait for who may still come, at an mbarrier for its phase's end.
 """
 
 import collections
@@ -48,6 +48,10 @@ class Machine:
         self.numbers: dict[str, int] = {}
         self.constants: list[tuple[int, np.ndarray]] = []
         self.steps = [self._step(instruction) for instruction in program.instructions]
+        self.barriers = np.full(len(self.steps) + 1, -1)  # the name of the one at each place
+        for place, instruction in enumerate(program.instructions):
+            if instruction.parts[0] in ("bar", "barrier") and instruction.parts[1] == "sync":
+                self.barriers[place], _ = instructions.named_barrier(instruction, self)
 
     # ------------------------------------------------------------ from instructions to functions
 

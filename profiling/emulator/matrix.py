@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from profiling.emulator.conversions import TYPES, from_bf16
-from profiling.emulator.execution import Apart
+from profiling.emulator.memory import Apart
 from profiling.emulator.ptx import Instruction, Unsupported
 
 WARP, WARPGROUP = 32, 128
@@ -113,7 +113,7 @@ def ldmatrix(instruction: Instruction, machine) -> Callable:
     def load(run, mask):
         warps = run.whole_warps(mask)
         offsets, lanes = _row_addresses(run, register, offset, count, warps)
-        run.watch(run.shared_watch, "shared memory", offsets, 16, lanes)
+        run.note_reads(None, offsets, 16, lanes)
         rows = run.shared[offsets[:, None] + np.arange(16)].view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             rows = rows.swapaxes(2, 3)
@@ -140,7 +140,7 @@ def stmatrix(instruction: Instruction, machine) -> Callable:
             rows = rows.swapaxes(2, 3)
         offsets, lanes = _row_addresses(run, register, offset, count, warps)
         data = np.ascontiguousarray(rows).view(np.uint8).reshape(-1, 16)
-        run.put(run.shared_watch, "shared memory", run.shared, offsets, data, lanes)
+        run.put(None, offsets, data, lanes)
 
     return store
 
@@ -159,7 +159,7 @@ def wgmma(instruction: Instruction, machine) -> Callable:
     if what == "commit_group":
         return lambda run, mask: run.products.commit(mask)
     if what == "wait_group":
-        return lambda run, mask: run.products.wait(mask, instruction.operands[0], _finish)
+        return lambda run, mask: run.products.wait(mask, instruction.operands[0])
     kind = instruction.parts[-1]
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", instruction.parts[4])
     if what != "mma_async" or instruction.parts[5] != "f32" or kind not in ("bf16", "f16", "tf32") or shape is None:
@@ -266,13 +266,9 @@ def _from_shared(run, descriptors, lanes, rows, depth, itemsize, transposed, kin
     addresses = np.stack([places(int(one), rows, depth, itemsize, bool(transposed)).ravel() for one in descriptors])
     owners = np.repeat(lanes, rows * depth)
     offsets = run.shared_offsets(addresses.ravel(), itemsize, owners)
-    run.watch(run.shared_watch, "shared memory", offsets, itemsize, owners, engine=True)
-    run.products.add(owners, offsets)
+    if run.shared_watch is not None:
+        run.note_reads(None, offsets, itemsize, owners)
+        run.products.add(owners, offsets, np.full(len(offsets), run.shared_watch.writes))
     unit = run.shared[: len(run.shared) // 4 * 4].view(np.uint16 if itemsize == 2 else np.uint32)
     bits = unit[offsets // itemsize].reshape(len(lanes), rows, depth)
     return _numbers(bits, kind)
-
-
-def _finish(run, lanes, offsets) -> None:
-    """A product that was waited for: until now it may have read what it reads."""
-    run.watch(run.shared_watch, "shared memory", offsets, 2, lanes, engine=True)

@@ -20,14 +20,22 @@ class Fault(Exception):
     """What a kernel did that a GPU forbids or leaves undefined."""
 
 
+class Apart(Fault):
+    """Threads must wait for others: a fault if nobody is left who could still come. `waiting`: which, None for all."""
+
+    def __init__(self, message: str, waiting: np.ndarray | None = None):
+        super().__init__(message)
+        self.waiting = waiting
+
+
 class Watch:
     """Who wrote and who read each grain last, and in which epoch: how many barriers its program had passed.
 
-    An owner is `program * owners + warp`. Two more of each program are no warps: SEVERAL, and the ENGINE that copies
-    and multiplies beside the threads; they race with every warp. ALL, several programs, race with everyone.
+    For global memory; shared memory's is in order.py. An owner is `program * owners + warp`. One more of each program
+    is no warp: SEVERAL, who race with every warp. ALL, several programs, race with everyone.
     """
 
-    SEVERAL, ENGINE = -1, -2
+    SEVERAL = -1
     ALL = 1 << 60
 
     def __init__(self, size: int, owners: int):
@@ -37,7 +45,6 @@ class Watch:
         self.written = np.zeros(grains, np.int64)
         self.reader = np.full(grains, -1, np.int64)
         self.read = np.zeros(grains, np.int64)
-        self.flying: np.ndarray | None = None  # what copies are still to write
 
     def _unordered(self, owners, epochs, before, then):
         """Where nothing orders this access after the one by `before` in epoch `then`."""
@@ -66,24 +73,6 @@ class Watch:
         read = self._unordered(owners, epochs, self.reader[grains], self.read[grains]).any()
         self.writer[grains], self.written[grains] = owners, epochs
         return bool(read), rewritten.any(1)
-
-    def release(self, offsets: np.ndarray, width: int) -> None:
-        """Forget who wrote here: something else than a barrier has ordered it."""
-        self.writer[grains_of(offsets, width)] = -1
-
-    def begin(self, offsets: np.ndarray, width: int) -> None:
-        """A copy to here has begun: until `land` nobody may read or write the place."""
-        if self.flying is None:
-            self.flying = np.zeros(len(self.writer), bool)
-        self.flying[grains_of(offsets, width)] = True
-
-    def land(self, offsets: np.ndarray, width: int) -> None:
-        """That copy is there."""
-        self.flying[grains_of(offsets, width)] = False
-
-    def awaited(self, grains: np.ndarray) -> bool:
-        """Whether a copy is still to write one of these grains."""
-        return self.flying is not None and bool(self.flying[grains].any())
 
 
 def grains_of(offsets: np.ndarray, width: int) -> np.ndarray:

@@ -57,6 +57,7 @@ class Program:
     threads: int
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, list[str]] = field(default_factory=dict)  # lists of labels, by name
     symbols: dict[str, int] = field(default_factory=dict)  # shared memory's, as offsets into it
     static_shared: int = 0
 
@@ -89,6 +90,8 @@ def parse(text: str) -> Program:
         while label := re.match(r"([$\w]+):\s*", statement):
             program.labels[label.group(1)] = len(program.instructions)
             statement = statement[label.end() :]
+            if listed := re.match(r"\.branchtargets\s+(.*)", statement):
+                program.targets[label.group(1)] = _split(listed.group(1))
         if location := re.match(r"\.loc\s+(\d+)\s+(\d+)", statement):
             line = f"{files.get(location.group(1), '?')}:{location.group(2)}"
         elif statement and not statement.startswith("."):

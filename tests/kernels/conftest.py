@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kernels import op
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
@@ -11,3 +13,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Attention's kernels that loop, however short the problem."""
+    monkeypatch.setattr("kernels.attention._short_tile", lambda *_: None)
+    op._launches.cache_clear()
+    yield
+    op._launches.cache_clear()

@@ -27,7 +27,7 @@ from parity import (
     sliced,
 )
 
-from kernels import op, tiles
+from kernels import tiles
 from kernels.attention import plan_backward, plan_forward
 from kernels.catalogue import ATTENTION
 from kernels.device import INTERPRETED, TARGETS, Device, facts
@@ -41,7 +41,7 @@ def tuned(descriptors: int, overlap: int, base: Device | None = None, block_q: i
     """A device whose table has these options for every kernel, with tiles small enough for several of each loop."""
     backward = [block_q // 2, block_q, 4, 2, descriptors]
     slots = {
-        "attention.forward": [block_q, block_k, 4, 2, descriptors, overlap],
+        "attention.forward": [block_q, block_k, 4, 2, descriptors, overlap, 0, 0],
         "attention.backward_query": [block_q, block_k, 4, 2, descriptors],
         "attention.backward_key": backward,
     }
@@ -50,15 +50,6 @@ def tuned(descriptors: int, overlap: int, base: Device | None = None, block_q: i
     tiles.try_out(name, {slot: dict.fromkeys(keys, numbers) for slot, numbers in slots.items()})
     base = base or (facts(torch.device("cuda")) if torch.cuda.is_available() else TARGETS["sm_90"])
     return replace(base, name=name)
-
-
-@pytest.fixture
-def loops(monkeypatch):
-    """The kernels that loop, however short the problem."""
-    monkeypatch.setattr("kernels.attention._short_tile", lambda *_: None)
-    op._launches.cache_clear()
-    yield
-    op._launches.cache_clear()
 
 
 # ---------------------------------------------------------------- the same numbers
@@ -215,7 +206,7 @@ from profiling.compile import _disassemble
 from profiling.host import stand_in
 from profiling.instructions import sass_mix
 
-tiles.try_out("trial", {"attention.forward": {"half/64": [128, 64, 8, 2, 1, 1]}})
+tiles.try_out("trial", {"attention.forward": {"half/64": [128, 64, 8, 2, 1, 1, 0, 0]}})
 driver, cubins = stand_in(), []
 known = driver.utils.load_binary
 driver.utils.load_binary = lambda name, cubin, *rest: (cubins.append(cubin), known(name, cubin, *rest))[1]

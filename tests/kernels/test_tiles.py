@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
         cache.cache_clear()
 
 
-def write(folder, table, gpu="ACME G-1", schema=2):
+def write(folder, table, gpu="ACME G-1", schema=tiles.SCHEMA):
     (folder / "acme-g-1.json").write_text(json.dumps({"schema": schema, "gpu": gpu, "tiles": table}))
     return replace(TARGETS["sm_90"], name="ACME G-1")
 
@@ -36,11 +36,11 @@ def test_slug():
 
 
 def test_attention_takes_what_was_tuned(folder):
-    numbers = {"half/64": [32, 32, 4, 1, 1, 0], "half-dropout/64": [64, 32, 4, 2, 0, 1]}
+    numbers = {"half/64": [32, 32, 4, 1, 1, 0, 0, 0], "half-dropout/64": [64, 32, 4, 2, 0, 1, 0, 0]}
     device = write(folder, {"attention.forward": numbers})
     default = _tile(FORWARD, SPEC, OPTIONS, TARGETS["sm_90"])
-    assert _tile(FORWARD, SPEC, OPTIONS, device) == (32, 32, 4, 1, 1, 0) != default
-    assert _tile(FORWARD, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2, 0, 1)
+    assert _tile(FORWARD, SPEC, OPTIONS, device) == (32, 32, 4, 1, 1, 0, 0, 0) != default
+    assert _tile(FORWARD, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2, 0, 1, 0, 0)
     # what has no entry keeps its default, and so does every other kernel
     assert _tile(FORWARD, SPEC, OPTIONS, device, grouped=True) == default
     assert _tile(BACKWARD_KEY, SPEC, OPTIONS, device) == _tile(BACKWARD_KEY, SPEC, OPTIONS, TARGETS["sm_90"])
@@ -71,7 +71,7 @@ def test_plans_take_what_was_tuned(name, case, slot, key, numbers, expected, fol
 
 
 def test_without_a_file_or_a_name_nothing_changes(folder):
-    write(folder, {"attention.forward": {"half/64": [32, 32, 4, 1, 0, 0]}})
+    write(folder, {"attention.forward": {"half/64": [32, 32, 4, 1, 0, 0, 0, 0]}})
     for device in (TARGETS["sm_90"], INTERPRETER, replace(TARGETS["sm_90"], name="ACME G-2")):
         assert tiles.tuned(device, "attention.forward", "half/64") is None
 
@@ -81,7 +81,7 @@ def test_results_do_not_depend_on_the_table(folder, device):
     import kernels
     from kernels.op import plan_for
 
-    tuned = write(folder, {"attention.forward": {"ieee/64": [32, 16, 4, 1, 1, 1]}})
+    tuned = write(folder, {"attention.forward": {"ieee/64": [32, 16, 4, 1, 1, 1, 0, 0]}})
     q, k, v = (torch.randn(1, 1, 50, 32, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
     with plan_for(tuned):
         ours = kernels.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -90,31 +90,40 @@ def test_results_do_not_depend_on_the_table(folder, device):
 
 
 BAD = {
-    'no "schema": 2': ({}, {"schema": 1}),
+    'no "schema": 3': ({}, {"schema": 1}),
     "tuned on 'ACME G-2', not on 'ACME G-1'": ({}, {"gpu": "ACME G-2"}),
     '"tiles" must be an object': ([], {}),
     "'attention.sideways' is no slot": ({"attention.sideways": {}}, {}),
     "must be [ROWS, num_warps], not [1]": ({"layer_norm.forward": {"1024": [1]}}, {}),
     "BLOCK_Q of attention.forward half/64 must be a power of two from 16 to 256, not 96": (
-        {"attention.forward": {"half/64": [96, 64, 8, 2, 0, 0]}}, {},
+        {"attention.forward": {"half/64": [96, 64, 8, 2, 0, 0, 0, 0]}}, {},
     ),
     "num_warps of layer_norm.forward 1024 must be a power of two from 1 to 16, not 32": (
         {"layer_norm.forward": {"1024": [1, 32]}}, {},
     ),
     "not True": ({"layer_norm.forward": {"1024": [True, 4]}}, {}),
     "num_stages of attention.forward half/64 must be a number from 1 to 8, not 0": (
-        {"attention.forward": {"half/64": [64, 64, 8, 0, 0, 0]}}, {},
+        {"attention.forward": {"half/64": [64, 64, 8, 0, 0, 0, 0, 0]}}, {},
     ),
     # a table from before there were options
-    "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP], not [64, 64, 8, 2]": (
+    "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP, WARPGROUPS, TURNS], not [64, 64, 8, 2]": (
         {"attention.forward": {"half/64": [64, 64, 8, 2]}}, {},
     ),
     "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS], not [64, 64, 8, 2, 1, 1]": (
         {"attention.backward_key": {"half/64": [64, 64, 8, 2, 1, 1]}}, {},
     ),
     "OVERLAP of attention.forward half/64 must be 0 or 1, not 2": (
-        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 2]}}, {},
+        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 2, 0, 0]}}, {},
     ),
+    "half/64 is [64, 64, 8, 2, 1, 1, 2, 1]: with WARPGROUPS num_warps must be 4": (
+        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 1, 2, 1]}}, {},
+    ),
+    "and DESCRIPTORS and OVERLAP 1": ({"attention.forward": {"half/64": [64, 64, 4, 2, 0, 1, 2, 1]}}, {}),
+    "BLOCK_Q must be 64 or 128, a warpgroup's": ({"attention.forward": {"half/64": [32, 64, 4, 2, 1, 1, 2, 0]}}, {}),
+    "WARPGROUPS must be 0, 2 or 3": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 1, 0]}}, {}),
+    "must be a number from 0 to 3, not 4": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 4, 0]}}, {}),
+    "TURNS are between WARPGROUPS": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 0, 1]}}, {}),
+    "for fp16 and bf16 without dropout": ({"attention.forward": {"half-dropout/64": [64, 64, 4, 2, 1, 1, 2, 0]}}, {}),
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class Recorded:
         )
         regions = [dataclasses.replace(region, watch=None) for region in self.regions]
         try:
-            LAUNCH(mutant, self.grid, self.parameters, Global(regions, mutant.threads // 32 + 2))
+            LAUNCH(mutant, self.grid, self.parameters, Global(regions, mutant.threads // 32 + 1))
         except Fault as fault:
             return str(fault)
         return "unnoticed" if all((a == b).all() for a, b in zip(self.contents(), self.after, strict=True)) else "wrong"

@@ -327,7 +327,7 @@ def test_instructions_are_counted_once_a_warp():
     ["frobnicate.b32 %r2, %r1;", "add.sat.s32 %r2, %r1, %r1;", "add.cc.u32 %r2, %r1, %r1;", "add.rz.f32 %r2, %r1, %r1;",
      "cvt.rz.f16.f32 %rs2, %r1;", "cvt.rn.satfinite.e4m3x2.f32 %rs2, %r1, %r1;", "atom.global.add.u32 %r2, [%rd1], 1;",
      "lop3.or.b32 %r2|%p1, %r1, %r1, %r1, 128, %p2;", "setp.lt.s32 %p1|%p2, %r1, 4;",
-     "setp.lt.and.s32 %p1, %r1, 4, %p2;", "prmt.b32.f4e %r2, %r1, %r1, %r1;", "bra $nowhere;", "bar.sync 1;",
+     "setp.lt.and.s32 %p1, %r1, 4, %p2;", "prmt.b32.f4e %r2, %r1, %r1, %r1;", "bra $nowhere;", "bar.arrive 1, 64;",
      "ld.local.b32 %r2, [%r1];", "mov.u32 %r2, %pm0;",
      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r2}, {%r3}, {%r4}, {%r5};", "cvt.rn.bf16x2.e4m3x2 %r2, %rs1;"],
 )  # fmt: skip

@@ -160,9 +160,10 @@ def test_a_barrier_that_some_threads_do_not_reach():
     # a barrier is its program's alone
     launch("mov.u32 %r2, %ctaid.x; setp.eq.u32 %p1, %r2, 1; @%p1 bra $past; bar.sync 0; $past: bar.sync 0;",
            threads=64, grid=(3,))  # fmt: skip
-    # one path has one barrier, the other another
-    body = f"{WARP} setp.eq.u32 %p1, %r8, 0; @%p1 bra $other; bar.sync 0; bra.uni $end; $other: bar.sync 0; $end: ret;"
-    fails("a barrier that some threads", body, threads=64)
+    # one path has one barrier, the other another: as good for whole warps, and not within one
+    body = "setp.lt.u32 %p1, %r1, {}; @%p1 bra $other; bar.sync 0; bra.uni $end; $other: bar.sync 0; $end: ret;"
+    launch(body.format(32), threads=64)
+    fails("a barrier that some threads", body.format(5), threads=64)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,92 @@ def test_an_mbarrier_that_nobody_completes(count, arrive):
     """Too few arrivals, or bytes that no copy brings."""
     body = MBARRIER.format(init=INIT.format(count), arrive=arrive)
     fails("waits for an mbarrier that nothing completes", body, threads=64, shared=16)
+
+
+# ---------------------------------------------------------------- warps that do different things
+
+PARTS = f"""
+{WARP} {SLOT} {AT_THREAD}
+setp.eq.u32 %p1, %r1, 0;
+mov.u32 %r2, 512;
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
+bar.sync 0;
+brx.idx %r8, $parts;
+$parts: .branchtargets $first, $second, $second, $third;
+$first:
+setmaxnreg.dec.sync.aligned.u32 24;
+st.shared.b32 [%r9], 7;
+{{told}}
+@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];
+bra.uni $end;
+$second:
+{{first_wait}}
+and.b32 %r10, %r9, 127;
+ld.shared.b32 %r3, [%r10];
+st.shared.b32 [%r9+1024], %r3;
+{{between}}
+xor.b32 %r11, %r9, 384;
+ld.shared.b32 %r4, [%r11+1024];
+st.global.b32 [%rd9], %r4;
+bra.uni $end;
+$third:
+{{third}}
+$end:
+bar.sync 0;
+"""
+WAIT = """
+$wait{0}:
+mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], {1};
+@!%p2 bra $wait{0};
+"""
+
+
+WAITED = WAIT.format(0, 0)
+
+
+def parts(told="", first_wait=WAITED, between="bar.sync 3, 64;", third="") -> list[int]:
+    """Warp 0 writes for warps 1 and 2, who exchange what they have read; what they found."""
+    found = numbers(128)
+    body = PARTS.format(told=told, first_wait=first_wait, between=between, third=third)
+    launch(body, found, threads=128, shared=2048)
+    return found.tolist()
+
+
+def test_warps_that_do_different_things():
+    assert parts() == [*range(32), *[7] * 64, *range(96, 128)]
+
+
+def test_what_orders_warps_is_what_they_waited_for():
+    """An mbarrier that somebody else waited for, and a barrier of others, order nothing."""
+    raced = "shared memory that another warp writes, with no barrier between"
+    with pytest.raises(Fault, match=f"reads {raced}"):
+        parts(first_wait="")
+    with pytest.raises(Fault, match=f"reads {raced}"):
+        parts(between="")
+    with pytest.raises(Fault, match=f"reads {raced}"):
+        parts(third="and.b32 %r10, %r9, 127; ld.shared.b32 %r3, [%r10];")
+    parts(third=WAIT.format(1, 0) + "and.b32 %r10, %r9, 127; ld.shared.b32 %r3, [%r10];")
+    with pytest.raises(Fault, match="reads"):  # what is written after arriving is not told
+        parts(told="@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2]; st.shared.b32 [%r9], 7; setp.eq.u32 %p1, 1, 2;")
+
+
+def test_warps_that_wait_for_each_other():
+    """Each for what the other does next, and a barrier for more threads than come, and for fewer."""
+    stuck = r"waits for an mbarrier that nothing completes|a barrier that some threads"
+    with pytest.raises(Fault, match=stuck):
+        parts(told="bar.sync 2, 96;")
+    with pytest.raises(Fault, match=stuck):
+        parts(told=WAIT.format(2, 0))
+    with pytest.raises(Fault, match="a barrier that some threads"):
+        parts(between="bar.sync 3, 128;")
+    with pytest.raises(Fault, match="more threads at a barrier than the 32"):
+        parts(between="bar.sync 3, 32;")
+
+
+def test_a_branch_to_no_label():
+    body = "mov.u32 %r2, {}; brx.idx %r2, $list; $list: .branchtargets $a, $b; $a: ret; $b: ret;"
+    launch(body.format(1))
+    fails("a branch to the label of number 2 of 2", body.format(2))
 
 
 # ---------------------------------------------------------------- tensors as regions

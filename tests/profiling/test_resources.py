@@ -18,7 +18,7 @@ from kernels import catalogue
 from kernels.device import HAS_TRITON, TARGETS
 from minigpt.errors import UserError
 from profiling.instructions import overlapped
-from profiling.resources import _trial
+from profiling.resources import trial_of
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -152,15 +152,15 @@ def test_the_whole_table(arch):
 
 TUNED = {  # what docs/kernels/attention.md has the figures of, by case: slots and numbers
     "gpt2": (
-        ["attention.forward half/64 128 64 8 2 1 1", "attention.backward_query half/64 128 64 8 2 1",
+        ["attention.forward half/64 128 64 8 2 1 1 0 0", "attention.backward_query half/64 128 64 8 2 1",
          "attention.backward_key half/64 64 128 8 2 1"],
-        ["attention.forward half/64 128 128 8 2 1 1", "attention.backward_query half/64 64 64 4 2 1",
+        ["attention.forward half/64 128 128 8 2 1 1 0 0", "attention.backward_query half/64 64 64 4 2 1",
          "attention.backward_key half/64 64 64 4 2 1"],
     ),
     "d128": (
-        ["attention.forward half/128 128 64 8 2 1 1", "attention.backward_query half/128 128 64 8 2 1",
+        ["attention.forward half/128 128 64 8 2 1 1 0 0", "attention.backward_query half/128 128 64 8 2 1",
          "attention.backward_key half/128 32 128 8 2 1"],
-        ["attention.forward half/128 128 128 8 2 1 1", "attention.backward_query half/128 64 64 4 2 1",
+        ["attention.forward half/128 128 128 8 2 1 1 0 0", "attention.backward_query half/128 64 64 4 2 1",
          "attention.backward_key half/128 32 64 4 2 1"],
     ),
 }  # fmt: skip
@@ -190,14 +190,14 @@ def test_tuned_options_compile_well(case, which, arch):
         ("attention.forward half/64 64 64 4 2 1 x", "give a slot, a key and whole numbers"),
         (
             "attention.forward half/64 64 64 4 2",
-            "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP]",
+            "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP, WARPGROUPS, TURNS]",
         ),
         ("attention.sideways half/64 64 64 4 2", "'attention.sideways' is no slot"),
     ],
 )
 def test_what_is_no_tile_is_told_in_a_line(tile, said):
     with pytest.raises(UserError) as error:
-        _trial([tile.split()])
+        trial_of([tile.split()])
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -33,7 +33,7 @@ def launch(body: str, *arrays: np.ndarray, threads: int = 32, grid=(1,), shared:
     tensors = [torch.from_numpy(array.view(np.uint8).reshape(-1)).clone() for array in arrays]
     regions = [region_of(f"array {place}", tensor) for place, tensor in enumerate(tensors)]
     machine = Machine(parse(text), threads, shared)
-    memory = Global(regions, machine.threads // 32 + 2)
+    memory = Global(regions, machine.threads // 32 + 1)
     counts = machine.launch(grid, [tensor.data_ptr() for tensor in tensors], memory, **settings)
     for array, tensor in zip(arrays, tensors, strict=True):
         array.view(np.uint8).reshape(-1)[:] = tensor.numpy()
