@@ -119,10 +119,24 @@ def _with_descriptors(slot: str, key: str) -> Iterator[tuple[int, ...]]:
         rows = 16 * warps
         block_q, block_k = (width, rows) if slot == "attention.backward_key" else (rows, width)
         if slot == "attention.forward":
-            yield block_q, block_k, warps, stages, 1, 0
-            yield block_q, block_k, warps, stages, 1, 1
+            yield block_q, block_k, warps, stages, 1, 0, 0, 0
+            yield block_q, block_k, warps, stages, 1, 1, 0, 0
         else:
             yield block_q, block_k, warps, stages, 1
+
+
+HOPPER = {  # (BLOCK_Q, BLOCK_K, num_stages, WARPGROUPS) of what compiles without spills, by head size
+    "64": ((64, 64, 3, 2), (64, 128, 2, 2), (64, 128, 3, 2), (64, 64, 2, 3), (64, 64, 3, 3), (128, 32, 3, 2)),
+    "128": ((64, 64, 2, 2), (64, 64, 3, 2), (64, 128, 2, 2)),
+    "256": ((64, 32, 2, 2),),
+}
+
+
+def _for_hopper(key: str) -> Iterator[tuple[int, ...]]:
+    """Forward by warps that copy and warpgroups that compute, with turns between those and without."""
+    for block_q, block_k, stages, warpgroups in HOPPER[key.split("/")[1]]:
+        for turns in (1, 0):
+            yield block_q, block_k, 4, stages, 1, 1, warpgroups, turns
 
 
 def candidates(entry: Entry, device: Device) -> list[Candidate]:
@@ -135,6 +149,8 @@ def candidates(entry: Entry, device: Device) -> list[Candidate]:
         found = [numbers + off for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
         if half and TARGETS[device.tiles].descriptors:
             found += _with_descriptors(entry.slot, entry.key)
+        if entry.slot == "attention.forward" and entry.key.startswith("half/") and TARGETS[device.tiles].warpgroups:
+            found += _for_hopper(entry.key)
     elif entry.slot.startswith("layer_norm"):
         block = int(entry.key)
         grid = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))

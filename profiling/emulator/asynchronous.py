@@ -102,7 +102,8 @@ def multiplied(run, lanes, offsets, serials) -> None:
         return
     if run.shared_watch.rewritten_since(grains_of(offsets, 2), serials):
         raise Fault("shared memory was written while a product that had not been waited for could read it")
-    run.note_reads(None, offsets, 2, lanes)
+    for warp in range(4):  # each has multiplied its rows by all of the second operand
+        run.note_reads(None, offsets, 2, lanes + 32 * warp)
 
 
 # ---------------------------------------------------------------- mbarriers

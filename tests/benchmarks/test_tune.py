@@ -1,6 +1,7 @@
 """The sweep of tiles: what it tries, drops, keeps and remembers."""
 
 import importlib
+import itertools
 import json
 from dataclasses import replace
 from unittest import mock
@@ -25,7 +26,7 @@ def test_every_entry_is_one_that_its_plan_asks_for(entry):
     """The real case and the small one both take a launch from a candidate's numbers."""
     op, case = sweep.case_of(entry)
     tried = sweep.candidates(entry, BASE)
-    assert tried[0].numbers == () and 50 > len({c.numbers for c in tried}) == len(tried) > 3
+    assert tried[0].numbers == () and 64 > len({c.numbers for c in tried}) == len(tried) > 3
     for problem in (case, entry.small):
         inputs = op.inputs(problem, getattr(torch, entry.dtype), "meta")
         before = op.plan(inputs, problem.options, BASE)
@@ -48,7 +49,20 @@ def test_descriptors_are_tried_where_there_are_any():
             for candidate in found:
                 launches = op.plan(inputs, case.options, candidate.device(TARGETS[arch]))
                 assert any(x.scratch for x in launches) == bool(candidate.numbers[4])
-                assert any(x.constexprs.get("OVERLAP") for x in launches) == bool(sum(candidate.numbers[5:]))
+                forward = launches[0]
+                assert forward.constexprs.get("WARPGROUPS", 0) == sum(candidate.numbers[6:7])
+                assert forward.gluon or bool(forward.constexprs.get("OVERLAP")) == bool(sum(candidate.numbers[5:6]))
+                assert forward.gluon == (len(candidate.numbers) == 8 and candidate.numbers[6] > 0)
+
+
+def test_warpgroups_are_tried_on_hopper_for_attention_forward_without_dropout():
+    found = {
+        (entry.name, arch)
+        for entry, arch in itertools.product(ENTRIES, TARGETS)
+        for candidate in sweep.candidates(entry, TARGETS[arch])
+        if len(candidate.numbers) == 8 and candidate.numbers[6]
+    }
+    assert found == {(f"attention.forward half/{size}", "sm_90") for size in (64, 128, 256)}
 
 
 def test_candidates_are_compiled_by_the_libraries_of_this_process(monkeypatch):
@@ -183,12 +197,13 @@ def test_compilation_in_a_process_of_its_own():
 def test_descriptors_with_overlap_survive_and_what_waits_for_its_products_does_not():
     forward = {entry.key: entry for entry in ENTRIES if entry.slot == "attention.forward"}
     good = [
-        Candidate(forward["half/64"], (128, 64, 8, 2, 1, 1)),
-        Candidate(forward["half/128"], (128, 128, 8, 2, 1, 1)),
+        Candidate(forward["half/64"], (128, 64, 8, 2, 1, 1, 0, 0)),
+        Candidate(forward["half/128"], (128, 128, 8, 2, 1, 1, 0, 0)),
     ]
-    bad = Candidate(forward["half/64"], (128, 128, 4, 2, 0, 0))
+    good += [one for entry in forward.values() for one in sweep.candidates(entry, BASE) if sum(one.numbers[6:7])]
+    bad = Candidate(forward["half/64"], (128, 128, 4, 2, 0, 0, 0, 0))
     found = sweep.compiled([*good, bad], "sm_90", 1)
-    assert [found[candidate.name] for candidate in good] == ["", ""]
+    assert {found[candidate.name] for candidate in good} == {""}
     assert "a wait after every product" in found[bad.name]
 
 

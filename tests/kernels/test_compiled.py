@@ -25,6 +25,7 @@ pytestmark = [
 
 PARITY = "tests/kernels/test_parity.py::test_parity"
 OPTIONS = "tests/kernels/test_attention_options.py"
+HOPPER = "tests/kernels/test_attention_hopper.py"
 QUICK = [
     *(
         f"{PARITY}[{case}-bfloat16]"
@@ -37,6 +38,8 @@ QUICK = [
     f"{PARITY}[layer_norm-prime-float32]",
     f"{PARITY}[cross_entropy-prime-float32]",
     f"{OPTIONS}::test_parity_with_both[one_over_a_tile-bfloat16]",
+    f"{HOPPER}::test_parity[one_over_a_tile-bfloat16-turns]",
+    f"{HOPPER}::test_infinite_values[turns]",
 ]  # fmt: skip
 
 
@@ -63,7 +66,7 @@ def passed(done: subprocess.CompletedProcess) -> int:
 
 
 def test_some_of_everything():
-    """Each op in bf16, and attention with the TMA unit's descriptors and overlap."""
+    """Each op in bf16, attention with the TMA unit's descriptors and overlap, and its kernel for Hopper."""
     assert passed(emulated("sm_90", *QUICK)) == len(QUICK)
 
 
@@ -84,3 +87,10 @@ def test_parity_of_every_case(arch):
 def test_attention_with_descriptors_and_overlap():
     tests = [f"{OPTIONS}::{name}" for name in ("test_the_options_change_nothing", "test_parity_with_both")]
     assert passed(emulated("sm_90", *tests, slow=True)) > 100
+
+
+@pytest.mark.slow
+def test_attention_on_hopper():
+    tests = ("parity", "log_sum_exp_is_that_of_the_other_kernel", "infinite_values", "other_layouts",
+             "the_same_bits_on_any_number_of_processors")  # fmt: skip
+    assert passed(emulated("sm_90", *(f"{HOPPER}::test_{name}" for name in tests), slow=True)) > 100

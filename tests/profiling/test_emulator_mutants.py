@@ -51,3 +51,24 @@ def test_barriers_and_waits_of_attention(arch):
     assert any("before the copy to it has been waited for" in one for one in missed["cp.async.wait_group"])
     if arch == "sm_90":
         assert missed["wgmma.wait_group.sync.aligned"]
+
+
+@pytest.mark.slow
+def test_what_orders_the_warps_of_attention_on_hopper():
+    """Its one idle arrival says whose turn is first, and no turns are taken here.
+
+    Waits that are not missed are those that keep ptxas from moving code; Triton puts a barrier before each of them. The
+    wait for scores alone, once those are there at once, orders nothing.
+    """
+    tile = "64 64 4 2 1 1 2 0".split()
+    (kernel,) = mutants("sm_90", "scaled_dot_product_attention", "longer", *tile)
+    assert kernel["kernel"] == "_attention_forward_hopper"
+    by_name = {}
+    for name, outcome in kernel["outcomes"]:
+        by_name.setdefault(".".join(name.split(".")[:2]), []).append(outcome)
+    missed = {name: sum(one != "unnoticed" for one in outcomes) for name, outcomes in by_name.items()}
+    assert all("nothing completes" in one for one in by_name["mbarrier.arrive"] if one != "unnoticed")
+    assert missed["mbarrier.arrive"] == len(by_name["mbarrier.arrive"]) - 1
+    assert missed["mbarrier.try_wait"] >= 0.7 * len(by_name["mbarrier.try_wait"])
+    assert missed["wgmma.wait_group"] >= 0.6 * len(by_name["wgmma.wait_group"])
+    assert missed["bar.sync"] >= 8
