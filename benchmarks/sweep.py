@@ -120,23 +120,34 @@ def _with_descriptors(slot: str, key: str) -> Iterator[tuple[int, ...]]:
         block_q, block_k = (width, rows) if slot == "attention.backward_key" else (rows, width)
         if slot == "attention.forward":
             yield block_q, block_k, warps, stages, 1, 0, 0, 0
-            yield block_q, block_k, warps, stages, 1, 1, 0, 0
+            yield block_q, block_k, warps, stages, 1, 0, 0, 1
         else:
-            yield block_q, block_k, warps, stages, 1
+            yield block_q, block_k, warps, stages, 1, 0, 0
 
 
-HOPPER = {  # (BLOCK_Q, BLOCK_K, num_stages, WARPGROUPS) of what compiles without spills, by head size
-    "64": ((64, 64, 3, 2), (64, 128, 2, 2), (64, 128, 3, 2), (64, 64, 2, 3), (64, 64, 3, 3), (128, 32, 3, 2)),
-    "128": ((64, 64, 2, 2), (64, 64, 3, 2), (64, 128, 2, 2)),
-    "256": ((64, 32, 2, 2),),
+HOPPER = {  # (BLOCK_Q, BLOCK_K, num_stages, WARPGROUPS) of what compiles without spills, by slot and head size
+    "attention.forward": {
+        "64": ((64, 64, 3, 2), (64, 128, 2, 2), (64, 128, 3, 2), (64, 64, 2, 3), (64, 64, 3, 3), (128, 32, 3, 2)),
+        "128": ((64, 64, 2, 2), (64, 64, 3, 2), (64, 128, 2, 2)),
+        "256": ((64, 32, 2, 2), (64, 64, 2, 2)),
+    },
+    "attention.backward_query": {
+        "64": ((64, 64, 2, 2), (64, 64, 3, 2)),
+        "128": ((64, 32, 2, 2), (64, 32, 3, 2)),
+    },
+    "attention.backward_key": {
+        "64": ((64, 64, 2, 2), (64, 64, 3, 2)),
+        "128": ((32, 64, 2, 2), (32, 64, 3, 2)),  # Triton 3.7.1 spills 8 bytes here, 3.6.0 none
+    },
 }
 
 
-def _for_hopper(key: str) -> Iterator[tuple[int, ...]]:
-    """Forward by warps that copy and warpgroups that compute, with turns between those and without."""
-    for block_q, block_k, stages, warpgroups in HOPPER[key.split("/")[1]]:
+def _for_hopper(slot: str, key: str) -> Iterator[tuple[int, ...]]:
+    """By warps that copy and warpgroups that compute, with turns between those and without."""
+    kind, size = key.split("/")
+    for block_q, block_k, stages, warpgroups in HOPPER[slot].get(size, ()) if "dropout" not in kind else ():
         for turns in (1, 0):
-            yield block_q, block_k, 4, stages, 1, 1, warpgroups, turns
+            yield block_q, block_k, 4, stages, 1, warpgroups, turns, *((1,) if slot == "attention.forward" else ())
 
 
 def candidates(entry: Entry, device: Device) -> list[Candidate]:
@@ -149,8 +160,8 @@ def candidates(entry: Entry, device: Device) -> list[Candidate]:
         found = [numbers + off for numbers in grid if numbers[0] * numbers[1] >= (2048 if half else 512)]
         if half and TARGETS[device.tiles].descriptors:
             found += _with_descriptors(entry.slot, entry.key)
-        if entry.slot == "attention.forward" and entry.key.startswith("half/") and TARGETS[device.tiles].warpgroups:
-            found += _for_hopper(entry.key)
+        if half and TARGETS[device.tiles].warpgroups:
+            found += _for_hopper(entry.slot, entry.key)
     elif entry.slot.startswith("layer_norm"):
         block = int(entry.key)
         grid = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))

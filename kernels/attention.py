@@ -677,9 +677,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: int = 0  # load through tensor descriptors, by the TMA unit, where _describable
+    warpgroups: int = 0  # so many, with a block of rows each, in a kernel of attention_hopper*.py
+    turns: int = 0  # at the tensor cores, between those
     overlap: int = 0  # forward: a tile's product p v during the next one's softmax
-    warpgroups: int = 0  # forward: so many, with block_q queries each, in the kernel of attention_hopper.py
-    turns: int = 0  # forward: at the tensor cores, between those
 
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by architecture, kind of product and padded head size: tiles that do not spill.
@@ -804,9 +804,9 @@ def _kind(spec: Spec, options: dict) -> str:
 
 
 def _tile(
-    table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False, tuned: bool = True
-) -> Tile:  # fmt: skip
-    """The tile of one of the kernels that loop."""
+    table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False, walked: tuple[Spec, ...] = ()
+) -> Tile:
+    """The tile of one of the kernels that loop, and walk these (B, H, T, D)."""
     if device.arch == "interpreter":  # its cost is per program
         return Tile(128, 128, 4, 1)
     rows = table[device.tiles]
@@ -814,8 +814,10 @@ def _tile(
     traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
     exact = kind + "".join(traits)
     slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
-    if tuned and (numbers := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}")):
-        return Tile(*numbers)
+    if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
+        tile = Tile(*tuned)
+        if not tile.warpgroups or (device.warpgroups and _describable(device, *walked)):
+            return tile
     row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
     return Tile(*rows[row][size])
 
@@ -896,19 +898,25 @@ def _short_launch(kernel, specs: Specs, options: dict, arguments: dict, short: t
     return Launch(kernel, grid, arguments | {"key_heads": key_heads}, constexprs, warps, 1)
 
 
-def _hopper_launch(specs: Specs, options: dict, arguments: dict, tile: Tile, device: Device) -> Launch:
-    from kernels.attention_hopper import _attention_forward_hopper  # Gluon is imported where it is used
+def _hopper_launch(
+    name: str, specs: Specs, options: dict, arguments: dict, tile: Tile, device: Device, own: str, even: bool = False
+) -> Launch:
+    """Of a kernel that goes through tiles of the heads of `own`, query or key, until none is left."""
+    from kernels import attention_hopper, attention_hopper_backward  # Gluon is imported where it is used
 
-    batch, n_head, q_len, _ = specs["query"].shape
-    programs = cdiv(q_len, tile.block_q * tile.warpgroups) * batch * n_head
-    taken = {name: value for name, value in arguments.items() if name not in ("seed_ptr", "threshold", "keep_scale")}
-    constexprs = _constexprs(specs, options)
-    del constexprs["PRECISION"]
-    constexprs |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
-    constexprs |= {"EVEN": specs["key"].shape[2] % tile.block_k == 0}
-    constexprs |= {"WARPGROUPS": tile.warpgroups, "TURNS": bool(tile.turns)}
-    grid = (min(programs, device.processors),)
-    return Launch(_attention_forward_hopper, grid, taken | {"heads": batch * n_head}, constexprs, 4, tile.stages)
+    kernel = getattr(attention_hopper, name, None) or getattr(attention_hopper_backward, name)
+    batches, heads, length, _ = specs[own].shape
+    rows = tile.warpgroups * (tile.block_q if own == "query" else tile.block_k)
+    of_head = cdiv(length, rows)
+    programs = min(of_head * batches * heads, device.processors)
+    rounds = cdiv(of_head * batches * heads, max(1, programs))
+    unused = ("seed_ptr", "threshold", "keep_scale")
+    taken = {argument: value for argument, value in arguments.items() if argument not in unused}
+    taken |= {"batches": batches, "n_key_head": specs["key"].shape[1], "tiles": of_head, "rounds": rounds}
+    constexprs = _constexprs(specs, options) | {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "EVEN": even}
+    constexprs |= {"STAGES": tile.stages, "WARPGROUPS": tile.warpgroups, "TURNS": bool(tile.turns)}
+    constexprs = {constexpr: constexprs[constexpr] for constexpr in kernel.arg_names[len(taken) :]}
+    return Launch(kernel, (programs,), taken, constexprs, tile.warps, tile.stages)
 
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
@@ -921,13 +929,12 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         return [_short_launch(_attention_short_forward, specs, options, arguments, short)]
     options = _with_diagonal(specs, options)
     arguments["query_offset"] = options["query_offset"]
-    tile = _tile(FORWARD, specs["query"], options, device)
     walked = (specs["query"], specs["key"], specs["value"])
-    if tile.warpgroups and device.warpgroups and _describable(device, *walked):
-        return [_hopper_launch(specs, options, arguments, tile, device)]
-    if tile.warpgroups:
-        tile = _tile(FORWARD, specs["query"], options, device, tuned=False)
+    tile = _tile(FORWARD, specs["query"], options, device, walked=walked)
     even = specs["key"].shape[2] % tile.block_k == 0
+    if tile.warpgroups:
+        name = "_attention_forward_hopper"
+        return [_hopper_launch(name, specs, options, arguments, tile, device, "query", even)]
     constexprs = _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked)
     constexprs["OVERLAP"] = bool(tile.overlap)
     grid = (cdiv(q_len, tile.block_q) * batch * n_head,)
@@ -948,30 +955,40 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     options = _with_diagonal(specs, options)
     numbers["query_offset"] = options["query_offset"]
     walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
-    tile = _tile(BACKWARD_QUERY, specs["query"], options, device)
+    tile = _tile(BACKWARD_QUERY, specs["query"], options, device, walked=walked)
     names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
-    by_query = Launch(
-        _attention_backward_query,
-        (cdiv(q_len, tile.block_q) * batch * n_head,),
-        pointers(specs, *names) | strides | numbers,
-        _constexprs(specs, options) | _tile_constexprs(tile, k_len % tile.block_k == 0, device, *walked),
-        tile.warps,
-        tile.stages,
-    )
+    arguments = pointers(specs, *names) | strides | numbers
+    even = k_len % tile.block_k == 0
+    if tile.warpgroups:
+        name = "_attention_backward_query_hopper"
+        by_query = _hopper_launch(name, specs, options, arguments, tile, device, "query", even)
+    else:
+        by_query = Launch(
+            _attention_backward_query,
+            (cdiv(q_len, tile.block_q) * batch * n_head,),
+            arguments,
+            _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked),
+            tile.warps,
+            tile.stages,
+        )
 
-    tile = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head)
+    tile = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head, walked)
     names = ("query", "key", "value", "grad", "lse", "seed", "delta", "dkey", "dvalue")
     strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
+    arguments = pointers(specs, *names) | strides | numbers
     even = q_len % tile.block_q == 0 and (not options["is_causal"] or options["query_offset"] % tile.block_q == 0)
-    by_key = Launch(
-        _attention_backward_key,
-        (cdiv(k_len, tile.block_k) * batch * n_key_head,),
-        pointers(specs, *names) | strides | numbers,
-        _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked),
-        tile.warps,
-        tile.stages,
-    )
+    if tile.warpgroups:
+        by_key = _hopper_launch("_attention_backward_key_hopper", specs, options, arguments, tile, device, "key")
+    else:
+        by_key = Launch(
+            _attention_backward_key,
+            (cdiv(k_len, tile.block_k) * batch * n_key_head,),
+            arguments,
+            _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked),
+            tile.warps,
+            tile.stages,
+        )
     return [by_query, by_key]
 
 

@@ -33,26 +33,59 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _work(turn, heads, n_head, q_len, ROWS: gl.constexpr):
-    """(batch, head, first query) of this program's tile at this turn; a batch beyond the last where none is left.
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT mbarriers, each for so many arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
 
-    A head's last tiles, which see most keys, come first. Every other turn goes through the programs backwards, so that
-    who had more work has less.
+
+@gluon.jit
+def matrices(base_ptr, strides, batches, heads, length, D: gl.constexpr, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr):
+    """A descriptor of the [length, D] matrices of all heads, for tiles of BLOCK rows."""
+    TILE: gl.constexpr = [1, 1, BLOCK, BLOCK_D]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(TILE, base_ptr.dtype.element_ty)
+    shape = [batches, heads, length, D]
+    return tma.make_tensor_descriptor(base_ptr, shape, [strides[0], strides[1], strides[2], 1], TILE, LAYOUT)
+
+
+@gluon.jit
+def buffer(matrices, COUNT: gl.constexpr):
+    """Shared memory for COUNT of their tiles."""
+    return gl.allocate_shared_memory(matrices.dtype, [COUNT] + matrices.block_type.shape, matrices.layout)  # noqa: RUF005
+
+
+@gluon.jit
+def store_rows(
+    base_ptr, strides, batch, head, first, tile, length, D: gl.constexpr, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr
+):
+    """Write a warpgroup's [BLOCK, BLOCK_D] tile to the rows of a head from `first` on."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    rows = first + gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))[:, None]
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))[None, :]
+    base = base_ptr + batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    tile = gl.convert_layout(tile.to(base_ptr.dtype.element_ty), LAYOUT)
+    gl.store(base + rows.to(gl.int64) * strides[2] + columns, tile, mask=(rows < length) & (columns < D))
+
+
+@gluon.jit
+def work(round, tiles, n_head, ROWS: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """(batch, head, first row) of this program's tile in this round; a batch beyond the last where none is left.
+
+    Those of a head's tiles that have most to do come first: its last, for queries, or its first. Every other round goes
+    through the programs backwards, so that who had more work has less.
     """
     program, programs = gl.program_id(0), gl.num_programs(0)
-    index = turn * programs + gl.where(turn % 2 == 1, programs - 1 - program, program)
-    tiles = gl.cdiv(q_len, ROWS)
-    head = index // tiles
-    return head // n_head, head % n_head, (tiles - 1 - index % tiles) * ROWS
+    index = round * programs + gl.where(round % 2 == 1, programs - 1 - program, program)
+    head, tile = index // tiles, index % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return head // n_head, head % n_head, tile * ROWS
 
 
 @gluon.jit
-def _turns(heads, q_len, ROWS: gl.constexpr):
-    return gl.cdiv(heads * gl.cdiv(q_len, ROWS), gl.num_programs(0))
-
-
-@gluon.jit
-def _key_tiles(
+def key_tiles(
     first, q_len, k_len, query_offset, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, IS_CAUSAL: gl.constexpr
 ):  # fmt: skip
     """(full, end): tiles of keys before `full` need no mask for these ROWS queries, those before `end` are seen."""
@@ -67,29 +100,32 @@ def _key_tiles(
 
 
 @gluon.jit
-def _copy(
-    maps, buffers, q_barriers, k_barriers, v_barriers, problem,
+def copy(
+    things,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The warp that copies."""
-    queries, keys, values = maps
-    q_buffer, k_buffer, v_buffer = buffers
-    q_full, q_empty = q_barriers
-    k_full, k_empty = k_barriers
-    v_full, v_empty = v_barriers
-    heads, n_head, group, q_len, k_len, query_offset = problem
+    """The warp that copies: a tile of queries of each of the `own` matrices, and its keys and values, tile by tile."""
+    own, own_buffers, walked, buffers, own_signals, k_signals, v_signals, problem = things
+    keys, values = walked
+    k_buffer, v_buffer = buffers
+    own_full, own_empty = own_signals
+    k_full, k_empty = k_signals
+    v_full, v_empty = v_signals
+    batches, n_head, group, q_len, k_len, query_offset, tiles, rounds = problem
     ROWS: gl.constexpr = BLOCK_Q * WARPGROUPS
+    OWN: gl.constexpr = len(own)
     copied = 0  # tiles of keys, since the program began
-    for turn in range(_turns(heads, q_len, ROWS)):
-        batch, head, first = _work(turn, heads, n_head, q_len, ROWS)
-        if batch * n_head < heads:
-            _, end = _key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
-            mbarrier.wait(q_empty, turn & 1 ^ 1)
-            mbarrier.expect(q_full, WARPGROUPS * queries.block_type.nbytes)
-            for i in gl.static_range(WARPGROUPS):
-                rows = [batch, head, first + i * BLOCK_Q, 0]
-                tma.async_copy_global_to_shared(queries, rows, q_full, q_buffer.index(i))
+    for round in range(rounds):
+        batch, head, first = work(round, tiles, n_head, ROWS, True)
+        if batch < batches:
+            _, end = key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
+            mbarrier.wait(own_empty, round & 1 ^ 1)
+            mbarrier.expect(own_full, OWN * WARPGROUPS * own[0].block_type.nbytes)
+            for which in gl.static_range(OWN):
+                for i in gl.static_range(WARPGROUPS):
+                    rows = [batch, head, first + i * BLOCK_Q, 0]
+                    tma.async_copy_global_to_shared(own[which], rows, own_full, own_buffers[which].index(i))
             for tile in range(gl.maximum(end, 1)):
                 slot, phase = copied % STAGES, copied // STAGES & 1
                 rows = [batch, head // group, tile * BLOCK_K, 0]
@@ -133,15 +169,15 @@ def _begin_scores(
 
 @gluon.jit
 def _attend(
-    state, q, queries, tile, k_buffer, v_buffer, k_barriers, v_barriers, mine, next_one, waited_for, waited_phase,
+    state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for, waited_phase,
     k_len, query_offset, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The scores of one tile of keys, and the product with the values of the tile before."""
     acc, peak, total, p, taken = state
-    k_full, k_empty = k_barriers
-    v_full, v_empty = v_barriers
+    k_full, k_empty = k_signals
+    v_full, v_empty = v_signals
     slot, before = taken % STAGES, (taken - 1) % STAGES
     mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
     if TURNS:
@@ -167,34 +203,34 @@ def _attend(
 
 @gluon.jit
 def _compute(
-    out_ptr, lse_ptr, o_strides, buffers, q_barriers, k_barriers, v_barriers, turns, problem, scale,
-    WHICH: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
+    things, WHICH: gl.constexpr,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH of those that compute."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = BLOCK_Q * WARPGROUPS
     FIRST: gl.constexpr = IS_CAUSAL or not EVEN  # whether the first tile has a mask
-    q_buffer, k_buffer, v_buffer = buffers
-    q_full, q_empty = q_barriers
-    k_full, k_empty = k_barriers
-    v_full, v_empty = v_barriers
-    heads, n_head, _group, q_len, k_len, query_offset = problem
+    out_ptr, lse_ptr, o_strides, q_buffer, buffers, q_signals, k_signals, v_signals, turns, problem, scale = things
+    k_buffer, v_buffer = buffers
+    q_full, q_empty = q_signals
+    k_full, k_empty = k_signals
+    v_full, v_empty = v_signals
+    batches, n_head, _group, q_len, k_len, query_offset, tiles, rounds = problem
     mine, next_one = turns.index(WHICH), turns.index((WHICH + 1) % WARPGROUPS)
     q = q_buffer.index(WHICH).reshape([BLOCK_Q, BLOCK_D])
     taken = 0  # tiles of keys, since the program began
-    for turn in range(_turns(heads, q_len, ROWS)):
-        batch, head, first = _work(turn, heads, n_head, q_len, ROWS)
-        if batch * n_head < heads:
-            full, end = _key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
+    for round in range(rounds):
+        batch, head, first = work(round, tiles, n_head, ROWS, True)
+        if batch < batches:
+            full, end = key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
             first += WHICH * BLOCK_Q
             queries = first + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, S_LAYOUT))
             # the first tile's p; the loops begin with the second
             slot = taken % STAGES
-            mbarrier.wait(q_full, turn & 1)
+            mbarrier.wait(q_full, round & 1)
             mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
             if TURNS:
                 mbarrier.wait(mine, taken & 1)
@@ -211,15 +247,15 @@ def _compute(
             full = gl.maximum(full, 1)
             for tile in range(1, full):
                 state = _attend(
-                    state, q, queries, tile, k_buffer, v_buffer, k_barriers, v_barriers, mine, next_one, q_full,
-                    turn & 1, k_len, query_offset, scale,
+                    state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, q_full,
+                    round & 1, k_len, query_offset, scale,
                     BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, IS_CAUSAL, TURNS, False, S_LAYOUT, P_LAYOUT,
                 )  # fmt: skip
             if FIRST:
                 for tile in range(full, end):
                     state = _attend(
-                        state, q, queries, tile, k_buffer, v_buffer, k_barriers, v_barriers, mine, next_one, q_full,
-                        turn & 1, k_len, query_offset, scale,
+                        state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, q_full,
+                        round & 1, k_len, query_offset, scale,
                         BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, IS_CAUSAL, TURNS, True, S_LAYOUT, P_LAYOUT,
                     )  # fmt: skip
             acc, peak, total, p, taken = state
@@ -234,20 +270,7 @@ def _compute(
             lse = lse_ptr + (batch.to(gl.int64) * n_head + head) * q_len
             gl.store(lse + queries, (peak + gl.log2(total)) / LOG2_E, mask=queries < q_len)
             acc *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            out = out_ptr + batch.to(gl.int64) * o_strides[0] + head.to(gl.int64) * o_strides[1]
-            rows = first + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, STORED))[:, None]
-            columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, STORED))[None, :]
-            acc = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORED)
-            gl.store(out + rows.to(gl.int64) * o_strides[2] + columns, acc, mask=(rows < q_len) & (columns < D))
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT mbarriers, each for so many arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
+            store_rows(out_ptr, o_strides, batch, head, first, acc, q_len, D, BLOCK_Q, BLOCK_D)
 
 
 @gluon.jit
@@ -255,63 +278,38 @@ def _attention_forward_hopper(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride,
-    n_head, group, q_len, k_len, query_offset, exponent_scale, heads,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, batches, n_key_head, tiles, rounds,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A program takes tiles of WARPGROUPS * BLOCK_Q queries until none is left."""
-    dtype: gl.constexpr = query_ptr.dtype.element_ty
-    Q_BLOCK: gl.constexpr = [1, 1, BLOCK_Q, BLOCK_D]
-    K_BLOCK: gl.constexpr = [1, 1, BLOCK_K, BLOCK_D]
-    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for(Q_BLOCK, dtype)
-    K_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for(K_BLOCK, dtype)
-    batches, key_heads = heads // n_head, n_head // group
-    queries = tma.make_tensor_descriptor(
-        query_ptr, [batches, n_head, q_len, D], [q_stride_b, q_stride_h, q_stride, 1], Q_BLOCK, Q_SHARED
-    )
-    keys = tma.make_tensor_descriptor(
-        key_ptr, [batches, key_heads, k_len, D], [k_stride_b, k_stride_h, k_stride, 1], K_BLOCK, K_SHARED
-    )
-    values = tma.make_tensor_descriptor(
-        value_ptr, [batches, key_heads, k_len, D], [v_stride_b, v_stride_h, v_stride, 1], K_BLOCK, K_SHARED
-    )
-    maps = (queries, keys, values)
-    buffers = (
-        gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, BLOCK_Q, BLOCK_D], Q_SHARED),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, BLOCK_D], K_SHARED),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, BLOCK_D], K_SHARED),
-    )
-    q_barriers = (_barriers(1, 1).index(0), _barriers(1, WARPGROUPS).index(0))
-    k_barriers = (_barriers(STAGES, 1), _barriers(STAGES, WARPGROUPS))
-    v_barriers = (_barriers(STAGES, 1), _barriers(STAGES, WARPGROUPS))
-    turns = _barriers(WARPGROUPS, 1)
+    queries = matrices(query_ptr, (q_stride_b, q_stride_h, q_stride), batches, n_head, q_len, D, BLOCK_Q, BLOCK_D)
+    keys = matrices(key_ptr, (k_stride_b, k_stride_h, k_stride), batches, n_key_head, k_len, D, BLOCK_K, BLOCK_D)
+    values = matrices(value_ptr, (v_stride_b, v_stride_h, v_stride), batches, n_key_head, k_len, D, BLOCK_K, BLOCK_D)
+    q_buffer = buffer(queries, WARPGROUPS)
+    buffers = (buffer(keys, STAGES), buffer(values, STAGES))
+    q_signals = (barriers(1, 1).index(0), barriers(1, WARPGROUPS).index(0))
+    k_signals = (barriers(STAGES, 1), barriers(STAGES, WARPGROUPS))
+    v_signals = (barriers(STAGES, 1), barriers(STAGES, WARPGROUPS))
+    turns = barriers(WARPGROUPS, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
-    problem = (heads, n_head, group, q_len, k_len, query_offset)
+    problem = (batches, n_head, group, q_len, k_len, query_offset, tiles, rounds)
     o_strides = (o_stride_b, o_stride_h, o_stride)
+    things = (out_ptr, lse_ptr, o_strides, q_buffer, buffers, q_signals, k_signals, v_signals, turns, problem,
+              exponent_scale)  # fmt: skip
+    copied = ((queries,), (q_buffer,), (keys, values), buffers, q_signals, k_signals, v_signals, problem)
     # constexprs stay such only if they are written here; registers are a thread's, 64K the processor's
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_compute, (out_ptr, lse_ptr, o_strides, buffers, q_barriers, k_barriers, v_barriers, turns, problem,
-                        exponent_scale, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN,
-                        TURNS)),
-            (_compute, (out_ptr, lse_ptr, o_strides, buffers, q_barriers, k_barriers, v_barriers, turns, problem,
-                        exponent_scale, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN,
-                        TURNS)),
-            (_copy, (maps, buffers, q_barriers, k_barriers, v_barriers, problem,
-                     BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
+            (_compute, (things, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (_compute, (things, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (copy, (copied, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_compute, (out_ptr, lse_ptr, o_strides, buffers, q_barriers, k_barriers, v_barriers, turns, problem,
-                        exponent_scale, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN,
-                        TURNS)),
-            (_compute, (out_ptr, lse_ptr, o_strides, buffers, q_barriers, k_barriers, v_barriers, turns, problem,
-                        exponent_scale, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN,
-                        TURNS)),
-            (_compute, (out_ptr, lse_ptr, o_strides, buffers, q_barriers, k_barriers, v_barriers, turns, problem,
-                        exponent_scale, 2, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN,
-                        TURNS)),
-            (_copy, (maps, buffers, q_barriers, k_barriers, v_barriers, problem,
-                     BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
+            (_compute, (things, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (_compute, (things, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (_compute, (things, 2, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (copy, (copied, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip

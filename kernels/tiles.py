@@ -15,9 +15,9 @@ from kernels.device import Device
 
 FOLDER = Path(__file__).with_name("tiles")
 SCHEMA = 3  # 1 had no options, 2 no warpgroups
-_ATTENTION = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "DESCRIPTORS")
+_ATTENTION = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "DESCRIPTORS", "WARPGROUPS", "TURNS")
 SLOTS: dict[str, tuple[str, ...]] = {
-    "attention.forward": (*_ATTENTION, "OVERLAP", "WARPGROUPS", "TURNS"),
+    "attention.forward": (*_ATTENTION, "OVERLAP"),
     "attention.backward_query": _ATTENTION,
     "attention.backward_key": _ATTENTION,
     "layer_norm.forward": ("ROWS", "num_warps"),
@@ -90,20 +90,23 @@ def _checked(tiles: object, where: str) -> Table:
                     kind = "a number" if any_whole else "a power of two"
                     allowed = "0 or 1" if (low, high) == (0, 1) else f"{kind} from {low} to {high}"
                     raise ValueError(f"{where}: {what} of {slot} {key} must be {allowed}, not {number!r}")
-            if wrong := _wrong_for_hopper(key, dict(zip(names, numbers, strict=True))):
+            if wrong := _wrong_for_hopper(slot, key, dict(zip(names, numbers, strict=True))):
                 raise ValueError(f"{where}: {slot} {key} is {list(numbers)}: {wrong}")
             checked.setdefault(slot, {})[key] = tuple(numbers)
     return checked
 
 
-def _wrong_for_hopper(key: str, numbers: dict[str, int]) -> str:
-    """Why these are not numbers for the kernel of kernels/attention_hopper.py; "" if they are, or for another."""
+def _wrong_for_hopper(slot: str, key: str, numbers: dict[str, int]) -> str:
+    """Why these are not numbers for a kernel of kernels/attention_hopper*.py; "" if they are, or for another."""
     if not numbers.get("WARPGROUPS"):
         return "TURNS are between WARPGROUPS" if numbers.get("TURNS") else ""
-    if numbers["WARPGROUPS"] == 1:
-        return "WARPGROUPS must be 0, 2 or 3"
-    if numbers["num_warps"] != 4 or not (numbers["DESCRIPTORS"] and numbers["OVERLAP"]):
+    many = (2, 3) if slot == "attention.forward" else (2,)
+    if numbers["WARPGROUPS"] not in many:
+        return f"WARPGROUPS must be 0 or {' or '.join(map(str, many))}"
+    if numbers["num_warps"] != 4 or not numbers["DESCRIPTORS"] or not numbers.get("OVERLAP", 1):
         return "with WARPGROUPS num_warps must be 4, a warpgroup's, and DESCRIPTORS and OVERLAP 1"
-    if numbers["BLOCK_Q"] not in (64, 128) or numbers["BLOCK_K"] < 32:
-        return "with WARPGROUPS BLOCK_Q must be 64 or 128, a warpgroup's, and BLOCK_K at least 32"
-    return "" if key.split("/")[0] == "half" else "WARPGROUPS are for fp16 and bf16 without dropout"
+    own, walked = ("BLOCK_K", "BLOCK_Q") if slot == "attention.backward_key" else ("BLOCK_Q", "BLOCK_K")
+    if numbers[own] not in (64, 128) or numbers[walked] < 32:
+        return f"with WARPGROUPS {own} must be 64 or 128, a warpgroup's, and {walked} at least 32"
+    kind = key.split("/")[0]
+    return "" if kind in ("half", "half-grouped") else "WARPGROUPS are for fp16 and bf16 without dropout"

@@ -7,7 +7,7 @@ their programs, for the counts alone.
 
     python -m profiling emulate --op layer_norm --dtype bfloat16
     python -m profiling emulate --op scaled_dot_product_attention --case gpt2 --programs 16 --lines 10
-    python -m profiling emulate --case one_over_a_tile --tile attention.forward half/64 64 64 4 2 1 1 2 1
+    python -m profiling emulate --case one_over_a_tile --tile attention.forward half/64 64 64 4 2 1 2 1 1
 """
 
 import argparse

@@ -5,7 +5,7 @@ the same kernel are compiled once. Occupancy follows from registers, shared memo
 op's own count of operations and bytes and from published peaks: an estimate, not a measurement.
 
     python -m profiling resources --op layer_norm --arch sm_90 --dtype bfloat16 --json resources.json
-    python -m profiling resources --case gpt2 --dtype bfloat16 --tile attention.forward half/64 128 128 8 2 1 1 0 0
+    python -m profiling resources --case gpt2 --dtype bfloat16 --tile attention.forward half/64 128 128 8 2 1 0 0 1
 """
 
 import argparse
@@ -181,7 +181,7 @@ def add_tile_to(parser: argparse.ArgumentParser) -> None:
     """The option that `trial_of` reads."""
     parser.add_argument(
         "--tile", nargs="+", action="append", default=[], metavar=("SLOT KEY", "NUMBER"),
-        help="take these numbers, as a table of tuned tiles has them: attention.forward half/64 128 128 8 2 1 1 0 0",
+        help="take these numbers, as a table of tuned tiles has them: attention.forward half/64 128 128 8 2 1 0 0 1",
     )  # fmt: skip
 
 

@@ -49,20 +49,22 @@ def test_descriptors_are_tried_where_there_are_any():
             for candidate in found:
                 launches = op.plan(inputs, case.options, candidate.device(TARGETS[arch]))
                 assert any(x.scratch for x in launches) == bool(candidate.numbers[4])
-                forward = launches[0]
-                assert forward.constexprs.get("WARPGROUPS", 0) == sum(candidate.numbers[6:7])
-                assert forward.gluon or bool(forward.constexprs.get("OVERLAP")) == bool(sum(candidate.numbers[5:6]))
-                assert forward.gluon == (len(candidate.numbers) == 8 and candidate.numbers[6] > 0)
+                used = {x.constexprs["WARPGROUPS"] for x in launches if x.gluon}
+                assert used == {number for number in candidate.numbers[5:6] if number}
+                overlaps = any(x.constexprs.get("OVERLAP") or x.name == "_attention_forward_hopper" for x in launches)
+                assert overlaps == bool(sum(candidate.numbers[7:]))
 
 
-def test_warpgroups_are_tried_on_hopper_for_attention_forward_without_dropout():
+def test_warpgroups_are_tried_on_hopper_for_attention_without_dropout():
     found = {
         (entry.name, arch)
         for entry, arch in itertools.product(ENTRIES, TARGETS)
         for candidate in sweep.candidates(entry, TARGETS[arch])
-        if len(candidate.numbers) == 8 and candidate.numbers[6]
+        if entry.slot.startswith("attention") and sum(candidate.numbers[5:6])
     }
-    assert found == {(f"attention.forward half/{size}", "sm_90") for size in (64, 128, 256)}
+    passes = [*itertools.product(("forward", "backward_query", "backward_key"), ("half/64", "half/128"))]
+    passes += [("forward", "half/256"), ("backward_key", "half-grouped/128")]
+    assert found == {(f"attention.{slot} {key}", "sm_90") for slot, key in passes}
 
 
 def test_candidates_are_compiled_by_the_libraries_of_this_process(monkeypatch):
@@ -197,14 +199,23 @@ def test_compilation_in_a_process_of_its_own():
 def test_descriptors_with_overlap_survive_and_what_waits_for_its_products_does_not():
     forward = {entry.key: entry for entry in ENTRIES if entry.slot == "attention.forward"}
     good = [
-        Candidate(forward["half/64"], (128, 64, 8, 2, 1, 1, 0, 0)),
-        Candidate(forward["half/128"], (128, 128, 8, 2, 1, 1, 0, 0)),
+        Candidate(forward["half/64"], (128, 64, 8, 2, 1, 0, 0, 1)),
+        Candidate(forward["half/128"], (128, 128, 8, 2, 1, 0, 0, 1)),
     ]
-    good += [one for entry in forward.values() for one in sweep.candidates(entry, BASE) if sum(one.numbers[6:7])]
     bad = Candidate(forward["half/64"], (128, 128, 4, 2, 0, 0, 0, 0))
     found = sweep.compiled([*good, bad], "sm_90", 1)
-    assert {found[candidate.name] for candidate in good} == {""}
+    assert [found[candidate.name] for candidate in good] == ["", ""]
     assert "a wait after every product" in found[bad.name]
+
+
+@pytest.mark.slow
+def test_what_is_tried_with_warpgroups_survives():
+    tried = [one for entry in ENTRIES for one in sweep.candidates(entry, BASE) if sum(one.numbers[5:6])]
+    found = sweep.compiled(tried, "sm_90", 2)
+    wrong = {name: why for name, why in found.items() if why}
+    assert len(found) > 40 and all(
+        "backward_key half/128" in name and why == "spills 8 B" for name, why in wrong.items()
+    )
 
 
 @pytest.mark.slow

@@ -36,11 +36,11 @@ def test_slug():
 
 
 def test_attention_takes_what_was_tuned(folder):
-    numbers = {"half/64": [32, 32, 4, 1, 1, 0, 0, 0], "half-dropout/64": [64, 32, 4, 2, 0, 1, 0, 0]}
+    numbers = {"half/64": [32, 32, 4, 1, 1, 0, 0, 0], "half-dropout/64": [64, 32, 4, 2, 0, 0, 0, 1]}
     device = write(folder, {"attention.forward": numbers})
     default = _tile(FORWARD, SPEC, OPTIONS, TARGETS["sm_90"])
     assert _tile(FORWARD, SPEC, OPTIONS, device) == (32, 32, 4, 1, 1, 0, 0, 0) != default
-    assert _tile(FORWARD, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2, 0, 1, 0, 0)
+    assert _tile(FORWARD, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2, 0, 0, 0, 1)
     # what has no entry keeps its default, and so does every other kernel
     assert _tile(FORWARD, SPEC, OPTIONS, device, grouped=True) == default
     assert _tile(BACKWARD_KEY, SPEC, OPTIONS, device) == _tile(BACKWARD_KEY, SPEC, OPTIONS, TARGETS["sm_90"])
@@ -81,7 +81,7 @@ def test_results_do_not_depend_on_the_table(folder, device):
     import kernels
     from kernels.op import plan_for
 
-    tuned = write(folder, {"attention.forward": {"ieee/64": [32, 16, 4, 1, 1, 1, 0, 0]}})
+    tuned = write(folder, {"attention.forward": {"ieee/64": [32, 16, 4, 1, 1, 0, 0, 1]}})
     q, k, v = (torch.randn(1, 1, 50, 32, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
     with plan_for(tuned):
         ours = kernels.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -106,24 +106,24 @@ BAD = {
         {"attention.forward": {"half/64": [64, 64, 8, 0, 0, 0, 0, 0]}}, {},
     ),
     # a table from before there were options
-    "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP, WARPGROUPS, TURNS], not [64, 64, 8, 2]": (
+    "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, WARPGROUPS, TURNS, OVERLAP], not [64, 64, 8, 2]": (
         {"attention.forward": {"half/64": [64, 64, 8, 2]}}, {},
     ),
-    "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS], not [64, 64, 8, 2, 1, 1]": (
+    "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, WARPGROUPS, TURNS], not [64, 64, 8, 2, 1, 1]": (
         {"attention.backward_key": {"half/64": [64, 64, 8, 2, 1, 1]}}, {},
     ),
     "OVERLAP of attention.forward half/64 must be 0 or 1, not 2": (
-        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 2, 0, 0]}}, {},
+        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 0, 0, 2]}}, {},
     ),
-    "half/64 is [64, 64, 8, 2, 1, 1, 2, 1]: with WARPGROUPS num_warps must be 4": (
-        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 1, 2, 1]}}, {},
+    "half/64 is [64, 64, 8, 2, 1, 2, 1, 1]: with WARPGROUPS num_warps must be 4": (
+        {"attention.forward": {"half/64": [64, 64, 8, 2, 1, 2, 1, 1]}}, {},
     ),
-    "and DESCRIPTORS and OVERLAP 1": ({"attention.forward": {"half/64": [64, 64, 4, 2, 0, 1, 2, 1]}}, {}),
-    "BLOCK_Q must be 64 or 128, a warpgroup's": ({"attention.forward": {"half/64": [32, 64, 4, 2, 1, 1, 2, 0]}}, {}),
-    "WARPGROUPS must be 0, 2 or 3": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 1, 0]}}, {}),
-    "must be a number from 0 to 3, not 4": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 4, 0]}}, {}),
-    "TURNS are between WARPGROUPS": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 0, 1]}}, {}),
-    "for fp16 and bf16 without dropout": ({"attention.forward": {"half-dropout/64": [64, 64, 4, 2, 1, 1, 2, 0]}}, {}),
+    "and DESCRIPTORS and OVERLAP 1": ({"attention.forward": {"half/64": [64, 64, 4, 2, 0, 2, 1, 1]}}, {}),
+    "BLOCK_Q must be 64 or 128, a warpgroup's": ({"attention.forward": {"half/64": [32, 64, 4, 2, 1, 2, 0, 1]}}, {}),
+    "WARPGROUPS must be 0 or 2 or 3": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 0, 1]}}, {}),
+    "must be a number from 0 to 3, not 4": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 4, 0, 1]}}, {}),
+    "TURNS are between WARPGROUPS": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 0, 1, 1]}}, {}),
+    "for fp16 and bf16 without dropout": ({"attention.forward": {"half-dropout/64": [64, 64, 4, 2, 1, 2, 0, 1]}}, {}),
 }  # fmt: skip
 
 

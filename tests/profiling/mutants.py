@@ -1,7 +1,7 @@
 """Compiled kernels with one barrier or wait taken out, each run in the emulator; prints JSON, needs TRITON_INTERPRET=0.
 
 python tests/profiling/mutants.py sm_90 layer_norm gpt2
-python tests/profiling/mutants.py sm_90 scaled_dot_product_attention longer 64 64 4 2 1 1 2 0
+python tests/profiling/mutants.py sm_90 scaled_dot_product_attention longer 64 64 4 2 1 2 0 1
 
 Numbers are a tile of attention's forward kernel, which then runs with one program for all.
 """

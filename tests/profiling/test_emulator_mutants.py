@@ -60,7 +60,7 @@ def test_what_orders_the_warps_of_attention_on_hopper():
     Waits that are not missed are those that keep ptxas from moving code; Triton puts a barrier before each of them. The
     wait for scores alone, once those are there at once, orders nothing.
     """
-    tile = "64 64 4 2 1 1 2 0".split()
+    tile = "64 64 4 2 1 2 0 1".split()
     (kernel,) = mutants("sm_90", "scaled_dot_product_attention", "longer", *tile)
     assert kernel["kernel"] == "_attention_forward_hopper"
     by_name = {}

@@ -152,16 +152,16 @@ def test_the_whole_table(arch):
 
 TUNED = {  # what docs/kernels/attention.md has the figures of, by case: slots and numbers
     "gpt2": (
-        ["attention.forward half/64 128 64 8 2 1 1 0 0", "attention.backward_query half/64 128 64 8 2 1",
-         "attention.backward_key half/64 64 128 8 2 1"],
-        ["attention.forward half/64 128 128 8 2 1 1 0 0", "attention.backward_query half/64 64 64 4 2 1",
-         "attention.backward_key half/64 64 64 4 2 1"],
+        ["attention.forward half/64 128 64 8 2 1 0 0 1", "attention.backward_query half/64 128 64 8 2 1 0 0",
+         "attention.backward_key half/64 64 128 8 2 1 0 0"],
+        ["attention.forward half/64 128 128 8 2 1 0 0 1", "attention.backward_query half/64 64 64 4 2 1 0 0",
+         "attention.backward_key half/64 64 64 4 2 1 0 0"],
     ),
     "d128": (
-        ["attention.forward half/128 128 64 8 2 1 1 0 0", "attention.backward_query half/128 128 64 8 2 1",
-         "attention.backward_key half/128 32 128 8 2 1"],
-        ["attention.forward half/128 128 128 8 2 1 1 0 0", "attention.backward_query half/128 64 64 4 2 1",
-         "attention.backward_key half/128 32 64 4 2 1"],
+        ["attention.forward half/128 128 64 8 2 1 0 0 1", "attention.backward_query half/128 128 64 8 2 1 0 0",
+         "attention.backward_key half/128 32 128 8 2 1 0 0"],
+        ["attention.forward half/128 128 128 8 2 1 0 0 1", "attention.backward_query half/128 64 64 4 2 1 0 0",
+         "attention.backward_key half/128 32 64 4 2 1 0 0"],
     ),
 }  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_tuned_options_compile_well(case, which, arch):
         ("attention.forward half/64 64 64 4 2 1 x", "give a slot, a key and whole numbers"),
         (
             "attention.forward half/64 64 64 4 2",
-            "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, OVERLAP, WARPGROUPS, TURNS]",
+            "must be [BLOCK_Q, BLOCK_K, num_warps, num_stages, DESCRIPTORS, WARPGROUPS, TURNS, OVERLAP]",
         ),
         ("attention.sideways half/64 64 64 4 2", "'attention.sideways' is no slot"),
     ],
