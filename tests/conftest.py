@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks and profiling run from the checkout, they are not installed
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # what is cached knows nothing of a fake that changed
+# numpy's products in Triton's interpreter are too small for threads, which wait for each other in loops
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 EMULATED = os.environ.get("KERNELS_EMULATE", "")  # run kernels as compiled for this target, on an emulated GPU
 if EMULATED:

@@ -275,8 +275,17 @@ class _Busy:
         return call
 
 
-@pytest.mark.parametrize(("ratio", "verdict"), [(1.0, "SAME"), (1.15, "SLOWER"), (0.87, "FASTER")])
-@pytest.mark.parametrize("seed", range(3))
+def _three_machines() -> list:
+    """(ratio, verdict, seed): by default each verdict on a machine of its own."""
+    found = []
+    for place, (ratio, verdict) in enumerate([(1.0, "SAME"), (1.15, "SLOWER"), (0.87, "FASTER")]):
+        for seed in range(3):
+            marks = () if seed == place else pytest.mark.slow
+            found.append(pytest.param(ratio, verdict, seed, marks=marks, id=f"{seed}-{ratio}-{verdict}"))
+    return found
+
+
+@pytest.mark.parametrize(("ratio", "verdict", "seed"), _three_machines())
 def test_identical_providers_are_the_same_and_others_are_not(ratio, verdict, seed, norm, monkeypatch):
     """From the provider to the verdict, on a machine that slows down while it measures."""
     clock = _Busy(seed)

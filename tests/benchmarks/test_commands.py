@@ -62,6 +62,12 @@ def test_the_door(tmp_path):
     assert done.stderr.startswith("error: unknown op 'softmax'") and done.stderr.count("\n") == 1
 
 
+def benchmarks(*chosen) -> subprocess.CompletedProcess:
+    """`pytest benchmarks`, without plugins that take their time to be imported."""
+    without = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist")
+    return run("-m", "pytest", "benchmarks", "-q", *without, *chosen)
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -72,7 +78,7 @@ def test_the_door(tmp_path):
 )
 def test_a_pytest_run_without_a_benchmark_fails(chosen):
     """A session in which everything is skipped has measured nothing."""
-    done = run("-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *chosen)
+    done = benchmarks(*chosen)
     ran_one = torch.cuda.is_available() and "triton" in chosen[1]
     assert (done.returncode == 0) == ran_one, done.stdout + done.stderr
     assert ("no benchmark ran at all" in done.stdout) != ran_one
@@ -84,7 +90,7 @@ def test_a_pytest_run_with_one_passes():
         if torch.cuda.is_available()
         else "layer_norm-128-forward-torch and not add"
     )
-    done = run("-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", chosen)
+    done = benchmarks("-k", chosen)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 

@@ -50,6 +50,7 @@ def emulated(arch: str, *tests: str, slow: bool = False) -> subprocess.Completed
     }
     environment |= {"KERNELS_EMULATE": arch, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-p", "no:hypothesispytest", "-p", "no:benchmark"]  # they take their time to be imported
     command += ["-m", "not network"] if slow else []
     return subprocess.run(
         [*command, *tests], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600 * 6

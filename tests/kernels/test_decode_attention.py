@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import DTYPES, guarded_allocations, in_float64, name_of
+from parity import guarded_allocations, in_float64, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -21,6 +21,12 @@ decode_attention = kernels.decode_attention
 module = importlib.import_module("kernels.decode_attention")  # the package's attribute of that name is the function
 ROOT = Path(__file__).resolve().parents[2]
 
+# fp16 takes the paths and tiles of bf16
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16],
+    ids=name_of,
+)
 KINDS = pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2)], ids=["single", "group"])
 
 
@@ -54,7 +60,7 @@ def agree(inputs, ours, **options):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@each_dtype
 @KINDS
 def test_what_lies_beyond_the_lengths_does_not_matter(heads, key_heads, dtype, splits, device, monkeypatch):
     """Uninitialised slots may hold NaN, infinity or anything: not a bit of the result changes."""
@@ -123,7 +129,7 @@ def test_slots_beyond_the_lengths_are_not_even_read():
 # ---------------------------------------------------------------- splits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@each_dtype
 @KINDS
 def test_any_number_of_splits(heads, key_heads, dtype, device, monkeypatch):
     """The same within rounding, each bit for bit again, and what a split without keys leaves is not read."""
@@ -271,7 +277,7 @@ def test_lengths_out_of_range_are_told(wrong, device, monkeypatch):
 # ---------------------------------------------------------------- the same as the other attention
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@each_dtype
 @KINDS
 def test_it_is_attention_of_the_filled_slots(heads, key_heads, dtype, device):
     for length in (1, 129, 300):

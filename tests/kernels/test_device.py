@@ -1,5 +1,6 @@
 """Where kernels run: the interpreter's choice, a missing Triton, facts of devices; helpers that mend Triton."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,37 @@ def _python(script: str, **environment: str) -> str:
     return done.stdout
 
 
+RUN_EACH = """
+import json, os, sys, torch
+for place, (script, environment) in enumerate(json.load(sys.stdin)):
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, script
+        continue
+    os.environ |= environment
+    os.dup2(os.open(str(place), os.O_WRONLY | os.O_CREAT), 1)
+    exec(script, {"__name__": "__main__"})
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, str]:
+    """By name, what each of SCRIPTS prints in a process of its own: forked, so that PyTorch is imported once.
+
+    As _python; nothing but PyTorch is imported, and Triton is not.
+    """
+    folder = tmp_path_factory.mktemp("said")
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "KERNELS_DEBUG")}
+    environment = inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command, scripts = [sys.executable, "-c", RUN_EACH], json.dumps(list(SCRIPTS.values()))
+    done = subprocess.run(
+        command, input=scripts, capture_output=True, text=True, env=environment, cwd=folder, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: (folder / str(place)).read_text() for place, name in enumerate(SCRIPTS)}
+
+
 CALL = """
 import torch
 x = torch.arange(24.0).reshape(3, 8)
@@ -41,52 +73,74 @@ assert "triton" in sys.modules, "building an optimizer no longer imports Triton:
 """
 
 
+WITHOUT_TRITON = """
+import sys; sys.modules['triton'] = None
+import kernels, torch
+assert not kernels.device.HAS_TRITON
+x = torch.ones(2, 3, 4)
+kernels.reference.layer_norm(x, 4); kernels.reference.scaled_dot_product_attention(x, x, x)
+kernels.reference.cross_entropy(x[0], torch.tensor([0, 1, 2]))
+import kernels.catalogue
+target = torch.tensor([0, 1, 2])
+for call in (lambda: kernels.layer_norm(x, 4), lambda: kernels.scaled_dot_product_attention(x, x, x),
+             lambda: kernels.cross_entropy(x[0], target)):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+TF32 = [(owner, how) for how in ("tf32", "ieee") for owner in ("torch.backends", "torch.backends.cuda.matmul")]
+SCRIPTS = {  # name -> (script, environment)
+    "no GPU": ("import kernels" + CALL, {}),
+    "optimizer first": (OPTIMIZER + "import kernels" + CALL, {}),
+    "optimizer first, interpreter asked for": (OPTIMIZER + "import kernels" + CALL, {"TRITON_INTERPRET": "1"}),
+    "too late": ("import os, triton; os.environ['TRITON_INTERPRET'] = '1'\nimport kernels" + CALL, {}),
+    "no interpreter": ("import kernels; assert not kernels.device.INTERPRETED" + CALL, {"TRITON_INTERPRET": "0"}),
+    "no Triton": (WITHOUT_TRITON, {}),
+} | {
+    f"{owner} {how}": (
+        f"import kernels, torch; {owner}.fp32_precision = {how!r}\nprint(kernels.device.allow_tf32(torch.zeros(1)))", {}
+    )
+    for owner, how in TF32
+}  # fmt: skip
+
+
 @pytest.mark.interpreter
 def test_without_a_gpu_the_interpreter_is_chosen():
     assert _python("import kernels" + CALL) == "ran\n"
 
 
 @pytest.mark.interpreter
-def test_an_optimizer_built_first_is_told_of():
+def test_so_it_is_when_pytorch_is_imported_first(said):
+    assert said["no GPU"] == "ran\n"
+
+
+@pytest.mark.interpreter
+def test_an_optimizer_built_first_is_told_of(said):
     """Triton was imported as a compiler, and half of it stays so: refused, with what to set."""
-    says = _python(OPTIMIZER + "import kernels" + CALL)
+    says = said["optimizer first"]
     assert "TRITON_INTERPRET=1" in says and "import kernels" in says and "ran" not in says
 
 
 @pytest.mark.interpreter
-def test_an_optimizer_built_first_is_no_matter_when_the_interpreter_was_asked_for():
-    assert _python(OPTIMIZER + "import kernels" + CALL, TRITON_INTERPRET="1") == "ran\n"
+def test_an_optimizer_built_first_is_no_matter_when_the_interpreter_was_asked_for(said):
+    assert said["optimizer first, interpreter asked for"] == "ran\n"
 
 
 @pytest.mark.interpreter
-def test_the_interpreter_asked_for_too_late_is_told_of():
-    says = _python("import os, triton; os.environ['TRITON_INTERPRET'] = '1'\nimport kernels" + CALL)
+def test_the_interpreter_asked_for_too_late_is_told_of(said):
+    says = said["too late"]
     assert "before TRITON_INTERPRET was chosen" in says and "TRITON_INTERPRET=1" in says
 
 
-def test_no_interpreter_is_obeyed():
-    says = _python("import kernels; assert not kernels.device.INTERPRETED" + CALL, TRITON_INTERPRET="0")
+def test_no_interpreter_is_obeyed(said):
+    says = said["no interpreter"]
     assert "TRITON_INTERPRET=1" in says and "ran" not in says
 
 
-def test_without_triton():
+def test_without_triton(said):
     """Importing and the reference work; calling a kernel says what to install."""
-    says = _python(
-        "import sys; sys.modules['triton'] = None\nimport kernels, torch\n"
-        "assert not kernels.device.HAS_TRITON\n"
-        "x = torch.ones(2, 3, 4)\n"
-        "kernels.reference.layer_norm(x, 4); kernels.reference.scaled_dot_product_attention(x, x, x)\n"
-        "kernels.reference.cross_entropy(x[0], torch.tensor([0, 1, 2]))\n"
-        "import kernels.catalogue\n"
-        "target = torch.tensor([0, 1, 2])\n"
-        "for call in (lambda: kernels.layer_norm(x, 4), lambda: kernels.scaled_dot_product_attention(x, x, x),\n"
-        "             lambda: kernels.cross_entropy(x[0], target)):\n"
-        "    try:\n"
-        "        call()\n"
-        "    except RuntimeError as error:\n"
-        "        print(error)\n"
-    )
-    assert says.count("pip install triton") == 3
+    assert said["no Triton"].count("pip install triton") == 3
 
 
 # ---------------------------------------------------------------- facts
@@ -134,12 +188,10 @@ def test_tf32_is_as_pytorch_is_set():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cuda.matmul"])
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_tf32_is_as_pytorchs_newer_settings_have_it(owner, precision):
+@pytest.mark.parametrize(("owner", "precision"), TF32)
+def test_tf32_is_as_pytorchs_newer_settings_have_it(owner, precision, said):
     """In a process of its own: PyTorch takes no older setting back after them."""
-    script = f"import kernels, torch; {owner}.fp32_precision = {precision!r}; x = torch.zeros(1)\n"
-    assert _python(script + "print(kernels.device.allow_tf32(x))") == f"{precision == 'tf32'}\n"
+    assert said[f"{owner} {precision}"] == f"{precision == 'tf32'}\n"
 
 
 @pytest.mark.gpu

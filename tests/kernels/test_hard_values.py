@@ -271,12 +271,12 @@ def _problems() -> list:
     for listed in catalogue.OPS:
         packed = listed is catalogue.ATTENTION_QKVPACKED  # held as attention is, to each of the three gradients
         op = dataclasses.replace(catalogue.ATTENTION, public=_packed) if packed else listed
-        for case in CASES.get(op.name, [laid_out(op)]) + LONG.get(op.name, []):
+        for place, case in enumerate(CASES.get(op.name, [laid_out(op)]) + LONG.get(op.name, [])):
             for dtype in DTYPES:
                 for hard in HARD:
-                    # every kind in two dtypes by default, and every dtype with what is not finite
+                    # by default every kind in fp32; of an op's first case in fp16 too, and what is not finite in bf16
                     many = dtype == torch.bfloat16 and hard not in ("nan", "inf", "-inf")
-                    many = many or (packed and dtype != torch.float32)
+                    many = many or ((packed or place > 0) and dtype != torch.float32)
                     many = many or (case.name == "long" and (dtype != torch.float32 or hard not in ("nan", "inf")))
                     marks = pytest.mark.slow if many else ()
                     label = f"{listed.name}-{case.name}-{name_of(dtype)}-{hard}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from training_runs import StopAfter
 
-import kernels  # noqa: F401  first: it chooses Triton's interpreter where there is no GPU
+import kernels  # first: it chooses Triton's interpreter where there is no GPU
 from minigpt import generators, plots
 from minigpt.config import parse, preset
 from minigpt.errors import Stopped, UserError
@@ -161,6 +161,8 @@ def main(text, *names):
     # What every process would import for itself.
     importlib.import_module("torch.distributed.fsdp")
     torch.optim.AdamW([torch.ones(1)])
+    if kernels.device.HAS_TRITON:
+        importlib.import_module("triton.experimental.gluon")  # at the first launch
     plots.curves = lambda *_, **__: None
     found = {}
     for name in names:

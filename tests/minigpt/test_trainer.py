@@ -159,6 +159,24 @@ def test_the_curves_are_drawn_on_the_way(small, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step(small, number, monkeypatch):
+    step = Learner.step
+
+    def struck(self, place):
+        if place == 6:
+            signal.raise_signal(number)
+        return step(self, place)
+
+    monkeypatch.setattr(Learner, "step", struck)
+    with pytest.raises(Stopped, match=r"stopped after step 7.*--resume r$") as stopped:
+        train(small(out=Path("r")))
+    assert stopped.value.exit_status == 130
+    assert checkpoint.load(Path("r/last")).state["progress"]["step"] == 7
+    assert [int(row["step"]) for row in rows(Path("r"))] == list(range(1, 8))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(small, number, text, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(text), "--out", "stopped", "--device", "cpu"]
     command += [
