@@ -127,26 +127,22 @@ def _with_descriptors(slot: str, key: str) -> Iterator[tuple[int, ...]]:
 
 HOPPER = {  # (BLOCK_Q, BLOCK_K, num_stages, WARPGROUPS) of what compiles without spills, by slot and head size
     "attention.forward": {
-        "64": ((64, 64, 3, 2), (64, 128, 2, 2), (64, 128, 3, 2), (64, 64, 2, 3), (64, 64, 3, 3), (128, 32, 3, 2)),
-        "128": ((64, 64, 2, 2), (64, 64, 3, 2), (64, 128, 2, 2)),
-        "256": ((64, 32, 2, 2), (64, 64, 2, 2)),
+        "64": ((64, 128, 2, 2), (64, 64, 3, 2), (64, 64, 3, 3)),
+        "128": ((64, 128, 2, 2), (64, 64, 3, 2)),
+        "256": ((64, 64, 2, 2),),
     },
-    "attention.backward_query": {
-        "64": ((64, 64, 2, 2), (64, 64, 3, 2)),
-        "128": ((64, 32, 2, 2), (64, 32, 3, 2)),
-    },
-    "attention.backward_key": {
-        "64": ((64, 64, 2, 2), (64, 64, 3, 2)),
-        "128": ((32, 64, 2, 2), (32, 64, 3, 2)),  # Triton 3.7.1 spills 8 bytes here, 3.6.0 none
-    },
+    "attention.backward_query": {"64": ((64, 64, 2, 2), (64, 64, 3, 2)), "128": ((64, 32, 3, 2), (64, 32, 2, 2))},
+    # at 128 Triton 3.7.1 spills 8 bytes, 3.6.0 none
+    "attention.backward_key": {"64": ((64, 64, 2, 2), (64, 64, 3, 2)), "128": ((32, 64, 3, 2), (32, 64, 2, 2))},
 }
 
 
 def _for_hopper(slot: str, key: str) -> Iterator[tuple[int, ...]]:
-    """By warps that copy and warpgroups that compute, with turns between those and without."""
+    """By warps that copy and warpgroups that compute, with turns between those, and once without."""
     kind, size = key.split("/")
-    for block_q, block_k, stages, warpgroups in HOPPER[slot].get(size, ()) if "dropout" not in kind else ():
-        for turns in (1, 0):
+    blocks = HOPPER[slot].get(size, ()) if "dropout" not in kind else ()
+    for place, (block_q, block_k, stages, warpgroups) in enumerate(blocks):
+        for turns in (1, 0) if place == 0 else (1,):
             yield block_q, block_k, 4, stages, 1, warpgroups, turns, *((1,) if slot == "attention.forward" else ())
 
 
@@ -171,6 +167,13 @@ def candidates(entry: Entry, device: Device) -> list[Candidate]:
         grid = itertools.product({block, block // 2, block // 4, block // 8}, (1, 2, 4, 8, 16), (4, 8, 16))
         found = [n for n in sorted(grid) if n[0] >= 128 and 128 * n[2] <= n[0] * n[1] <= 2048 * n[2]]
     return [Candidate(entry), *(Candidate(entry, numbers) for numbers in found)]
+
+
+def in_gluon(candidate: Candidate, device: Device) -> bool:
+    """Whether a launch of the candidate's is of a kernel written in Gluon: no interpreter has ever run it."""
+    op, case = case_of(candidate.entry)
+    inputs = op.inputs(case, DTYPES[candidate.entry.dtype], "meta")
+    return any(launch.gluon for launch in op.plan(inputs, case.options, candidate.device(device)))
 
 
 # ---------------------------------------------------------------- compiling

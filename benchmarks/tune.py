@@ -1,7 +1,8 @@
 """`python -m benchmarks tune`: the tile sweep, which writes kernels/tiles/<gpu>.json.
 
 For each entry of the table: candidates are compiled in parallel, those that spill or exceed shared memory dropped,
-the rest held to the truth, forward and backward, and those that are right timed in turns. The best of them is timed
+the rest held to the truth, forward and backward (kernels written in Gluon in a process of their own, which may hang),
+and those that are right timed in turns. The best of them is timed
 against the default once more, and enters the table if it is faster by more than chance. What is known is stored as
 it comes, in <gpu>.partial, and a sweep that was cut short goes on from there. --dry-run does all but the timing,
 for a GPU that is not there: kernels run in Triton's interpreter, on small problems.
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, problems, results, stats, suite, sweep, timing
+from benchmarks import machine, problems, results, stats, suite, sweep, timing, trial
 from benchmarks.problems import DTYPES, Checker, Problem, Wrong
 from benchmarks.sweep import Candidate, Entry
 from kernels import tiles
@@ -112,6 +113,10 @@ def survivors(
         if why := known["compiled"][candidate.name]:
             print(f"  {list(candidate.numbers) or 'default'}: {why}", flush=True)
     unknown = [candidate for candidate in fit if candidate.name not in known["judged"]]
+    apart = [candidate for candidate in unknown if sweep.in_gluon(candidate, base)]
+    for name, why in trial.outcomes(entry, apart, base.tiles):
+        partial.enter("judged", {name: why})
+    unknown = [candidate for candidate in unknown if candidate not in apart]
     if unknown:
         checker = Checker(problem_of(entry, dry))
         for candidate in unknown:

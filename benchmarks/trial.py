@@ -1,0 +1,86 @@
+"""Candidates of a sweep judged in a process of their own: a kernel that never ends, or costs its process the GPU, is
+that candidate's fault alone.
+
+`python -m benchmarks.trial ENTRY NUMBERS ARCH` judges the candidates of these numbers, given as JSON, a line each.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+from benchmarks import machine
+from benchmarks.sweep import Candidate, Entry
+
+READY = "ready"
+
+
+def outcomes(entry: Entry, candidates: list[Candidate], arch: str, seconds: float = 60.0) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong or "") of each candidate. One that takes longer than `seconds` is stopped and its process
+    with it, and another one goes on with the next."""
+    left = list(candidates)
+    while left:
+        for name, why in _one_process(entry, left, arch, seconds):
+            yield name, why
+            left = left[1:]
+
+
+def _command(entry: Entry, candidates: list[Candidate], arch: str) -> list[str]:
+    numbers = json.dumps([candidate.numbers for candidate in candidates])
+    return [sys.executable, "-m", "benchmarks.trial", entry.name, numbers, arch]
+
+
+def _one_process(
+    entry: Entry, candidates: list[Candidate], arch: str, seconds: float
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": machine.import_path()}
+    command = _command(entry, candidates, arch)
+    child = subprocess.Popen(command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in child.stdout:
+            lines.put(line.strip())
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        ready = False
+        for candidate in candidates:
+            try:
+                while (line := lines.get(timeout=seconds if ready else 10 * seconds)) == READY:
+                    ready = True
+            except queue.Empty:
+                yield candidate.name, f"did not end within {seconds:.0f} s"
+                return
+            if not line:
+                yield candidate.name, f"its process ended with status {child.wait()}"
+                return
+            yield candidate.name, json.loads(line)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _main(name: str, numbers: str, arch: str) -> None:
+    from benchmarks import sweep, tune
+    from benchmarks.problems import Checker
+    from kernels.device import TARGETS, facts
+
+    entry = next(entry for entry in sweep.entries() if entry.name == name)
+    here = machine.here()
+    base = facts(here.torch_device) if here.type == "cuda" else TARGETS[arch]
+    checker = Checker(tune.problem_of(entry, dry=here.type != "cuda"))
+    print(READY, flush=True)
+    for one in json.loads(numbers):
+        why = tune.judge(Candidate(entry, tuple(one)), base, checker)
+        print(json.dumps(why), flush=True)
+        if "CUDA" in why:  # after such an error everything else fails in this process
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
