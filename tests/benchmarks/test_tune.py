@@ -252,10 +252,7 @@ def test_descriptors_with_overlap_survive_and_what_waits_for_its_products_does_n
 def test_what_is_tried_with_warpgroups_survives():
     tried = [one for entry in ENTRIES for one in sweep.candidates(entry, BASE) if sum(one.numbers[5:6])]
     found = sweep.compiled(tried, "sm_90", 2)
-    wrong = {name: why for name, why in found.items() if why}
-    assert len(found) > 20 and all(
-        "backward_key half/128" in name and why == "spills 8 B" for name, why in wrong.items()
-    )
+    assert len(found) > 20 and not {name: why for name, why in found.items() if why}
 
 
 @pytest.mark.slow
