@@ -816,7 +816,9 @@ def _tile(
     slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
     if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
         tile = Tile(*tuned)
-        if not tile.warpgroups or (device.warpgroups and _describable(device, *walked)):
+        # those describe all heads together: a head or batch that is another one again has no stride
+        apart = all(spec.stride[0] > 0 < spec.stride[1] for spec in walked)
+        if not tile.warpgroups or (device.warpgroups and apart and _describable(device, *walked)):
             return tile
     row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
     return Tile(*rows[row][size])

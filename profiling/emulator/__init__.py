@@ -4,9 +4,10 @@ To be read in this order:
 
 1. ptx.py: PTX as text, into instructions.
 2. machine.py: a program of instructions, made into functions of NumPy arrays, and a launch of it; what is counted.
-3. execution.py: some programs in step: registers, where each thread is, the ways to memory.
-4. memory.py: tensors and shared memory, their bounds, and who wrote and read what (races).
-5. conversions.py (types), arithmetic.py, instructions.py, asynchronous.py (copies, mbarriers, the TMA unit), matrix.py:
+3. execution.py: some programs in step: registers, where each thread is and whom it waits for, the ways to memory.
+4. memory.py: tensors, their bounds, and who wrote and read what (races); order.py: the same for shared memory, where
+   barriers and mbarriers of some warps order those warps alone.
+5. conversions.py (types), arithmetic.py, instructions.py, asynchronous.py (copies, mbarriers), tma.py, matrix.py:
    the instructions.
 6. driver.py: Triton made to launch here; `emulate()` is the door.
 
@@ -20,6 +21,9 @@ Not modelled:
 - time, caches, occupancy; ptxas, its scheduling, its allocation of registers and its own faults: what runs is PTX.
 - memory reordered between threads without a barrier, and what fences (also those between the proxies of threads and
   of the TMA unit) are for: a fence does nothing here, so one that is missing is not missed.
+- other orders of warps that wait for each other than one: those at the earliest instruction run until they wait. Races
+  are seen whatever the order, but a deadlock that needs another order is not.
+- whose copy an mbarrier brought: who has waited for a later copy counts as knowing the earlier ones of its program.
 - threads of one warp that run ahead of each other: between them no race is seen.
 - products of wgmma under way: results are there at once, and reading an accumulator too early is not noticed.
 - the rounding inside tensor cores (products are exact and summed in fp32) and of approximate instructions (here the

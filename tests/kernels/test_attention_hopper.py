@@ -91,9 +91,10 @@ def test_taken_where_a_table_says_so():
     [
         ({"key": CONTIGUOUS._replace(aligned=False)}, [False, False, False]),
         ({"query": CONTIGUOUS._replace(stride=(65536, 16384, 68, 1))}, [False, False, False]),
+        ({"value": CONTIGUOUS._replace(stride=(65536, 0, 64, 1))}, [False, False, False]),
         ({"grad": CONTIGUOUS._replace(stride=(65536, 16384, 0, 1))}, [True, False, False]),
     ],
-    ids=["base", "row", "gradient"],
+    ids=["base", "row", "expanded heads", "gradient"],
 )
 def test_the_default_where_a_descriptor_is_not_legal(change, taken):
     launches = _planned(tuned("turns"), **change)
