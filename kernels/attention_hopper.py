@@ -57,6 +57,13 @@ def buffer(matrices, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def begin(a, buffer, slot, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+    """a b^T under way, b a tile in a buffer's slot."""
+    b = buffer.index(slot).reshape([BLOCK_B, BLOCK_D]).permute((1, 0))
+    return warpgroup_mma(a, b, gl.zeros([BLOCK_A, BLOCK_B], gl.float32, LAYOUT), use_acc=False, is_async=True)
+
+
+@gluon.jit
 def store_rows(
     base_ptr, strides, batch, head, first, tile, length, D: gl.constexpr, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr
 ):
@@ -159,15 +166,6 @@ def _softmax(s, peak, total, queries, start, k_len, query_offset, scale, IS_CAUS
 
 
 @gluon.jit
-def _begin_scores(
-    q, k_buffer, slot, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """q k^T, under way."""
-    k = k_buffer.index(slot).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
-    return warpgroup_mma(q, k, gl.zeros([BLOCK_Q, BLOCK_K], gl.float32, LAYOUT), use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _attend(
     state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for, waited_phase,
     k_len, query_offset, scale,
@@ -182,7 +180,7 @@ def _attend(
     mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
-    s = _begin_scores(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+    s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
     mbarrier.wait(v_full.index(before), (taken - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_buffer.index(before).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
     if TURNS:
@@ -234,7 +232,7 @@ def _compute(
             mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
             if TURNS:
                 mbarrier.wait(mine, taken & 1)
-            s = _begin_scores(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+            s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
             if TURNS:
                 mbarrier.arrive(next_one, count=1)
             s = warpgroup_mma_wait(num_outstanding=0, deps=[s])

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention_hopper import (
     LOG2_E,
     barriers,
+    begin,
     buffer,
     copy,
     key_tiles,
@@ -44,13 +45,6 @@ def _load_lse(lse_ptr, queries, q_len):
     """lse in base 2; inf, which makes p zero, for a query that sees no key (-inf) or lies beyond q_len."""
     lse = gl.load(lse_ptr + queries, mask=queries < q_len, other=float("inf"))
     return gl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
-
-
-@gluon.jit
-def _begin(a, buffer, slot, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
-    """a b^T under way, b a tile in a buffer's slot."""
-    b = buffer.index(slot).reshape([BLOCK_B, BLOCK_D]).permute((1, 0))
-    return warpgroup_mma(a, b, gl.zeros([BLOCK_A, BLOCK_B], gl.float32, LAYOUT), use_acc=False, is_async=True)
 
 
 # ---------------------------------------------------------------- dq
@@ -94,8 +88,8 @@ def _query_step(
     mbarrier.wait(v_full.index(slot), phase)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
-    s = _begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
-    dp = _begin(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+    s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+    dp = begin(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
     dq = warpgroup_mma(ds, k_buffer.index(before).reshape([BLOCK_K, BLOCK_D]), dq, is_async=True)
     if TURNS:
         mbarrier.arrive(next_one, count=1)
@@ -172,8 +166,8 @@ def _compute_query(
             mbarrier.wait(v_full.index(slot), phase)
             if TURNS:
                 mbarrier.wait(mine, taken & 1)
-            s = _begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
-            dp = _begin(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+            s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+            dp = begin(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
             if TURNS:
                 mbarrier.arrive(next_one, count=1)
             ds = _score_gradients(
@@ -315,8 +309,8 @@ def _key_step(
     mbarrier.wait(full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
-    s = _begin(k, q_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
-    dp = _begin(v, g_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
+    s = begin(k, q_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
+    dp = begin(v, g_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
     if TURNS:
         mbarrier.arrive(next_one, count=1)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
