@@ -174,11 +174,7 @@ def wgmma(instruction: Instruction, machine) -> Callable:
     right, scale = machine.place(b, TYPES["u64"]), machine.place(scale, TYPES["pred"])
     transposed = ([0, *transposed] if in_registers else [*transposed])[:2] if transposed else [0, 0]
     itemsize = 4 if kind == "tf32" else 2
-    lane = np.arange(WARPGROUP)
-    row, column = 16 * (lane // 32) + lane % 32 // 4, 2 * (lane % 4)
-    number = np.arange(width // 2)
-    rows_d = row[:, None] + 8 * (number // 2 % 2)
-    columns_d = column[:, None] + 8 * (number // 4) + number % 2
+    rows_d, columns_d = _accumulator_places(width)
 
     def product(run, mask):
         warps = run.whole_warps(mask)
@@ -212,6 +208,14 @@ def wgmma(instruction: Instruction, machine) -> Callable:
             run.write(target, value.reshape(-1), mask)
 
     return product
+
+
+@functools.cache
+def _accumulator_places(width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of a 64 x width product, (128 threads, numbers of each)."""
+    lane, number = np.arange(WARPGROUP)[:, None], np.arange(width // 2)
+    rows = 16 * (lane // 32) + lane % 32 // 4 + 8 * (number // 2 % 2)
+    return rows, 2 * (lane % 4) + 8 * (number // 4) + number % 2
 
 
 def _dealt_or_zero(run, registers, groups):
