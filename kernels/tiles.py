@@ -108,5 +108,7 @@ def _wrong_for_hopper(slot: str, key: str, numbers: dict[str, int]) -> str:
     own, walked = ("BLOCK_K", "BLOCK_Q") if slot == "attention.backward_key" else ("BLOCK_Q", "BLOCK_K")
     if numbers[own] not in (64, 128) or numbers[walked] < 32:
         return f"with WARPGROUPS {own} must be 64 or 128, a warpgroup's, and {walked} at least 32"
+    if slot == "attention.backward_query" and numbers["num_stages"] < 2:
+        return "with WARPGROUPS num_stages must be at least 2 here: a tile is still read when the next one is"
     kind = key.split("/")[0]
     return "" if kind in ("half", "half-grouped") else "WARPGROUPS are for fp16 and bf16 without dropout"

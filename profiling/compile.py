@@ -143,6 +143,12 @@ def compile_ahead(source: Source):
     return triton_compile(ast, target=_target(source.arch), options=options)
 
 
+def why_not_compiled(error: Exception) -> str:
+    """A compiler's error in one line: what ptxas says, if it was ptxas."""
+    lines = f"{type(error).__name__}: {error}".strip().split("\n")
+    return next((line.strip() for line in lines if "fatal" in line), lines[0])
+
+
 def compile_source(source: Source) -> dict[str, Any]:
     """Compile, and return the measured fields of a Use."""
     log = io.StringIO()
@@ -152,7 +158,7 @@ def compile_source(source: Source) -> dict[str, Any]:
             os.environ["TRITON_CACHE_DIR"] = folder
             compiled = compile_ahead(source)
     except Exception as error:  # whatever a compiler raises is this row's result
-        return {"error": f"{type(error).__name__}: {error}".strip().split("\n")[0]}
+        return {"error": why_not_compiled(error)}
     seconds = time.perf_counter() - began
     text = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
     common = {

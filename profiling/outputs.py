@@ -7,10 +7,15 @@ from minigpt.errors import UserError
 
 
 def check_folders(*paths: Path | None) -> None:
-    """Raise UserError where a file is to go to a folder that is not there. None is not asked for, `-` is stdout."""
+    """Raise UserError where a file is to go to a folder that is not there, or to be one. None is not asked for, `-` is
+    stdout."""
     for path in paths:
-        if path not in (None, Path("-")) and not path.absolute().parent.is_dir():
+        if path in (None, Path("-")):
+            continue
+        if not path.absolute().parent.is_dir():
             raise UserError(f"{path.absolute().parent}: no such folder; create it, or choose another place")
+        if path.is_dir():
+            raise UserError(f"{path}: it is a folder; give the name of a file in it")
 
 
 def check_suffix(option: str, path: Path | None, suffixes: Collection[str]) -> None:

@@ -138,7 +138,12 @@ def rooflines(ops: Iterable[Any], table: Sequence[Use], cases: str = "sizes") ->
         for use in table
         for label in use.cases
     )
-    on_tensor_cores = {(use.op, use.dtype, use.arch) for use in table if use.tensor_core}
+    on_tensor_cores = {
+        (label.split("/")[0] if "/" in label else use.op, use.dtype, use.arch)
+        for use in table
+        if use.tensor_core
+        for label in use.cases
+    }
     found = []
     for name, case_name, dtype, arch in asked:
         op, case = known[name, case_name]
@@ -185,8 +190,11 @@ def add_tile_to(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def trial_of(chosen: list[list[str]]) -> str:
-    """A name under which plans take the tiles of --tile; "" for none. Raises UserError for what is no tile."""
+def trial_of(chosen: list[list[str]], problems: Iterable[tuple], dtypes: Sequence[str], archs: Sequence[str]) -> str:
+    """A name under which plans take the tiles of --tile; "" for none.
+
+    Raises UserError for what is no tile, and for a tile that no plan of these problems, (op, case), takes.
+    """
     from kernels import tiles
     from minigpt.errors import UserError
 
@@ -199,7 +207,26 @@ def trial_of(chosen: list[list[str]]) -> str:
         tiles.try_out("--tile", table)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for slot, key in ((slot, key) for slot, entries in table.items() for key in entries):
+        tiles.try_out("one --tile", {slot: {key: table[slot][key]}})
+        if not any(_changes(problem, dtype, arch) for problem in problems for dtype in dtypes for arch in archs):
+            raise UserError(
+                f"--tile {slot} {key}: nothing that was chosen takes it. A key of attention is half, ieee or tf32, "
+                "with -dropout or -grouped if so, and 64, 128 or 256 for heads up to that; of the others a power of 2"
+            )
     return "--tile" if table else ""
+
+
+def _changes(problem: tuple, dtype: str, arch: str) -> bool:
+    """Whether a plan is another one with the tile that is tried out."""
+    from kernels.device import TARGETS
+
+    op, case = problem
+    inputs = op.inputs(case, DTYPES[dtype], "meta")
+    with_tile, without = (
+        op.plan(inputs, case.options, dataclasses.replace(TARGETS[arch], name=name)) for name in ("one --tile", "")
+    )
+    return with_tile != without
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -232,10 +259,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_folders(arguments.json)
     if arguments.store and (arguments.case or arguments.tile or arguments.cases != "sizes"):
         raise UserError("--store keeps whole ops with their defaults: leave out --case, --cases and --tile")
-    trial = trial_of(arguments.tile)
-    found = uses(
-        chosen, archs, arguments.dtype or list(DTYPES), cases=arguments.cases, only=arguments.case, trial=trial
-    )
+    dtypes = arguments.dtype or list(DTYPES)
+    problems = [(op, case) for op in chosen for case in getattr(op, arguments.cases)]
+    problems = [one for one in problems if not arguments.case or one[1].name in arguments.case]
+    trial = trial_of(arguments.tile, problems, dtypes, archs)
+    found = uses(chosen, archs, dtypes, cases=arguments.cases, only=arguments.case, trial=trial)
     table = measure(found, arguments.workers)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
     document["rooflines"] = rooflines(chosen, table, arguments.cases)

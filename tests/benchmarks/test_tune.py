@@ -257,6 +257,6 @@ def test_what_is_tried_with_warpgroups_survives():
 
 @pytest.mark.slow
 def test_a_tile_that_spills_is_dropped():
-    """One warp with 256 elements a thread must spill, four with 32 need not."""
-    found = sweep.compiled([Candidate(NORM, (8, 1)), Candidate(NORM, (4, 4))], "sm_90", 1)
-    assert "spills" in found[Candidate(NORM, (8, 1)).name] and found[Candidate(NORM, (4, 4)).name] == ""
+    """One warp with 512 elements a thread must spill, four with 32 need not."""
+    found = sweep.compiled([Candidate(NORM, (16, 1)), Candidate(NORM, (4, 4))], "sm_90", 1)
+    assert "spills" in found[Candidate(NORM, (16, 1)).name] and found[Candidate(NORM, (4, 4)).name] == ""

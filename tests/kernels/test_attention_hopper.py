@@ -6,6 +6,7 @@ They run on a GPU of compute capability 9.0, or emulated, of which test_compiled
 
 import itertools
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -135,7 +136,8 @@ def test_the_interpreter_says_that_it_cannot(device, loops):
 # ---------------------------------------------------------------- that it is right
 
 HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-runs = pytest.mark.skipif(INTERPRETED or (torch.cuda.is_available() and not HERE), reason="needs a CUDA GPU of 9.0")
+EMULATED = os.environ.get("KERNELS_EMULATE") == "sm_90"
+runs = pytest.mark.skipif(INTERPRETED or not (HERE or EMULATED), reason="needs a CUDA GPU of 9.0")
 QUICK = ("one_over_a_tile-bfloat16-turns", "sees_nothing-float16-three", "not_causal-bfloat16-wide")
 
 

@@ -48,7 +48,8 @@ def tuned(descriptors: int, overlap: int, base: Device | None = None, block_q: i
     keys = [f"{kind}/{size}" for kind, size in itertools.product(KINDS, (64, 128, 256))]
     name = f"descriptors {descriptors} overlap {overlap} {block_q} {block_k}"
     tiles.try_out(name, {slot: dict.fromkeys(keys, numbers) for slot, numbers in slots.items()})
-    base = base or (facts(torch.device("cuda")) if torch.cuda.is_available() else TARGETS["sm_90"])
+    emulated = os.environ.get("KERNELS_EMULATE") or "sm_90"
+    base = base or (facts(torch.device("cuda")) if torch.cuda.is_available() else TARGETS[emulated])
     return replace(base, name=name)
 
 

@@ -122,6 +122,7 @@ BAD = {
     "BLOCK_Q must be 64 or 128, a warpgroup's": ({"attention.forward": {"half/64": [32, 64, 4, 2, 1, 2, 0, 1]}}, {}),
     "WARPGROUPS must be 0 or 2 or 3": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 0, 1]}}, {}),
     "must be a number from 0 to 3, not 4": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 4, 0, 1]}}, {}),
+    "num_stages must be at least 2 here": ({"attention.backward_query": {"half/64": [64, 64, 4, 1, 1, 2, 0]}}, {}),
     "TURNS are between WARPGROUPS": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 0, 1, 1]}}, {}),
     "for fp16 and bf16 without dropout": ({"attention.forward": {"half-dropout/64": [64, 64, 4, 2, 1, 2, 0, 1]}}, {}),
 }  # fmt: skip

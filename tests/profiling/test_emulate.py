@@ -68,7 +68,13 @@ def test_the_table_of_some_programs_at_real_size(tmp_path):
     ("arguments", "says"),
     [
         (("--op", "layer_nrom"), "unknown op layer_nrom: choose from scaled_dot_product_attention"),
-        (("--op", "layer_norm", "--case", "nosuch"), "no case nosuch among the cases of these ops"),
+        (("--op", "layer_norm", "--case", "nosuch"), "no case nosuch of these ops: there are one_element"),
+        (("--case", "gpt2", "--op", "scaled_dot_product_attention"), "--programs takes the real sizes"),
+        (("--json", "/"), "/: it is a folder; give the name of a file in it"),
+        (
+            ("--case", "wide_head", "--tile", *"attention.forward half/64 64 64 4 2 1 2 1 1".split()),
+            "--tile attention.forward half/64: nothing that was chosen takes it. A key of attention is half",
+        ),
         (("--programs", "-1"), "--programs and --lines must be 0 or more"),
     ],
 )
@@ -76,6 +82,37 @@ def test_what_is_wrong_is_told_in_a_line(arguments, says):
     done = _python("-m", "profiling", "emulate", *arguments, TRITON_INTERPRET="0")
     assert done.returncode == 1 and done.stdout == ""
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_tile_that_does_not_fit_is_told_in_a_line():
+    tile = "attention.forward half/64 128 128 16 8 0 0 0 0".split()
+    done = _run("--op", "scaled_dot_product_attention", "--case", "one_over_a_tile", "--tile", *tile)
+    assert done.returncode == 1 and done.stderr == ""
+    stopped = (
+        "stopped: scaled_dot_product_attention, one_over_a_tile, bfloat16: OutOfResources: out of resource: shared"
+    )
+    assert done.stdout.splitlines()[-1].startswith(stopped)
+
+
+WRONG = """
+import kernels.layer_norm  # the function hides the module
+import sys
+module = sys.modules["kernels.layer_norm"]
+plan = module.plan_forward
+def without_eps(specs, options, device):
+    return plan(specs, options | {"eps": 2.0}, device)
+module.plan_forward = without_eps
+from minigpt.errors import door
+from profiling.__main__ import main
+door(main)
+"""
+
+
+def test_a_wrong_result():
+    """A norm with another eps than it was given."""
+    done = _python("-c", WRONG, "emulate", "--op", "layer_norm", "--case", "gpt2", TRITON_INTERPRET="0")
+    assert done.returncode == 1, done.stderr
+    assert "wrong: layer_norm, gpt2, bfloat16: its error is" in done.stdout.splitlines()[-1]
 
 
 BROKEN = """

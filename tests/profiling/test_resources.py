@@ -221,7 +221,7 @@ def test_tuned_options_compile_well(case, which, arch):
 )
 def test_what_is_no_tile_is_told_in_a_line(tile, said):
     with pytest.raises(UserError) as error:
-        trial_of([tile.split()])
+        trial_of([tile.split()], [], [], [])
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
