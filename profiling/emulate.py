@@ -161,6 +161,9 @@ def add_to(commands) -> None:
         "--programs", type=int, default=0,
         help="take the real sizes, and run so many programs of each launch (default: the tests' cases, whole)",
     )  # fmt: skip
+    parser.add_argument(
+        "--order", type=int, metavar="SEED", help="let chance choose which warps run, at every instruction"
+    )
     parser.add_argument("--lines", type=int, default=0, help="print so many lines of the source that move the most")
     parser.add_argument("--json", type=Path, help="write all counts here, `-` for stdout instead of the table")
     parser.set_defaults(run=run)
@@ -186,8 +189,8 @@ def run(arguments: argparse.Namespace) -> int:
     ops = {op.name: op for op in catalogue.OPS}
     if unknown := [name for name in arguments.op if name not in ops]:
         raise UserError(f"unknown op {', '.join(unknown)}: choose from {', '.join(ops)}")
-    if arguments.programs < 0 or arguments.lines < 0:
-        raise UserError("--programs and --lines must be 0 or more")
+    if min(arguments.programs, arguments.lines, arguments.order or 0) < 0:
+        raise UserError("--programs, --lines and --order must be 0 or more")
     check_folders(arguments.json)
     which = "sizes" if arguments.programs else "cases"
     chosen = [
@@ -204,7 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtypes = arguments.dtype or ["bfloat16"]
     base = device.TARGETS[arguments.arch]
     base = dataclasses.replace(base, name=trial_of(arguments.tile, chosen, dtypes, [arguments.arch]))
-    driver = emulate(arguments.arch, measured=True, some=arguments.programs)
+    driver = emulate(arguments.arch, measured=True, some=arguments.programs, order=arguments.order)
     problems, faults = [], 0
     for op, case in chosen:
         for dtype in dtypes:

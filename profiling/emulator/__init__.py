@@ -21,8 +21,8 @@ Not modelled:
 - time, caches, occupancy; ptxas, its scheduling, its allocation of registers and its own faults: what runs is PTX.
 - memory reordered between threads without a barrier, and what fences (also those between the proxies of threads and
   of the TMA unit) are for: a fence does nothing here, so one that is missing is not missed.
-- other orders of warps that wait for each other than one: those at the earliest instruction run until they wait. Races
-  are seen whatever the order, but a deadlock that needs another order is not.
+- other orders of warps than the one that runs: those at the earliest instruction, until they wait, or with a seed
+  whoever chance takes at every instruction. Races are seen whatever the order; a deadlock may need another.
 - whose copy an mbarrier brought: who has waited for a later copy counts as knowing the earlier ones of its program.
 - threads of one warp that run ahead of each other: between them no race is seen.
 - products of wgmma under way: results are there at once, and reading an accumulator too early is not noticed.

@@ -20,13 +20,16 @@ ARCHS = ("sm_80", "sm_89", "sm_90")
 class Emulated:
     """Triton's driver.
 
-    `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run, 0 for all.
+    `launched` notes (kernel's name, Machine, Counts) of each launch; `some` programs of each run, 0 for all; `order` is
+    the seed of a random order of warps, None for one that is quicker.
     """
 
-    def __init__(self, arch: str, watched: bool = True, measured: bool = False, some: int = 0):
+    def __init__(
+        self, arch: str, watched: bool = True, measured: bool = False, some: int = 0, order: int | None = None
+    ):
         from kernels.device import TARGETS
 
-        self.arch, self.watched, self.measured, self.some = arch, watched, measured, some
+        self.arch, self.watched, self.measured, self.some, self.order = arch, watched, measured, some, order
         self.launched: list[tuple[str, Machine, Counts]] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": TARGETS[arch].shared_memory},
@@ -57,7 +60,7 @@ class Emulated:
                 tensors["scratch"] = scratch
             parameters += [0] * (len(program.parameters) - len(parameters))
             memory = Global(merged([region_of(name, tensor) for name, tensor in tensors.items()]), owners)
-            counts = machine.launch((x, y, z), parameters, memory, self.watched, self.measured, self.some)
+            counts = machine.launch((x, y, z), parameters, memory, self.watched, self.measured, self.some, self.order)
             self.launched.append((program.name, machine, counts))
 
         return launch

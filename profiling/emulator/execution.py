@@ -22,7 +22,7 @@ def low(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 class Run:
     """Some programs of a launch, in step."""
 
-    def __init__(self, machine, programs, grid, parameters, memory, counts, watched, measured):
+    def __init__(self, machine, programs, grid, parameters, memory, counts, watched, measured, random=None):
         self.machine, self.memory, self.counts, self.measured = machine, memory, counts, measured
         self.parameters = dict(zip((name for name, _ in machine.program.parameters), parameters, strict=True))
         threads, n = machine.threads, len(programs)
@@ -56,6 +56,7 @@ class Run:
                 if name not in special:
                     raise Unsupported(f"register {name}")
                 self.R[number] = np.atleast_1d(np.asarray(special[name])).astype(np.uint32)
+        self.random = random  # a generator that chooses who runs next; None: those at the earliest instruction
         self.place = 0
         self.places: np.ndarray | None = None  # of each lane, while they differ
         self.parked: np.ndarray | None = None  # lanes that wait where they are for others
@@ -138,15 +139,18 @@ class Run:
         self._choose()
 
     def _choose(self) -> bool:
-        """Let those at the earliest place run who do not wait; if all do, all try again, and this is False."""
+        """Let some run who do not wait; if all do, all try again, and this is False."""
         some = True
         if self.parked is not None and not self.parked.any():
             self.parked = None
-        first = (self.places if self.parked is None else self.places[~self.parked]).min(initial=DONE)
-        if first == DONE and self.parked is not None:  # nobody can come any more
-            first, self.parked, some = self.places.min(), None, False
-        self.place = int(first)
-        if (self.places == first).all():
+        free = self.places if self.parked is None else self.places[~self.parked]
+        if free.min(initial=DONE) == DONE and self.parked is not None:  # nobody can come any more
+            free, self.parked, some = self.places, None, False
+        chosen = free.min()
+        if self.random is not None and chosen != DONE:
+            chosen = self.random.choice(np.unique(free[free != DONE]))
+        self.place = int(chosen)
+        if (self.places == chosen).all():
             self.places = self.parked = None
         return some
 

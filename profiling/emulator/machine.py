@@ -111,15 +111,20 @@ class Machine:
         watched: bool = True,
         measured: bool = False,
         some: int = 0,
+        order: int | None = None,
     ) -> Counts:
-        """Run every program of the grid, or `some`, evenly spaced. Raises Fault, which names the instruction."""
+        """Run every program of the grid, or `some`, evenly spaced. `order` is the seed of a random order of warps.
+
+        Raises Fault, which names the instruction.
+        """
         grid = tuple(grid) + (1,) * (3 - len(grid))
         total, together = grid[0] * grid[1] * grid[2], max(1, LANES // self.threads)
         chosen = np.unique(np.linspace(0, total - 1, some).astype(int)) if 0 < some < total else np.arange(total)
         counts = Counts(np.zeros(len(self.steps), np.int64), len(chosen), total)
         for first in range(0, len(chosen), together):
             programs = chosen[first : first + together]
-            Run(self, programs, grid, parameters, memory, counts, watched, measured).go()
+            random = None if order is None else np.random.default_rng(order)
+            Run(self, programs, grid, parameters, memory, counts, watched, measured, random).go()
         return counts
 
 

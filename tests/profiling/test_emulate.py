@@ -75,13 +75,27 @@ def test_the_table_of_some_programs_at_real_size(tmp_path):
             ("--case", "wide_head", "--tile", *"attention.forward half/64 64 64 4 2 1 2 1 1".split()),
             "--tile attention.forward half/64: nothing that was chosen takes it. A key of attention is half",
         ),
-        (("--programs", "-1"), "--programs and --lines must be 0 or more"),
+        (("--programs", "-1"), "--programs, --lines and --order must be 0 or more"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(arguments, says):
     done = _python("-m", "profiling", "emulate", *arguments, TRITON_INTERPRET="0")
     assert done.returncode == 1 and done.stdout == ""
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("seed", ["0", *(pytest.param(str(seed), marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_warps_in_any_order(seed):
+    """Attention's kernels for Hopper, whose warps wait for each other, and those whose warps do not."""
+    tiles = ("attention.forward half/64 64 64 4 2 1 2 1 1", "attention.backward_query half/64 64 64 4 2 1 2 1",
+             "attention.backward_key half/64 64 64 4 2 1 2 1")  # fmt: skip
+    options = [word for tile in tiles for word in ("--tile", *tile.split())]
+    command = ("--op", "scaled_dot_product_attention", "--case", "one_over_a_tile", "wide_head", "--order", seed)
+    done = _run(*command, *options, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    hopper, others = json.loads(done.stdout)["problems"]
+    assert all(("hopper" in launch["kernel"]) for launch in hopper["launches"]) and not hopper["wrong"]
+    assert not any(("hopper" in launch["kernel"]) for launch in others["launches"]) and not others["wrong"]
 
 
 def test_a_tile_that_does_not_fit_is_told_in_a_line():

@@ -315,16 +315,19 @@ mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], {1};
 WAITED = WAIT.format(0, 0)
 
 
-def parts(told="", first_wait=WAITED, between="bar.sync 3, 64;", third="") -> list[int]:
+def parts(told="", first_wait=WAITED, between="bar.sync 3, 64;", third="", order=None) -> list[int]:
     """Warp 0 writes for warps 1 and 2, who exchange what they have read; what they found."""
     found = numbers(128)
     body = PARTS.format(told=told, first_wait=first_wait, between=between, third=third)
-    launch(body, found, threads=128, shared=2048)
+    launch(body, found, threads=128, shared=2048, order=order)
     return found.tolist()
 
 
-def test_warps_that_do_different_things():
-    assert parts() == [*range(32), *[7] * 64, *range(96, 128)]
+@pytest.mark.parametrize("order", [None, *range(5)])
+def test_warps_that_do_different_things(order):
+    assert parts(order=order) == [*range(32), *[7] * 64, *range(96, 128)]
+    with pytest.raises(Fault, match=r"shared memory that another warp (reads|writes), with no barrier between"):
+        parts(first_wait="", order=order)
 
 
 def test_what_orders_warps_is_what_they_waited_for():
