@@ -260,13 +260,16 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_process() -> None:
+def _begin_process(parent: int) -> None:
+    """The first that a process does which `parent` has begun."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):  # it was begun undisturbed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     if sys.platform == "linux":  # end with the process that gives it work, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
     # The package tokenizers would take all processors in each of the processes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -277,7 +280,7 @@ class _Processes:
     def __init__(self, workers: int, chunks: list[_Chunk], progress: Progress):
         # Forked, they need not import PyTorch, which none of them uses.
         how = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context(how), _begin_process)
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context(how), _begin_process, (os.getpid(),))
         self._at_once = workers + 2  # a process never waits for work, and few results wait to be taken
         self._sizes = [chunk.end - chunk.begin for chunk in chunks]
         self._progress = progress

@@ -285,6 +285,16 @@ def test_processes_end_with_the_one_that_began_them(number):
         assert os.listdir() == ["text.txt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends processes with their parent")
+def test_a_process_ends_whose_parent_has_ended_before_it_could_ask_to_be_told():
+    code = "import os; from minigpt.prepare import _begin_process; _begin_process({}); print('goes on')"
+    for parent, said in (("os.getppid()", "goes on"), ("os.getpid()", "")):
+        command = [sys.executable, "-c", code.format(parent)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == said and done.stderr == ""
+
+
 def children(pid):
     try:
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
