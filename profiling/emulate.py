@@ -123,8 +123,10 @@ def errors(
     known = "query_offset" not in case.options
     peers = each(call(op, op.torch if known else op.reference, inputs, case.options, dtype))
     found = each(ours)
-    ratio = max(mine / (2 * peer + torch.finfo(dtype).eps) for mine, peer in zip(found, peers, strict=True))
-    return max(found), max(peers) if known else None, ratio
+    ratios = [mine / (2 * peer + torch.finfo(dtype).eps) for mine, peer in zip(found, peers, strict=True)]
+    # PyTorch's maximum: of NaN and a number it is NaN, Python's is whichever comes first
+    largest, of_peers, ratio = (torch.tensor(numbers).max().item() for numbers in (found, peers, ratios))
+    return largest, of_peers if known else None, ratio
 
 
 def measure(driver, op, case, dtype: torch.dtype, whole: bool) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """The command `emulate`: its table, its counts as JSON, what it refuses, and what it says of a broken kernel."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from kernels import catalogue
 from kernels.device import HAS_TRITON
+from profiling.emulate import LUCK, call, errors
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -127,6 +131,19 @@ def test_a_wrong_result():
     done = _python("-c", WRONG, "emulate", "--op", "layer_norm", "--case", "gpt2", TRITON_INTERPRET="0")
     assert done.returncode == 1, done.stderr
     assert "wrong: layer_norm, gpt2, bfloat16: its error is" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_nan_anywhere_is_the_largest_error(place):
+    """In the output, or in a gradient whose neighbours are right."""
+    op = next(op for op in catalogue.OPS if op.name == "layer_norm")
+    case = next(case for case in op.cases if case.name == "gpt2")
+    inputs = op.inputs(case, torch.float32, "cpu")
+    ours = [one.clone() for one in call(op, op.torch, inputs, case.options, torch.float32)]
+    assert errors(op, case, inputs, tuple(ours), torch.float32)[2] <= 0.5
+    ours[place].view(-1)[3] = math.nan
+    largest, _, ratio = errors(op, case, inputs, tuple(ours), torch.float32)
+    assert math.isnan(largest) and not ratio <= LUCK
 
 
 BROKEN = """
