@@ -3,7 +3,8 @@
 1  versions; one kernel forward and backward, stop if wrong; every plan compiled; parity; the losses of short trainings;
    quick kernel benchmarks; the memory of one step of gpt2
 2  parity; the tile sweep
-3  parity; every kernel benchmark; the ladder, beside nanoGPT if told where; generation; a cold start; traces
+3  the kernels of real sizes compiled; parity; every kernel benchmark; the ladder, beside nanoGPT if told where;
+   generation; a cold start; traces
 
 Each step is a process of its own with a time limit, its share of the minutes that are left, so that a step that takes
 too long leaves the later ones theirs; a step that fails ends nothing but itself. What there is is packed
@@ -26,8 +27,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import machine, results
 from minigpt.errors import UserError, writing
@@ -111,8 +110,8 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
     versions = Step("versions", [*python, "benchmarks.versions"], 60)
     first = Step("one-kernel", [*python, "benchmarks.first_kernel"], 120, vital=True)
     if stage == 1:
-        arch = _arch() if on_gpu else "sm_90"
-        compiling = [*python, "profiling", "resources", "--arch", arch, "--json", str(work / "resources.json")]
+        where = ["--here"] if on_gpu else ["--arch", "sm_90"]
+        compiling = [*python, "profiling", "resources", *where, "--json", str(work / "resources.json")]
         preset, steps = ("shakespeare", "100") if on_gpu else ("tiny", "3")
         rungs = ["torch", "triton"] if on_gpu else ["eager", "torch"]
         losses = ["--preset", preset, "--steps", steps, "--rounds", "6", "--rung", *rungs]
@@ -139,9 +138,11 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
     more = [] if on_gpu else ["--steps", "3", "--rounds", "6"]
     beside = ["--nanogpt", str(nanogpt.resolve())] if nanogpt and on_gpu else []
     cold = ["--rung", "triton", *(["--rounds", "2"] if on_gpu else ["--rounds", "1", "--preset", "tiny"])]
+    compiled = [Step("compile", [*python, "profiling", "resources", "--here", "--dtype", "bfloat16"], 60)]
     steps = [
         versions,
         first,
+        *(compiled if on_gpu else []),
         parity(120, "bfloat16"),
         ours("kernels", 330, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
         ours("ladder", 240, "train", *preset, *more, *beside),
@@ -168,12 +169,6 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
 
 # compilation for a CPU takes longest of all, and is not what is rehearsed
 _REHEARSED = ["--provider", "triton", "eager", "torch", "--rounds", "6"]
-
-
-def _arch() -> str:
-    from kernels.device import facts
-
-    return facts(torch.device("cuda")).tiles
 
 
 # ---------------------------------------------------------------- following a plan

@@ -1,7 +1,7 @@
 """What a sweep of tiles tries: the entries of the table, the candidates for each, and their ahead-of-time compilation.
 
-`python -m benchmarks.sweep ARCH IN OUT` compiles the candidates that IN names, in processes over all cores, in an
-interpreter of Python where Triton's is off; OUT gets what became of each.
+`python -m benchmarks.sweep ARCH IN OUT WORKERS KEEP` compiles the candidates that IN names, in processes over all
+cores, in an interpreter of Python where Triton's is off; OUT gets what became of each.
 """
 
 import dataclasses
@@ -178,17 +178,18 @@ def in_gluon(candidate: Candidate, device: Device) -> bool:
 # ---------------------------------------------------------------- compiling
 
 
-def compiled(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
+def compiled(chosen: list[Candidate], arch: str, workers: int, keep: bool = False) -> dict[str, str]:
     """By candidate's name: "" if it compiles, does not spill, fits into shared memory and leaves the tensor cores to
     work while other things run, else what is wrong with it.
 
     The default is held to nothing but compiling. Runs in a process of its own: the interpreter, once chosen, stays.
+    With `keep` the kernels are in Triton's cache afterwards, so that judging and timing need not compile them again.
     """
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder) / "in.json", Path(folder) / "out.json"
         wanted.write_text(json.dumps([[c.entry.name, list(c.numbers)] for c in chosen]))
         environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": machine.import_path()}
-        command = [sys.executable, "-m", "benchmarks.sweep", arch, str(wanted), str(found), str(workers)]
+        command = [sys.executable, "-m", "benchmarks.sweep", arch, str(wanted), str(found), str(workers), str(keep)]
         done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compilation ended with status {done.returncode}: {done.stderr[-2000:]}")
@@ -200,7 +201,7 @@ _ONCE = 64
 cuts (docs/kernels/attention.md)."""
 
 
-def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, str]:
+def _compile_all(chosen: list[Candidate], arch: str, workers: int, keep: bool) -> dict[str, str]:
     from profiling import resources
     from profiling.compile import SERIALISED
 
@@ -221,7 +222,7 @@ def _compile_all(chosen: list[Candidate], arch: str, workers: int) -> dict[str, 
                 num_warps=launch.num_warps, num_stages=launch.num_stages,
                 shared_memory_limit=TARGETS[arch].shared_memory,
             ))  # fmt: skip
-    resources.measure(found, workers)
+    resources.measure(found, workers, keep)
     outcome = {}
     for candidate in chosen:
         uses = [found[source] for source in parts[candidate.name]]
@@ -246,10 +247,10 @@ def case_of(entry: Entry) -> tuple[Op, Case]:
     return op, next(case for case in op.sizes if case.name == entry.case)
 
 
-def _main(arch: str, wanted: str, found: str, workers: str) -> None:
+def _main(arch: str, wanted: str, found: str, workers: str, keep: str) -> None:
     known = {entry.name: entry for entry in entries()}
     chosen = [Candidate(known[name], tuple(numbers)) for name, numbers in json.loads(Path(wanted).read_text())]
-    Path(found).write_text(json.dumps(_compile_all(chosen, arch, int(workers))))
+    Path(found).write_text(json.dumps(_compile_all(chosen, arch, int(workers), keep == "True")))
 
 
 if __name__ == "__main__":

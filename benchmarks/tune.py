@@ -107,7 +107,7 @@ def survivors(
     known = partial.known
     new = [candidate for candidate in tried if candidate.name not in known["compiled"]]
     if new:
-        partial.enter("compiled", sweep.compiled(new, base.tiles, workers))
+        partial.enter("compiled", sweep.compiled(new, base.tiles, workers, keep=not dry))
     fit = [candidate for candidate in tried if not known["compiled"][candidate.name]]
     for candidate in tried:
         if why := known["compiled"][candidate.name]:

@@ -70,7 +70,7 @@ def _hashable(value):
 
 
 def source_of(launch, arch: str) -> Source:
-    """`launch` specialized for `arch` by Triton's own code."""
+    """`launch` specialized for `arch` by Triton's own code. Empty attributes stay: they are part of the cache's key."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -89,7 +89,7 @@ def source_of(launch, arch: str) -> Source:
         kernel=kernel.fn.__name__,
         signature=tuple(signature.items()),
         constants=tuple(constants.items()),
-        attributes=tuple((place, _hashable(attribute)) for place, attribute in attributes.items() if attribute),
+        attributes=tuple((place, _hashable(attribute)) for place, attribute in attributes.items()),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -149,13 +149,15 @@ def why_not_compiled(error: Exception) -> str:
     return next((line.strip() for line in lines if "fatal" in line), lines[0])
 
 
-def compile_source(source: Source) -> dict[str, Any]:
-    """Compile, and return the measured fields of a Use."""
+def compile_source(source: Source, keep: bool = False) -> dict[str, Any]:
+    """Compile, and return the measured fields of a Use. With `keep` Triton's cache has the kernel afterwards, under the
+    key that a launch looks for."""
     log = io.StringIO()
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
-            os.environ["TRITON_CACHE_DIR"] = folder
+            if not keep:
+                os.environ["TRITON_CACHE_DIR"] = folder
             compiled = compile_ahead(source)
     except Exception as error:  # whatever a compiler raises is this row's result
         return {"error": why_not_compiled(error)}

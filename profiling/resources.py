@@ -11,6 +11,7 @@ op's own count of operations and bytes and from published peaks: an estimate, no
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -71,11 +72,12 @@ class Use:
 
 def uses(
     ops: Iterable[Any], archs: Sequence[str], dtypes: Sequence[str], *, cases: str = "sizes", only: Sequence[str] = (),
-    trial: str = "",
+    trial: str = "", device: Any = None,
 ) -> dict[Source, Use]:  # fmt: skip
     """The distinct kernels in the ops' plans, not compiled yet. `cases` is the field of Op to take: sizes or cases.
 
-    `trial` is the name under which kernels.tiles.try_out has tiles to take instead of the defaults.
+    `trial` is the name under which kernels.tiles.try_out has tiles to take instead of the defaults. With `device`
+    plans are made for that, not for a GPU of `archs` in general.
     """
     from kernels.device import TARGETS
 
@@ -87,7 +89,8 @@ def uses(
             for dtype in dtypes:
                 inputs = op.inputs(case, DTYPES[dtype], "meta")
                 for arch in archs:
-                    for launch in op.plan(inputs, case.options, dataclasses.replace(TARGETS[arch], name=trial)):
+                    planned_for = device or dataclasses.replace(TARGETS[arch], name=trial)
+                    for launch in op.plan(inputs, case.options, planned_for):
                         source = source_of(launch, arch)
                         use = found.setdefault(
                             source,
@@ -114,15 +117,16 @@ def _plain(value):
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def measure(found: dict[Source, Use], workers: int | None = None) -> list[Use]:
-    """Compile every Source over the machine's cores, and fill in its Use."""
+def measure(found: dict[Source, Use], workers: int | None = None, keep: bool = False) -> list[Use]:
+    """Compile every Source over the machine's cores, and fill in its Use; with `keep`, for launches too."""
     workers = min(len(found), workers or os.cpu_count() or 1)
     if workers == 0:
         return []
     # spawned, not forked: torch has threads by now
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
-        for use, measured in zip(found.values(), pool.map(compile_source, found), strict=True):
+        compiling = pool.map(functools.partial(compile_source, keep=keep), found)
+        for use, measured in zip(found.values(), compiling, strict=True):
             for name, value in measured.items():
                 setattr(use, name, value)
             if not use.error:
@@ -176,6 +180,10 @@ def add_to(commands) -> None:
     parser.add_argument("--cases", choices=["sizes", "cases"], default="sizes", help="real sizes, or the tests' cases")
     parser.add_argument("--case", nargs="+", action="extend", default=[], help="only the cases of these names")
     add_tile_to(parser)
+    parser.add_argument(
+        "--here", action="store_true",
+        help="for this machine's GPU, with its tiles, and into Triton's cache: launches find the kernels compiled",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the table here as JSON, `-` for stdout instead of the table")
     parser.add_argument("--workers", type=int, help="compile in this many processes (default: the number of cores)")
     parser.add_argument("--store", action="store_true", help="keep the figures, in place of those in profiling/figures")
@@ -229,6 +237,23 @@ def _changes(problem: tuple, dtype: str, arch: str) -> bool:
     return with_tile != without
 
 
+def _gpu_here(arguments: argparse.Namespace):
+    """The GPU that --here means. Raises UserError where there is none, or with options that contradict it."""
+    from kernels.device import facts
+    from minigpt.errors import UserError
+
+    if arguments.arch or arguments.tile or arguments.store:
+        raise UserError("--here has its architecture and its tiles: leave out --arch, --tile and --store")
+    if not torch.cuda.is_available():
+        raise UserError("--here is for a machine with a GPU; without one, name an architecture: --arch sm_90")
+    here = facts(torch.device("cuda", torch.cuda.current_device()))
+    if here.arch != here.tiles:
+        raise UserError(
+            f"--here does not know {here.arch}, which takes the tiles of {here.tiles}: use --arch {here.tiles}"
+        )
+    return here
+
+
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns 1 if a kernel does not compile, asks for more shared memory than there is, or has become
     worse than its stored figures.
@@ -246,7 +271,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not HAS_TRITON:
         raise UserError("compiling kernels needs Triton, which is not installed: pip install triton")
     ops = {op.name: op for op in catalogue.OPS}
-    archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch or ["sm_90"]
+    here = _gpu_here(arguments) if arguments.here else None
+    archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch or [here.tiles if here else "sm_90"]
     chosen = [ops[name] for name in arguments.op if name in ops] or list(ops.values())
     cases = dict.fromkeys(case.name for op in chosen for case in getattr(op, arguments.cases))
     for what, asked, there in (("op", arguments.op, ops), ("arch", archs, TARGETS), ("case", arguments.case, cases)):
@@ -263,13 +289,13 @@ def run(arguments: argparse.Namespace) -> int:
     problems = [(op, case) for op in chosen for case in getattr(op, arguments.cases)]
     problems = [one for one in problems if not arguments.case or one[1].name in arguments.case]
     trial = trial_of(arguments.tile, problems, dtypes, archs)
-    found = uses(chosen, archs, dtypes, cases=arguments.cases, only=arguments.case, trial=trial)
-    table = measure(found, arguments.workers)
+    found = uses(chosen, archs, dtypes, cases=arguments.cases, only=arguments.case, trial=trial, device=here)
+    table = measure(found, arguments.workers, keep=arguments.here)
     document = {"versions": versions(), "kernels": [dataclasses.asdict(use) for use in table]}
     document["rooflines"] = rooflines(chosen, table, arguments.cases)
     if arguments.store:
         figures.store(table, document["versions"]["triton"])
-    stored = arguments.cases == "sizes" and not trial
+    stored = arguments.cases == "sizes" and not trial and not here
     worse = figures.moved(table, document["versions"]["triton"]) if stored else []
     document["moved"] = worse
     if arguments.json == Path("-"):

@@ -94,8 +94,7 @@ def test_its_children_end_with_a_step(tmp_path):
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "_arch", lambda: "sm_90")
+def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path):
     steps = stages.plan(stage, on_gpu, tmp_path)
     assert [s.name for s in steps[:2]] == ["versions", "one-kernel"] and steps[1].vital
     parity = next(s for s in steps if s.name == "parity")

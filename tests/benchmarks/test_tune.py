@@ -92,7 +92,8 @@ def test_only_what_compiles_and_is_right_survives(tmp_path, monkeypatch):
     tried = [Candidate(NORM), *(Candidate(NORM, numbers) for numbers in ((1, 4), (2, 8), (4, 4)))]
     asked = []
 
-    def compiled(chosen, arch, workers):
+    def compiled(chosen, arch, workers, keep):
+        assert not keep, "a dry run leaves nothing in Triton's cache"
         asked.append([c.numbers for c in chosen])
         return {c.name: "spills 8 B" if c.numbers == (1, 4) else "" for c in chosen}
 
@@ -143,7 +144,9 @@ def test_candidates_in_gluon_are_judged_apart(tmp_path, monkeypatch):
     entry = next(entry for entry in ENTRIES if entry.name == "attention.forward half/64")
     tried = [Candidate(entry, (64, 64, 4, 3, 1, 2, 1, 1)), Candidate(entry, (128, 64, 8, 2, 1, 0, 0, 1))]
     assert [sweep.in_gluon(candidate, BASE) for candidate in tried] == [True, False]
-    monkeypatch.setattr(sweep, "compiled", lambda chosen, arch, workers: dict.fromkeys((c.name for c in chosen), ""))
+    monkeypatch.setattr(
+        sweep, "compiled", lambda chosen, arch, workers, keep: dict.fromkeys((c.name for c in chosen), "")
+    )
     monkeypatch.setattr(tune, "judge", lambda candidate, base, checker: "")
     partial = tune.Partial(tmp_path / "p.json")
     assert tune.survivors(entry, tried, BASE, partial, True, 1) == tried[1:]

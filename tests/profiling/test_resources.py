@@ -6,6 +6,8 @@ EXCEPTIONS; and no kernel may ask for more than its stored figures, by the versi
 with.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -250,7 +252,7 @@ def source(**changes):
     made = source_of(Launch(launch.kernel, launch.grid, arguments, launch.constexprs, 4, 1), "sm_90")
     names = list(arguments)
     constants = {names[place[0]]: value for place, value in made.constants if place[0] < len(names)}
-    attributes = {names[place[0]]: value for place, value in made.attributes}
+    attributes = {names[place[0]]: value for place, value in made.attributes if value}
     return {"signature": dict(made.signature), "constants": constants, "attributes": attributes}
 
 x = launch.arguments["input_ptr"]
@@ -311,6 +313,69 @@ def test_what_does_not_compile_is_a_row_with_an_error(measured):
     assert measured["impossible"]["error"]
 
 
+KEPT = """
+import dataclasses, os, torch, triton
+from kernels import catalogue, tiles
+from kernels.device import TARGETS
+from kernels.op import _ready, plan_only
+from profiling import host, resources
+from profiling.compile import begin_worker, compile_source, source_of
+
+hopper = {"attention.forward": {"half/64": [64, 64, 4, 2, 1, 2, 1, 1]}}
+tiles.try_out("hopper", hopper)
+wanted = [
+    (catalogue.LAYER_NORM, "768", ""), (catalogue.ATTENTION, "gpt2", "hopper"), (catalogue.CROSS_ENTROPY, "v65", "")
+]
+launches = []
+for op, name, gpu in wanted:
+    case = next(case for case in op.sizes if case.name == name)
+    inputs = op.inputs(case, torch.bfloat16, "meta")
+    inputs |= {"bias": None} if op is catalogue.LAYER_NORM else {}
+    launches += op.plan(inputs, case.options, dataclasses.replace(TARGETS["sm_90"], name=gpu))[:1]
+assert launches[1].gluon and launches[0].arguments["bias_ptr"] is None
+begin_worker()
+for launch in launches:
+    found = compile_source(source_of(launch, "sm_90"), keep=True)
+    assert found["registers"], found
+triton.knobs.compilation.always_compile = False
+before = sorted(os.listdir(os.environ["TRITON_CACHE_DIR"]))
+driver = host.stand_in()
+for launch in launches:
+    tensors = {name.removesuffix("_ptr"): torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+               for name, spec in launch.arguments.items() if hasattr(spec, "stride")}
+    _ready(launch).start(tensors, torch.device("cpu"))
+assert before and sorted(os.listdir(os.environ["TRITON_CACHE_DIR"])) == before, "a launch compiled a kernel again"
+"""
+
+
+def test_a_launch_finds_what_was_kept(tmp_path):
+    """Triton's cache has the kernel under the key of a launch: its types, constants, alignments, options."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_86"])
+def test_here_means_this_gpu(arch, monkeypatch):
+    gpu = dataclasses.replace(TARGETS["sm_90"], arch=arch, name="a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("kernels.device.facts", lambda device: gpu)
+    arguments = argparse.Namespace(arch=None, tile=[], store=False)
+    if arch == "sm_90":
+        assert resources._gpu_here(arguments) is gpu
+    else:
+        with pytest.raises(UserError, match="does not know sm_86, which takes the tiles of sm_89"):
+            resources._gpu_here(arguments)
+
+
+def test_here_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--here is for a machine with a GPU"):
+        resources._gpu_here(argparse.Namespace(arch=None, tile=[], store=False))
+
+
 @pytest.mark.slow
 def test_a_kernel_of_two_ops_is_one_row_and_has_both_rooflines():
     """add_layer_norm without a second output's gradient is layer_norm's kernel in part."""
@@ -339,6 +404,8 @@ BAD_INPUT = {
     ("--workers", "0"): "--workers must be at least 1",
     ("--workers", "many"): "invalid int value",
     ("--json", "no/such/folder/a.json"): "no such folder",
+    ("--here", "--arch", "sm_90"): "--here has its architecture and its tiles",
+    ("--here", "--store"): "--here has its architecture and its tiles",
 }
 
 
