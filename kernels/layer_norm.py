@@ -24,6 +24,7 @@ residual these pointers are None, which are constants to the compiler, and nothi
 Ba, Kiros and Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -76,11 +77,11 @@ def _layer_norm_forward(
         x = cast(x + tl.load(residual_ptr, mask=mask, other=0.0).to(tl.float32), sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + rows[:, None] * N + columns[None, :], x, mask=mask)
         x = x.to(tl.float32)  # the norm is that of the sum as it was rounded
-    mean = tl.sum(x, axis=1) / N
+    mean = tl.sum(x, axis=1) * (1.0 / N)
     centred = tl.where(in_row, x - mean[:, None], 0.0)
     # what rounding left out of the mean: without it 1 / sqrt(eps) would make something of a constant row
     rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
-    variance = tl.maximum(tl.sum(centred * centred, axis=1) / N - rest * rest, 0.0)
+    variance = tl.maximum(tl.sum(centred * centred, axis=1) * (1.0 / N) - rest * rest, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     rstd = tl.where(variance == float("inf"), float("nan"), rstd)  # overflowed: not a norm, and not zero either
     mean += rest
@@ -148,51 +149,97 @@ def _layer_norm_forward_long(
 
 
 @triton.jit
+def _sum_rows(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of x [ROWS, WIDTH] over its rows, [1, WIDTH], pair by pair.
+
+    tl.sum, with rows in different warps, writes to shared memory with conflicts of up to 32 ways.
+    """
+    x = tl.trans(x)
+    for _ in tl.static_range(16):
+        if x.shape[1] > 1:
+            even, odd = tl.split(tl.reshape(x, [WIDTH, x.shape[1] // 2, 2]))
+            x = even + odd
+    return tl.trans(x)
+
+
+@triton.jit
 def _layer_norm_backward(
     grad_ptr, grad_sum_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr,
     dinput_ptr, dresidual_ptr, dweight_parts_ptr, dbias_parts_ptr,
     n_rows, grad_stride, grad_sum_stride, row_stride,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns every n-th block of ROWS rows, n the number of programs, and one row of each workspace."""
-    columns = tl.arange(0, BLOCK_N)
-    in_row = (columns < N)[None, :]
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    dbias = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    """A program owns every n-th block of ROWS rows, n the number of programs, and one row of each workspace.
+
+    Rows are held in PARTS of WIDTH columns: N need not be near a power of 2 then, and warps divide rows among them
+    rather than columns, whose sums would go through shared memory.
+    """
+    columns = tl.arange(0, WIDTH)[None, :]
+    weight = ()
+    dweight = ()
+    dbias = ()
+    for i in tl.static_range(PARTS):
+        at = i * WIDTH + columns
+        if weight_ptr is not None:
+            weight += (tl.load(weight_ptr + at, mask=at < N, other=0.0).to(tl.float32),)
+        dweight += (tl.zeros([ROWS, WIDTH], tl.float32),)
+        dbias += (tl.zeros([ROWS, WIDTH], tl.float32),)
 
     for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        mask = (rows < n_rows)[:, None] & in_row
-        dy = tl.load(grad_ptr + rows[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(input_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        seen = (rows < n_rows)[:, None]
+        dys = ()
+        xs = ()
+        for i in tl.static_range(PARTS):  # all loads before the first use
+            at = i * WIDTH + columns
+            mask = seen & (at < N)
+            dys += (tl.load(grad_ptr + rows[:, None] * grad_stride + at, mask=mask, other=0.0),)
+            xs += (tl.load(input_ptr + rows[:, None] * row_stride + at, mask=mask, other=0.0),)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
-        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
-        if dweight_parts_ptr is not None:
-            dweight += dy * xhat
-        if dbias_parts_ptr is not None:
-            dbias += dy
-        if dinput_ptr is not None or dresidual_ptr is not None:
-            g = dy
-            if weight_ptr is not None:
-                g = dy * weight
-            dx = (g - (tl.sum(g, axis=1) / N)[:, None] - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]) * rstd
-            if grad_sum_ptr is not None:
-                places = rows[:, None] * grad_sum_stride + columns[None, :]
-                dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
-            places = rows[:, None] * N + columns[None, :]
-            if dinput_ptr is not None:
-                tl.store(dinput_ptr + places, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
-            if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + places, cast(dx, dresidual_ptr.dtype.element_ty), mask=mask)
 
-    own = tl.program_id(0).to(tl.int64) * N + columns
-    if dweight_parts_ptr is not None:
-        tl.store(dweight_parts_ptr + own, tl.sum(dweight, axis=0), mask=columns < N)
-    if dbias_parts_ptr is not None:
-        tl.store(dbias_parts_ptr + own, tl.sum(dbias, axis=0), mask=columns < N)
+        sum_g = tl.zeros([ROWS, WIDTH], tl.float32)
+        sum_g_xhat = tl.zeros([ROWS, WIDTH], tl.float32)
+        gs = ()
+        xhats = ()
+        dweight_so_far = dweight
+        dbias_so_far = dbias
+        dweight = ()
+        dbias = ()
+        for i in tl.static_range(PARTS):  # past the end of a row dy is zero, and so are all products with it
+            g = dys[i].to(tl.float32)
+            xhat = (xs[i].to(tl.float32) - mean) * rstd
+            dweight += (dweight_so_far[i] + g * xhat,)
+            dbias += (dbias_so_far[i] + g,)
+            if weight_ptr is not None:
+                g *= weight[i]
+            sum_g += g
+            sum_g_xhat += g * xhat
+            gs += (g,)
+            xhats += (xhat,)
+        if dinput_ptr is not None or dresidual_ptr is not None:
+            constant = tl.sum(sum_g, axis=1)[:, None] * (1.0 / N) * rstd
+            slope = tl.sum(sum_g_xhat, axis=1)[:, None] * (1.0 / N) * rstd
+            for i in tl.static_range(PARTS):
+                at = i * WIDTH + columns
+                mask = seen & (at < N)
+                dx = gs[i] * rstd - (xhats[i] * slope + constant)
+                if grad_sum_ptr is not None:
+                    places = rows[:, None] * grad_sum_stride + at
+                    dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
+                places = rows[:, None] * N + at
+                if dinput_ptr is not None:
+                    tl.store(dinput_ptr + places, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
+                if dresidual_ptr is not None:
+                    tl.store(dresidual_ptr + places, cast(dx, dresidual_ptr.dtype.element_ty), mask=mask)
+
+    for i in tl.static_range(PARTS):
+        at = i * WIDTH + columns
+        own = tl.program_id(0).to(tl.int64) * N + at
+        if dweight_parts_ptr is not None:
+            tl.store(dweight_parts_ptr + own, _sum_rows(dweight[i], ROWS, WIDTH), mask=at < N)
+        if dbias_parts_ptr is not None:
+            tl.store(dbias_parts_ptr + own, _sum_rows(dbias[i], ROWS, WIDTH), mask=at < N)
 
 
 @triton.jit
@@ -292,23 +339,42 @@ def _block(n_rows: int, n: int, device: Device, which: str) -> tuple[int, int, i
     """(BLOCK_N, rows a program, warps).
 
     Forward, a warp has rows up to 1024 to itself: a sum over several warps takes as many instructions as all else, and
-    then it is instructions that bound, not bytes. Backward, 16 elements a thread, and fewer workspaces to add up.
+    then it is instructions that bound, not bytes. Backward, a thread has 12 to 24 elements: up to 768 columns are
+    a warp's own too, 1024 would take all registers. Programs have four warps and more, as each has a workspace.
     """
     block_n = max(16, next_power_of_2(n))
     if device.arch == "interpreter":  # its cost is per program
         return block_n, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_n)), 4
     if tuned := tiles.tuned(device, f"layer_norm.{which}", str(block_n)):
         return block_n, *tuned
-    warps = max(1, block_n // 1024) if which == "forward" else min(16, max(4, block_n // 512))
-    return block_n, max(1, 2048 // block_n), warps
+    if which == "forward":
+        return block_n, max(1, 2048 // block_n), max(1, block_n // 1024)
+    rows, warps = max(1, 2048 // block_n), min(16, max(4, block_n // 512))
+    if warps == 4 and block_n >= 1024 and 4 * n <= 3 * block_n:
+        rows *= 2
+    return block_n, rows, warps
 
 
-def _parts(n_rows: int, n: int, device: Device) -> int:
-    """How many programs, and so workspace rows, share the parameters' gradients: enough to fill the device."""
+def _backward_tile(n_rows: int, n: int, itemsize: int, device: Device) -> tuple[dict[str, int], int]:
+    """(Constants of the backward kernel, warps). WIDTH is a vector of 16 bytes for every thread that a row has, or of 8
+    where fewer columns are padding then."""
+    block_n, rows, warps = _block(n_rows, n, device, "backward")
+    width = block_n
+    if device.arch != "interpreter":
+        width = min(block_n, 32 * max(1, warps // rows) * 16 // itemsize)
+        width = min(width, max(16, width // 2), key=lambda width: cdiv(n, width) * width)
+    return {"N": n, "WIDTH": width, "PARTS": cdiv(n, width), "ROWS": rows}, warps
+
+
+@functools.lru_cache(maxsize=4096)
+def _programs(n_rows: int, n: int, itemsize: int, device: Device) -> int:
+    """How many programs, and so workspace rows, share the parameters' gradients: as many as the device holds."""
     if n > LONGEST_BACKWARD:
         return min(n_rows, max(1, 4 * device.processors * CHUNK // next_power_of_2(n)))
-    _, rows, warps = _block(n_rows, n, device, "backward")
-    return min(cdiv(n_rows, rows), device.processors * (16 // warps))
+    tile, warps = _backward_tile(n_rows, n, itemsize, device)
+    elements = tile["ROWS"] * tile["PARTS"] * tile["WIDTH"] // (32 * warps)  # a thread's, with seven registers each
+    held = 16 if elements <= 16 else 12 if elements <= 24 else 8
+    return min(cdiv(n_rows, tile["ROWS"]), device.processors * max(1, held // warps))
 
 
 def _row_stride(spec: Spec | None) -> int | None:
@@ -337,7 +403,8 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     grad_stride, row_stride = {"grad_stride": specs["grad"].stride[0]}, {"row_stride": specs["input"].stride[0]}
     strides = grad_stride | {"grad_sum_stride": _row_stride(specs["grad_sum"])} | row_stride
     has_parameters = specs["dweight"] is not None or specs["dbias"] is not None
-    n_parts = _parts(n_rows, n, device)
+    itemsize = specs["input"].dtype.itemsize
+    n_parts = _programs(n_rows, n, itemsize, device)
     launches = []
     if n > LONGEST_BACKWARD:
         if specs["dinput"] is not None or specs["dresidual"] is not None:
@@ -350,19 +417,18 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             grid = (cdiv(n, CHUNK) * n_parts,)
             launches.append(Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1))
     else:
-        block_n, rows, warps = _block(n_rows, n, device, "backward")
+        constexprs, warps = _backward_tile(n_rows, n, itemsize, device)
         arguments = pointers(specs, "grad", "grad_sum", "input", "weight", "mean", "rstd", "dinput", "dresidual")
         arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
-        constexprs = {"N": n, "BLOCK_N": block_n, "ROWS": rows}
         launches.append(Launch(_layer_norm_backward, (n_parts,), arguments, constexprs, warps, 1))
     if has_parameters:
-        block_p, block_n = 32, 32
+        block_p, block_n = 256, 16  # rows enough that few loads wait for others
         if device.arch == "interpreter":
             block_p, block_n = min(256, next_power_of_2(n_parts)), min(1024, next_power_of_2(n))
         arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
         arguments |= {"n_parts": n_parts, "N": n}
         constexprs = {"BLOCK_P": block_p, "BLOCK_N": block_n}
-        launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, 4, 1))
+        launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, 8, 1))
     return launches
 
 
@@ -423,7 +489,7 @@ def _empty_backward(input, weight, bias, needs):
 def workspaces(input: torch.Tensor, needs_weight: bool, needs_bias: bool) -> dict[str, torch.Tensor | None]:
     """Where the programs of a backward pass put their sums for the parameters' gradients."""
     n_rows, n = input.shape
-    shared = input.new_empty((2, _parts(n_rows, n, facts_of(input)), n), dtype=torch.float32)
+    shared = input.new_empty((2, _programs(n_rows, n, input.element_size(), facts_of(input)), n), dtype=torch.float32)
     return {
         "dweight_parts": shared[0] if needs_weight else None,
         "dbias_parts": shared[1] if needs_bias else None,

@@ -212,27 +212,29 @@ def trial_of(chosen: list[list[str]], problems: Iterable[tuple], dtypes: Sequenc
             raise UserError(f"--tile {' '.join((slot, *rest))}: give a slot, a key and whole numbers")
         table.setdefault(slot, {})[rest[0]] = [int(number) for number in rest[1:]]
     try:
-        tiles.try_out("--tile", table)
+        tiles.try_out(f"--tile {table}", table)
     except ValueError as error:
         raise UserError(str(error)) from None
     for slot, key in ((slot, key) for slot, entries in table.items() for key in entries):
-        tiles.try_out("one --tile", {slot: {key: table[slot][key]}})
-        if not any(_changes(problem, dtype, arch) for problem in problems for dtype in dtypes for arch in archs):
+        alone = {slot: {key: table[slot][key]}}
+        name = f"--tile {alone}"  # one of its own: plans are remembered by name
+        tiles.try_out(name, alone)
+        if not any(_changes(problem, dtype, arch, name) for problem in problems for dtype in dtypes for arch in archs):
             raise UserError(
                 f"--tile {slot} {key}: nothing that was chosen takes it. A key of attention is half, ieee or tf32, "
                 "with -dropout or -grouped if so, and 64, 128 or 256 for heads up to that; of the others a power of 2"
             )
-    return "--tile" if table else ""
+    return f"--tile {table}" if table else ""
 
 
-def _changes(problem: tuple, dtype: str, arch: str) -> bool:
-    """Whether a plan is another one with the tile that is tried out."""
+def _changes(problem: tuple, dtype: str, arch: str, name: str) -> bool:
+    """Whether a plan is another one with the tile that is tried out under `name`."""
     from kernels.device import TARGETS
 
     op, case = problem
     inputs = op.inputs(case, DTYPES[dtype], "meta")
     with_tile, without = (
-        op.plan(inputs, case.options, dataclasses.replace(TARGETS[arch], name=name)) for name in ("one --tile", "")
+        op.plan(inputs, case.options, dataclasses.replace(TARGETS[arch], name=gpu)) for gpu in (name, "")
     )
     return with_tile != without
 

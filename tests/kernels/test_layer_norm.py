@@ -1,15 +1,18 @@
 """Layer norm's own: shapes, mixed dtypes, special values, errors."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import DTYPES, differentiate, guarded_allocations, name_of
+from parity import DTYPES, differentiate, guarded_allocations, hold, name_of
 
 import kernels
 from kernels import reference
 from kernels.catalogue import LAYER_NORM
+from kernels.device import INTERPRETED, TARGETS
+from kernels.op import Case, cdiv, plan_for
 
 layer_norm = kernels.layer_norm
 
@@ -38,6 +41,33 @@ def agree(inputs, options, rtol=1e-5, atol=1e-5):
 def test_every_length_of_row(rows, n, device):
     inputs = {"input": draw(rows, n, device=device), "weight": draw(n, seed=1, device=device)}
     agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)})
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "parts", "width", "rows"),
+    [
+        (65, torch.bfloat16, 1, 128, 16),
+        (384, torch.bfloat16, 3, 128, 4),
+        (384, torch.float32, 3, 128, 4),
+        (768, torch.bfloat16, 3, 256, 4),
+        (1024, torch.bfloat16, 2, 512, 2),
+        (1500, torch.bfloat16, 3, 512, 2),
+        (1600, torch.float32, 7, 256, 1),
+        (5000, torch.bfloat16, 3, 2048, 1),
+    ],
+)
+def test_rows_in_parts(n, dtype, parts, width, rows, device):
+    """As on a GPU: rows in vectors, of which the last may go past a row's end, and several blocks a program."""
+    if not INTERPRETED:
+        pytest.skip("the device's own tiles run in every other test")
+    gpu = dataclasses.replace(TARGETS["sm_90"], processors=1)
+    case = Case("parts", {"input": (131, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
+    launches = LAYER_NORM.plan(LAYER_NORM.inputs(case, dtype, "meta"), case.options, gpu)
+    backward = next(launch for launch in launches if launch.name == "_layer_norm_backward")
+    assert backward.constexprs == {"N": n, "WIDTH": width, "PARTS": parts, "ROWS": rows}
+    assert backward.grid[0] < cdiv(131, rows), "a program has several blocks"
+    with plan_for(gpu):
+        hold(LAYER_NORM, case, dtype, device, {})
 
 
 @pytest.mark.parametrize("n", [16384, 16385, 65_537, 262_144])

@@ -9,6 +9,7 @@ import torch
 from kernels import catalogue, op, tiles
 from kernels.attention import BACKWARD_KEY, FORWARD, _tile
 from kernels.device import INTERPRETER, TARGETS
+from kernels.layer_norm import _programs
 from kernels.op import Spec
 
 OPS = {entry.name: entry for entry in catalogue.OPS}
@@ -19,10 +20,11 @@ OPTIONS = {"dropout_p": 0.0, "allow_tf32": False}
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    for cache in (tiles._load, op._launches):  # plans of the same device, made from another table
+    caches = (tiles._load, op._launches, _programs)  # plans of the same device, made from another table
+    for cache in caches:
         cache.cache_clear()
     yield tmp_path
-    for cache in (tiles._load, op._launches):
+    for cache in caches:
         cache.cache_clear()
 
 

@@ -195,9 +195,9 @@ def test_what_an_op_of_ours_allocates_inside_is_counted():
     rows, n = 8192, 768
     x, weight, row = torch.empty(rows, n), torch.empty(n), torch.empty(rows)
     inside = Workspaces(device)(op, (x, x, weight, weight, row, row, 1, [True, True, True]), {})
-    from kernels.layer_norm import _parts
+    from kernels.layer_norm import _programs
 
-    assert inside == 4 * rows * n + 2 * 4 * n + 2 * 4 * _parts(rows, n, device) * n
+    assert inside == 4 * rows * n + 2 * 4 * n + 2 * 4 * _programs(rows, n, 4, device) * n
 
 
 def test_a_workspace_inside_a_custom_op_is_in_the_peak_whatever_its_fake_says():

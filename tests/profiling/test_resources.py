@@ -313,6 +313,16 @@ def test_what_does_not_compile_is_a_row_with_an_error(measured):
     assert measured["impossible"]["error"]
 
 
+def test_every_tile_given_must_be_taken():
+    """By itself: a plan that the one before changed is not counted for it."""
+    case = next(case for case in catalogue.LAYER_NORM.sizes if case.name == "768")
+    forward, other = ["layer_norm.forward", "1024", "4", "8"], ["layer_norm.backward", "512", "4", "8"]
+    chosen = ([(catalogue.LAYER_NORM, case)], ["bfloat16"], ["sm_90"])
+    assert trial_of([forward], *chosen)
+    with pytest.raises(UserError, match=r"--tile layer_norm.backward 512: nothing that was chosen takes it"):
+        trial_of([forward, other], *chosen)
+
+
 KEPT = """
 import dataclasses, os, torch, triton
 from kernels import catalogue, tiles
