@@ -1,15 +1,17 @@
 """`python -m benchmarks.first_step BEGAN PRESET RUNG [--ahead ARCH]`: one cold start, told as a line of JSON.
 
 BEGAN is the time.time() at which the process was asked for. With --ahead the kernels of the step are compiled for ARCH,
-one after another, and not run.
+side by side as a first step does, and not run.
 """
 
 import kernels  # noqa: F401, I001  first: it chooses Triton's interpreter where there is no GPU
 
 import itertools
 import json
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 
 def main(began: str, preset: str, rung: str, ahead: str = "", arch: str = "") -> None:
@@ -48,8 +50,8 @@ def compile_ahead(settings, rung: str, arch: str) -> tuple[float, float, float, 
     step = floor.count(replace(settings, kernels=rung, dtype=dtype), arch)
     sources = dict.fromkeys(source_of(launch, arch) for launch in step.planned)
     planned = time.time()
-    for source in sources:
-        compile_ahead(source)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(compile_ahead, sources))
     done = time.time()
     return planned, done, done, len(sources)
 

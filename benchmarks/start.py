@@ -1,8 +1,8 @@
 """`python -m benchmarks start`: seconds from nothing to the first trained step, with nothing compiled beforehand.
 
 Every sample is a process of its own with empty caches for Triton and torch.compile: its imports, the model, the first
-step, and the second for comparison. Without a GPU the kernels of that step are compiled for --arch, one after
-another as the first step would, and nothing is run: that is the part of a cold start that needs no GPU.
+step, and the second for comparison. Without a GPU the kernels of that step are compiled for --arch, side by
+side as the first step does, and nothing is run: that is the part of a cold start that needs no GPU.
 """
 
 import argparse

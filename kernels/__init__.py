@@ -2,6 +2,7 @@
 
 from kernels import device, reference  # device first: it chooses the interpreter before Triton is imported
 from kernels.add_layer_norm import add_layer_norm
+from kernels.ahead import compile_ahead
 from kernels.attention import scaled_dot_product_attention
 from kernels.attention_qkvpacked import scaled_dot_product_attention_qkvpacked
 from kernels.cross_entropy import cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "add_layer_norm",
+    "compile_ahead",
     "cross_entropy",
     "decode_attention",
     "device",

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+import kernels
+
 from . import parallel
 from .batches import Batches
 from .config import TrainConfig
@@ -59,6 +61,8 @@ class Learner:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.graph = GraphedStep(self) if config.cuda_graph else None
+        self.cold = world.size == 1 and "triton" in model.ops.names.values()
+        """Whether kernels are still to be compiled; several processes each compile at the first launch."""
 
     def step(self, number: int) -> Tensor:
         """Optimizer step 0, 1, ...: the mean loss of its batches and the norm of their gradient before clipping, (2,).
@@ -68,6 +72,9 @@ class Learner:
         """
         self._set_rate(learning_rate(number, self.config))
         data = self.data(number)
+        if self.cold:
+            self.compile_kernels(data)
+            self.cold = False
         return self.advance(data) if self.graph is None else self.graph(data)
 
     def data(self, number: int) -> Data:
@@ -75,6 +82,20 @@ class Learner:
         found = [self.batches[index] for index in self._indices(number)]
         self.batches.expect(self._indices(number + 1))
         return found
+
+    def compile_kernels(self, data: Data) -> None:
+        """Compile the kernels that the first batch takes, side by side; what is left then compiles at its launch.
+
+        PyTorch's part of a pass is run for it. Weights and random generators are as before, and gradients are None.
+        """
+
+        def one_pass() -> None:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                self.model(*data[0])[1].backward()
+
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            kernels.compile_ahead(one_pass, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def advance(self, data: Data) -> Tensor:
         """The part of a step that the device does."""

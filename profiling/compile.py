@@ -41,22 +41,6 @@ class Source:
 # ---------------------------------------------------------------- from a Launch to a Source
 
 
-class _Pointer:
-    """Stands for a tensor in Triton's specialization."""
-
-    def __init__(self, spec):
-        self.dtype = spec.dtype
-        self._address = 0 if spec.aligned else spec.dtype.itemsize
-        places = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
-        self._bytes = places * spec.dtype.itemsize
-
-    def data_ptr(self) -> int:
-        return self._address
-
-    def ptr_range(self) -> int:
-        return self._bytes
-
-
 def _target(arch: str):
     from triton.backends.compiler import GPUTarget
 
@@ -74,12 +58,13 @@ def source_of(launch, arch: str) -> Source:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    from kernels.ahead import Pointer
     from kernels.op import Spec
 
     backend = make_backend(_target(arch))
     kernel = launch.kernel
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
-    arguments = [_Pointer(value) if isinstance(value, Spec) else value for value in launch.arguments.values()]
+    arguments = [Pointer(value) if isinstance(value, Spec) else value for value in launch.arguments.values()]
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = binder(*arguments, **launch.constexprs, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
