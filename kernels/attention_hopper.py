@@ -1,9 +1,9 @@
 """Attention's forward pass for Hopper GPUs (compute capability 9.0), in Gluon: warps that do different things at once.
 
-What is computed is what `_attention_forward` in attention.py computes; here it is said who does it. One warp copies,
-through the TMA unit: the queries of a tile, and their keys and values, tile after tile, into buffers that go round. Two
-or three warpgroups (four warps, by which a product on Hopper's tensor cores is issued) own BLOCK_Q queries each and
-compute:
+What is computed is what `_attention_forward` in attention_kernels.py computes; here it is said who does it. One warp
+copies, through the TMA unit: the queries of a tile, and their keys and values, tile after tile, into buffers that go
+round. Two or three warpgroups (four warps, by which a product on Hopper's tensor cores is issued) own BLOCK_Q queries
+each and compute:
 
     issue s = q k^T of this tile, then acc += p v of the tile before; wait for s alone
     softmax of s, while the product p v runs                         (overlap within a warpgroup)

@@ -1,4 +1,4 @@
-"""Attention's backward pass for Hopper GPUs, in Gluon: the two kernels of attention.py, warps doing different things.
+"""Attention's backward pass for Hopper GPUs, in Gluon: the two of attention_kernels.py, warps doing different things.
 
 Who copies and who computes is as in attention_hopper.py. For dq a warpgroup owns BLOCK_Q queries and walks the keys:
 

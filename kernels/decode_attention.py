@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import device as devices
 from kernels import reference
-from kernels.attention import _attend, _exp, _head, _load, _offsets, _store
+from kernels.attention_kernels import _attend, _exp, _head, _load, _offsets, _store
 from kernels.device import Device, allow_tf32
 from kernels.op import (
     Case,
@@ -250,7 +250,7 @@ MOST = 256  # splits
 TILE = 64  # keys that a program walks at a time, more or less
 NEAR = 0.9  # as fast as the best number of splits, see _splits
 
-# (BLOCK_K, warps, stages) of _decode_group by architecture, kind of product and padded head size; see attention.py.
+# (BLOCK_K, warps, stages) of _decode_group by architecture, kind of product and padded head size; see attention_plan.py.
 GROUP = {
     "sm_80": {
         "half": {64: (64, 4, 4), 128: (64, 4, 3), 256: (32, 4, 3)},

@@ -18,7 +18,7 @@ def one_thread():
 @pytest.fixture
 def loops(monkeypatch):
     """Attention's kernels that loop, however short the problem."""
-    monkeypatch.setattr("kernels.attention._short_tile", lambda *_: None)
+    monkeypatch.setattr("kernels.attention_plan._short_tile", lambda *_: None)
     op._launches.cache_clear()
     yield
     op._launches.cache_clear()

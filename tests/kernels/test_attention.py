@@ -181,7 +181,7 @@ def test_heads_packed_into_a_program_are_the_heads_alone(options, key_heads, q, 
     results, launches = [], []
     for short in (True, False):
         if not short:
-            monkeypatch.setattr("kernels.attention._short_tile", lambda *_: None)
+            monkeypatch.setattr("kernels.attention_plan._short_tile", lambda *_: None)
         op._launches.cache_clear()
         torch.manual_seed(3)
         with op.count_launches() as counted:

@@ -15,7 +15,7 @@ from parity import differentiate, hold, hold_layout, incoming, inputs_of, misali
 from test_attention_options import BACK, CASES, CONTIGUOUS, EVEN, NAMES, OPTIONS
 
 from kernels import op, tiles
-from kernels.attention import plan_backward, plan_forward
+from kernels.attention_plan import plan_backward, plan_forward
 from kernels.catalogue import ATTENTION, ATTENTION_QKVPACKED
 from kernels.device import HAS_TRITON, INTERPRETED, TARGETS, Device
 from kernels.op import Spec, plan_for

@@ -28,7 +28,7 @@ from parity import (
 )
 
 from kernels import tiles
-from kernels.attention import plan_backward, plan_forward
+from kernels.attention_plan import plan_backward, plan_forward
 from kernels.catalogue import ATTENTION
 from kernels.device import INTERPRETED, TARGETS, Device, facts
 from kernels.op import Case, Spec, plan_for

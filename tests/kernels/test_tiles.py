@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import catalogue, op, tiles
-from kernels.attention import BACKWARD_KEY, FORWARD, _tile
+from kernels.attention_plan import BACKWARD_KEY, FORWARD, _tile
 from kernels.device import INTERPRETER, TARGETS
 from kernels.layer_norm import _programs
 from kernels.op import Spec
