@@ -250,7 +250,8 @@ MOST = 256  # splits
 TILE = 64  # keys that a program walks at a time, more or less
 NEAR = 0.9  # as fast as the best number of splits, see _splits
 
-# (BLOCK_K, warps, stages) of _decode_group by architecture, kind of product and padded head size; see attention_plan.py.
+# (BLOCK_K, warps, stages) of _decode_group by architecture, kind of product and padded head size, as in
+# attention_plan.py.
 GROUP = {
     "sm_80": {
         "half": {64: (64, 4, 4), 128: (64, 4, 3), 256: (32, 4, 3)},
