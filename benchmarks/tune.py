@@ -1,9 +1,9 @@
 """`python -m benchmarks tune`: the tile sweep, which writes kernels/tiles/<gpu>.json.
 
-For each entry of the table: candidates are compiled in parallel, those that spill or exceed shared memory dropped,
-the rest held to the truth, forward and backward (kernels written in Gluon in a process of their own, which may hang),
-and those that are right timed in turns. The best of them is timed
-against the default once more, and enters the table if it is faster by more than chance. What is known is stored as
+For each entry of the table: candidates are compiled in parallel, while the entry before is judged and timed, those
+that spill or exceed shared memory dropped, the rest held to the truth, forward and backward (kernels written in Gluon
+in a process of their own, which may hang), and those that are right timed in turns. The best of them is timed against
+the default once more, and enters the table if it is faster by more than chance. What is known is stored as
 it comes, in <gpu>.partial, and a sweep that was cut short goes on from there. --dry-run does all but the timing,
 for a GPU that is not there: kernels run in Triton's interpreter, on small problems.
 """
@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = list({entry.op: entry for entry in reversed(chosen)}.values())[::-1]
     table: dict[str, dict[str, list[int]]] = {}
     broken = 0
-    for number, entry in enumerate(chosen, 1):
-        tried = sweep.candidates(entry, base)
-        tried = tried[:1] + tried[len(tried) // 2 :][:2] if arguments.quick else tried
+    for number, (entry, tried) in enumerate(compiled(chosen, base, partial, arguments), 1):
         print(f"{number} of {len(chosen)}: {entry.name}, {len(tried)} candidates", flush=True)
-        right = survivors(entry, tried, base, partial, arguments.dry_run, arguments.workers)
+        right = survivors(entry, tried, base, partial, arguments.dry_run)
         broken += Candidate(entry) not in right
         if arguments.dry_run:
             print(f"  right: {', '.join(str(list(c.numbers) or 'default') for c in right)}", flush=True)
@@ -100,14 +100,33 @@ def _kernels_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def survivors(
-    entry: Entry, tried: list[Candidate], base: Device, partial: Partial, dry: bool, workers: int
-) -> list[Candidate]:
-    """The candidates that compile within limits and are right."""
+def compiled(
+    chosen: list[Entry], base: Device, partial: Partial, arguments: argparse.Namespace
+) -> Iterator[tuple[Entry, list[Candidate]]]:
+    """The entries with their candidates, once what becomes of these in compilation is known. Those of the next entry
+    compile while the caller is busy with one."""
+    tried: dict[str, list[Candidate]] = {}
+    for entry in chosen:
+        every = sweep.candidates(entry, base)
+        tried[entry.name] = every[:1] + every[len(every) // 2 :][:2] if arguments.quick else every
+
+    def begin(entry: Entry) -> Future[dict[str, str]] | None:
+        new = [candidate for candidate in tried[entry.name] if candidate.name not in partial.known["compiled"]]
+        keep = not arguments.dry_run
+        return beside.submit(sweep.compiled, new, base.tiles, arguments.workers, keep) if new else None
+
+    with ThreadPoolExecutor(1) as beside:
+        begun = begin(chosen[0]) if chosen else None
+        for entry, following in zip(chosen, [*chosen[1:], None], strict=True):
+            if begun:
+                partial.enter("compiled", begun.result())
+            begun = begin(following) if following else None
+            yield entry, tried[entry.name]
+
+
+def survivors(entry: Entry, tried: list[Candidate], base: Device, partial: Partial, dry: bool) -> list[Candidate]:
+    """The candidates, whose compilation is known of, that compiled within limits and are right."""
     known = partial.known
-    new = [candidate for candidate in tried if candidate.name not in known["compiled"]]
-    if new:
-        partial.enter("compiled", sweep.compiled(new, base.tiles, workers, keep=not dry))
     fit = [candidate for candidate in tried if not known["compiled"][candidate.name]]
     for candidate in tried:
         if why := known["compiled"][candidate.name]:

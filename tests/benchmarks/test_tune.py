@@ -1,9 +1,11 @@
 """The sweep of tiles: what it tries, drops, keeps and remembers."""
 
+import argparse
 import importlib
 import itertools
 import json
 import sys
+import threading
 from dataclasses import replace
 from unittest import mock
 
@@ -88,6 +90,11 @@ def test_the_default_is_not_what_a_table_says():
     assert Candidate(NORM).device(replace(BASE, name="somebody")).name == ""
 
 
+def _compiled(entries, partial):
+    """What tune.compiled yields in a dry run."""
+    return tune.compiled(entries, BASE, partial, argparse.Namespace(quick=False, dry_run=True, workers=1))
+
+
 def test_only_what_compiles_and_is_right_survives(tmp_path, monkeypatch):
     tried = [Candidate(NORM), *(Candidate(NORM, numbers) for numbers in ((1, 4), (2, 8), (4, 4)))]
     asked = []
@@ -97,19 +104,42 @@ def test_only_what_compiles_and_is_right_survives(tmp_path, monkeypatch):
         asked.append([c.numbers for c in chosen])
         return {c.name: "spills 8 B" if c.numbers == (1, 4) else "" for c in chosen}
 
+    def survivors(partial):
+        ((entry, candidates),) = _compiled([NORM], partial)
+        assert entry == NORM and candidates == tried
+        return tune.survivors(entry, candidates, BASE, partial, True)
+
+    monkeypatch.setattr(sweep, "candidates", lambda entry, device: tried)
     monkeypatch.setattr(sweep, "compiled", compiled)
     monkeypatch.setattr(tune, "problem_of", lambda entry, dry: None)
     monkeypatch.setattr(tune, "Checker", lambda problem: None)
     monkeypatch.setattr(tune, "judge", lambda c, base, checker: "wrong: so" if c.numbers == (2, 8) else "")
-    partial = tune.Partial(tmp_path / "p.json")
-    right = tune.survivors(NORM, tried, BASE, partial, True, 1)
+    right = survivors(tune.Partial(tmp_path / "p.json"))
     assert [c.numbers for c in right] == [(), (4, 4)]
     # what is known is not asked again, by this sweep or by one that goes on from it
-    again = tune.Partial(tmp_path / "p.json")
-    assert tune.survivors(NORM, tried, BASE, again, True, 1) == right and len(asked) == 1
+    assert survivors(tune.Partial(tmp_path / "p.json")) == right and len(asked) == 1
     monkeypatch.setattr(tune, "_kernels_hash", lambda: "other kernels")
-    tune.survivors(NORM, tried, BASE, tune.Partial(tmp_path / "p.json"), True, 1)
+    survivors(tune.Partial(tmp_path / "p.json"))
     assert len(asked) == 2
+
+
+def test_the_next_entry_compiles_while_one_is_busy(tmp_path, monkeypatch):
+    entries = ENTRIES[:3]
+    begun = {entry.name: threading.Event() for entry in entries}
+
+    def compiled(chosen, arch, workers, keep):
+        begun[chosen[0].entry.name].set()
+        return dict.fromkeys((c.name for c in chosen), "")
+
+    monkeypatch.setattr(sweep, "candidates", lambda entry, device: [Candidate(entry)])
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    partial = tune.Partial(tmp_path / "p.json")
+    for place, (entry, _) in enumerate(_compiled(entries, partial)):
+        assert partial.known["compiled"][Candidate(entry).name] == ""
+        if place < 2:
+            assert begun[entries[place + 1].name].wait(5.0), "nothing compiles beside"
+        if place < 1:
+            assert not begun[entries[2].name].is_set(), "one entry ahead, not all"
 
 
 CHILD = """
@@ -144,12 +174,10 @@ def test_candidates_in_gluon_are_judged_apart(tmp_path, monkeypatch):
     entry = next(entry for entry in ENTRIES if entry.name == "attention.forward half/64")
     tried = [Candidate(entry, (64, 64, 4, 3, 1, 2, 1, 1)), Candidate(entry, (128, 64, 8, 2, 1, 0, 0, 1))]
     assert [sweep.in_gluon(candidate, BASE) for candidate in tried] == [True, False]
-    monkeypatch.setattr(
-        sweep, "compiled", lambda chosen, arch, workers, keep: dict.fromkeys((c.name for c in chosen), "")
-    )
     monkeypatch.setattr(tune, "judge", lambda candidate, base, checker: "")
     partial = tune.Partial(tmp_path / "p.json")
-    assert tune.survivors(entry, tried, BASE, partial, True, 1) == tried[1:]
+    partial.enter("compiled", dict.fromkeys((candidate.name for candidate in tried), ""))
+    assert tune.survivors(entry, tried, BASE, partial, True) == tried[1:]
     assert "Gluon" in partial.known["judged"][tried[0].name] and partial.known["judged"][tried[1].name] == ""
 
 
