@@ -4,9 +4,7 @@ A program of `_attention_forward` and of `_attention_backward_query` owns a tile
 keys; one of `_attention_backward_key` owns a tile of keys and walks the queries. decode_attention.py shares the parts.
 """
 
-from kernels.op import cast, dot, fma, tl, triton
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from kernels.op import LOG2_E, cast, dot, fma, tl, triton
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 There is no running maximum and no loop, and one launch gives dq, dk and dv; attention.py has the mathematics.
 """
 
-from kernels.attention_kernels import LOG2_E, _delta, _exp, _kept_words, _seen
-from kernels.op import cast, dot, tl, triton
+from kernels.attention_kernels import _delta, _exp, _kept_words, _seen
+from kernels.op import LOG2_E, cast, dot, tl, triton
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from kernels import device as devices
 from kernels import reference, tiles
 from kernels.device import Device
 from kernels.op import (
+    LOG2_E,
     Case,
     Cost,
     Launch,
@@ -36,6 +37,8 @@ from kernels.op import (
     cast,
     cdiv,
     check_number,
+    exp,
+    fma,
     next_power_of_2,
     plan_only,
     pointers,
@@ -82,7 +85,7 @@ def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr,
     """The running numbers of row_sums, and the weights so far, after the logits x; -inf where none is in_row."""
     highest = tl.maximum(peak, tl.max(x, axis=1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
-    total = total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+    total = total * exp(peak - base) + tl.sum(exp(x - base[:, None]), axis=1)
     if SMOOTH:
         if weight_ptr is not None:
             w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
@@ -134,7 +137,7 @@ def long_row_sums(
     base = tl.where(highest == float("-inf"), 0.0, highest)
     if SMOOTH:
         below += tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-    return highest, tl.sum(total * tl.exp(peak - base), axis=0, keep_dims=True), tl.sum(below, axis=0, keep_dims=True)
+    return highest, tl.sum(total * exp(peak - base), axis=0, keep_dims=True), tl.sum(below, axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -143,7 +146,7 @@ def _add_to_lanes(peak, total, below, weight_so_far, x, columns, in_row, weight_
     highest = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
     base = tl.where(highest == float("-inf"), 0.0, highest)
     x -= base[None, :, None]
-    total = total * tl.exp(peak - base) + tl.sum(tl.sum(tl.exp(x), axis=2), axis=0)
+    total = total * exp(peak - base) + tl.sum(tl.sum(exp(x), axis=2), axis=0)
     if SMOOTH:
         if weight_ptr is not None:
             w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
@@ -212,7 +215,7 @@ def logit_gradients(
     TARGET: the target of a row may be among the columns. Most tiles have none, and the look for it takes a third of
     what is left to do for a logit.
     """
-    p = tl.exp((x - peak[:, None]) - log_total[:, None])
+    p = tl.exp2(fma(x - peak[:, None], LOG2_E, -LOG2_E * log_total[:, None]))
     dx = p * scale[:, None]
     if TARGET:
         dx = tl.where(columns[None, :] == place[:, None], dx - less[:, None], dx)
