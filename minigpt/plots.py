@@ -194,7 +194,7 @@ def _label_ends(axes: Axes) -> None:
     if len(places) == 2 and places[1] - places[0] < apart:
         middle = min(max(sum(places) / 2, apart / 2), 1 - apart / 2)
         places = [middle - apart / 2, middle + apart / 2]
-    for place, line in zip(places, labelled, strict=True):
+    for place, (_, line) in zip(places, ends, strict=True):
         value = line.get_ydata()[-1]
         axes.annotate(
             f"{line.get_label()} {value:#.3g}" if value < 100 else f"{line.get_label()} {value:,.0f}",

@@ -123,6 +123,14 @@ def test_the_labels_do_not_overlap_and_stay_beside_the_panel(draw, train, val):
         texts = sorted(axes.texts[1:], key=lambda text: text.xy[1])
         assert texts[1].xy[1] - texts[0].xy[1] >= 0.08, heights
         assert -0.1 <= texts[0].xy[1] and texts[1].xy[1] <= 1.1
+        for text in texts:  # each beside its own curve, and above the other's if that is where it ends
+            name, value = text.get_text().split()
+            line = next(line for line in axes.lines if line.get_label() == name)
+            assert text.get_color() == line.get_color() and float(value) == pytest.approx(
+                line.get_ydata()[-1], rel=0.01
+            )
+        ends = [float(text.get_text().split()[1]) for text in texts]
+        assert ends == sorted(ends)
 
 
 @pytest.mark.parametrize(
