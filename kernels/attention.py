@@ -247,8 +247,8 @@ def scaled_dot_product_attention(
     dimensions in front broadcast. Hk = H, or with enable_gqa a divisor of it. scale: 1 / sqrt(D) unless given.
     With is_causal, query i sees key j when j <= i + query_offset: 0 is PyTorch's own meaning, Tk - Tq suits a
     cache. A query that sees no key gives zeros. return_lse adds log(sum(exp(scores))), (..., H, Tq) in fp32,
-    -inf where no key is seen, not differentiable. The dropout mask comes from PyTorch's generator on the
-    device, dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own are.
+    -inf where no key is seen, not differentiable: no gradient comes back through it. The dropout mask comes from
+    PyTorch's generator on the device, dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own.
 
     Raises RuntimeError or ValueError for inputs that do not fit, NotImplementedError for attn_mask, a value
     head of another size, D above 256 and other dtypes.

@@ -264,7 +264,7 @@ def _compute(
             acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
             mbarrier.arrive(v_empty.index(slot), count=1)
 
-            total = gl.where(total == 0.0, 1.0, total)
+            total = gl.where(peak == float("-inf"), 1.0, total)
             lse = lse_ptr + (batch.to(gl.int64) * n_head + head) * q_len
             gl.store(lse + queries, (peak + gl.log2(total)) / LOG2_E, mask=queries < q_len)
             acc *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]

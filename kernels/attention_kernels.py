@@ -247,12 +247,14 @@ def _attention_forward(
     else:
         acc, peak, total = state
 
-    acc *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    # zeros where no key is seen; a sum that is zero all the same, of scores beyond what fp32 tells apart, makes NaN
+    total = tl.where(peak == float("-inf"), 1.0, total)
+    acc *= (keep_scale / total)[:, None]
     _store(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, acc, D, BLOCK_Q, BLOCK_D)
     if q.dtype == tl.float32:
-        lse = peak + tl.log(tl.where(total == 0.0, 1.0, total))
+        lse = peak + tl.log(total)
     else:
-        lse = (peak + tl.log2(tl.where(total == 0.0, 1.0, total))) / LOG2_E
+        lse = (peak + tl.log2(total)) / LOG2_E
     tl.store(lse_ptr + head.to(tl.int64) * q_len + queries, lse, mask=queries < q_len)
 
 

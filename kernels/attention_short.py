@@ -80,7 +80,7 @@ def _attention_short_forward(
         if DROPOUT:
             p = tl.where(_short_kept(seed, head, positions, threshold, LENGTH, BLOCK), p, 0.0)
         out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
-        total = tl.where(total == 0.0, 1.0, total)
+        total = tl.where(peak == float("-inf"), 1.0, total)
         out *= (keep_scale / total)[:, None]
         o_rows = _rows_of_heads(head, positions, n_head, o_stride_b, o_stride_h, o_stride)
         _store_rows(out_ptr, o_rows, is_query, out, D, BLOCK_D)

@@ -148,7 +148,7 @@ def _decode_single(
         tl.store(peak_ptr + place, highest)
         tl.store(total_ptr + place, total)
     else:
-        out = acc / tl.where(total == 0.0, 1.0, total)
+        out = acc / tl.where(highest == float("-inf"), 1.0, total)
         out = cast(tl.where(valid, out, float("nan")), out_ptr.dtype.element_ty)
         tl.store(out_ptr + head.to(tl.int64) * D + columns, out, mask=columns < D)
 
@@ -201,7 +201,7 @@ def _decode_group(
         tl.store(peak_ptr + places, peak, mask=members < group)
         tl.store(total_ptr + places, total, mask=members < group)
     else:
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out = acc / tl.where(peak == float("-inf"), 1.0, total)[:, None]
         out = tl.where(valid, out, float("nan"))
         out_ptr += key_head.to(tl.int64) * group * D
         _store(out_ptr, member, _offsets(BLOCK_H, BLOCK_D, D), D, group, out, D, BLOCK_H, BLOCK_D)
@@ -236,7 +236,7 @@ def _decode_merge(
         total = total * alpha + tl.sum(totals * weight, axis=0)
         acc = acc * alpha + tl.sum(outputs * weight[:, None], axis=0)
         peak = highest
-    out = acc / tl.where(total == 0.0, 1.0, total)
+    out = acc / tl.where(peak == float("-inf"), 1.0, total)
     out = cast(tl.where(valid, out, float("nan")), out_ptr.dtype.element_ty)
     tl.store(out_ptr + head.to(tl.int64) * D + columns, out, mask=columns < D)
 

@@ -321,3 +321,17 @@ def test_too_wide_a_head(size):
 def test_all_in_float64_is_not_implemented():
     with pytest.raises(NotImplementedError, match="float64"):
         attention(*(torch.ones(1, 1, 2, 8, dtype=torch.float64),) * 3)
+
+
+@pytest.mark.parametrize("n_keys", [4, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_too_large_for_fp32_are_never_zeros(dtype, n_keys, device):
+    """Up to 10^8 they are PyTorch's; where the rounding of the largest takes all exponentials, a row is NaN, not 0."""
+    value = torch.ones(1, 1, n_keys, 4, dtype=dtype, device=device)
+    for size, exact in ((5e3, True), (3e4, False), (6e4, False)):
+        query = torch.full_like(value, size)
+        out = kernels.scaled_dot_product_attention(query, query, value)
+        cached = kernels.decode_attention(query[:, :, :1], query, value, torch.tensor([n_keys], device=device))
+        for found in (out, cached):
+            near = (found - 1.0).abs() < 0.01
+            assert near.all() if exact else (near | ~found.isfinite()).all(), (size, found)
