@@ -77,11 +77,11 @@ def _layer_norm_forward(
         x = cast(x + tl.load(residual_ptr, mask=mask, other=0.0).to(tl.float32), sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + rows[:, None] * N + columns[None, :], x, mask=mask)
         x = x.to(tl.float32)  # the norm is that of the sum as it was rounded
-    mean = tl.sum(x, axis=1) * (1.0 / N)
+    mean = tl.sum(x, axis=1) / N
     centred = tl.where(in_row, x - mean[:, None], 0.0)
     # what rounding left out of the mean: without it 1 / sqrt(eps) would make something of a constant row
     rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
-    variance = tl.maximum(tl.sum(centred * centred, axis=1) * (1.0 / N) - rest * rest, 0.0)
+    variance = tl.maximum(tl.sum(centred * centred, axis=1) / N - rest * rest, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     rstd = tl.where(variance == float("inf"), float("nan"), rstd)  # overflowed: not a norm, and not zero either
     mean += rest
@@ -218,12 +218,12 @@ def _layer_norm_backward(
             gs += (g,)
             xhats += (xhat,)
         if dinput_ptr is not None or dresidual_ptr is not None:
-            constant = tl.sum(sum_g, axis=1)[:, None] * (1.0 / N) * rstd
-            slope = tl.sum(sum_g_xhat, axis=1)[:, None] * (1.0 / N) * rstd
+            mean_g = tl.sum(sum_g, axis=1)[:, None] / N
+            mean_g_xhat = tl.sum(sum_g_xhat, axis=1)[:, None] / N
             for i in tl.static_range(PARTS):
                 at = i * WIDTH + columns
                 mask = seen & (at < N)
-                dx = gs[i] * rstd - (xhats[i] * slope + constant)
+                dx = rstd * (gs[i] + (xhats[i] * -mean_g_xhat - mean_g))  # an order that spills on no target
                 if grad_sum_ptr is not None:
                     places = rows[:, None] * grad_sum_stride + at
                     dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
@@ -345,14 +345,13 @@ def _block(n_rows: int, n: int, device: Device, which: str) -> tuple[int, int, i
     block_n = max(16, next_power_of_2(n))
     if device.arch == "interpreter":  # its cost is per program
         return block_n, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_n)), 4
-    if tuned := tiles.tuned(device, f"layer_norm.{which}", str(block_n)):
+    short = which == "backward" and 4 * n <= 3 * block_n  # backward has no more columns than there are
+    if tuned := tiles.tuned(device, f"layer_norm.{which}", str(3 * block_n // 4 if short else block_n)):
         return block_n, *tuned
     if which == "forward":
         return block_n, max(1, 2048 // block_n), max(1, block_n // 1024)
     rows, warps = max(1, 2048 // block_n), min(16, max(4, block_n // 512))
-    if warps == 4 and block_n >= 1024 and 4 * n <= 3 * block_n:
-        rows *= 2
-    return block_n, rows, warps
+    return block_n, 2 * rows if short and warps == 4 and block_n >= 1024 else rows, warps
 
 
 def _backward_tile(n_rows: int, n: int, itemsize: int, device: Device) -> tuple[dict[str, int], int]:
