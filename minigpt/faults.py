@@ -1,6 +1,7 @@
 """What can go wrong in a step: a loss or gradient that is not finite, and too little memory."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,6 +80,20 @@ def memory_told() -> Iterator[None]:
             "out of memory: take a smaller model (--n-layer, --n-embd, --block-size), or a device with more"
             + (f" ({said})" if said else "")
         ) from error
+
+
+def check_batch(windows: int, window: int, n_embd: int, device: torch.device) -> None:
+    """Raise UserError for a batch of which not even the embeddings and their gradient, in fp32, fit into memory: the
+    machine would take minutes to find that out, and might end the process without a word."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (least := 8 * windows * window * n_embd) > memory:
+        raise UserError(
+            f"--batch-size {windows} of {window} tokens takes more than {least / 1e9:,.0f} GB, and there are "
+            f"{memory / 1e9:,.0f}: take a smaller one, and as much more --grad-accumulation"
+        )
 
 
 def what_fits(learner: Learner) -> str:

@@ -204,7 +204,9 @@ class Session:
             )
         self.validation = self.corpus.validation.to(self.device)
         window = config.window or config.block_size
-        batches = Batches(self.corpus.train, window, self.world.share(config)[0], config.seed, self.device)
+        windows = self.world.share(config)[0]
+        faults.check_batch(windows, window, config.n_embd, self.device)
+        batches = Batches(self.corpus.train, window, windows, config.seed, self.device)
         if len(self.validation) < 2:
             raise UserError(f"{self.corpus.source} has too little text to validate on: take a longer text")
         self.tokens_per_step = config.batch_size * batches.window * config.grad_accumulation

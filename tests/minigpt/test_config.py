@@ -13,6 +13,7 @@ import kernels
 from minigpt import config
 from minigpt.config import PRESETS, ModelConfig, TrainConfig, parse, pick_device, pick_dtype, preset
 from minigpt.errors import UserError
+from minigpt.faults import check_batch
 
 
 @pytest.fixture(autouse=True)
@@ -219,3 +220,12 @@ def test_settings_are_there_without_what_reads_a_command_line():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TYRO], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "pip install tyro" in done.stderr
+
+
+def test_a_batch_that_cannot_fit_is_refused_before_anything_is_computed():
+    """Its embeddings and their gradient are 8 bytes for each number; a batch that is merely large is taken."""
+    check_batch(64, 256, 384, torch.device("cpu"))
+    with pytest.raises(
+        UserError, match="--batch-size 1000000000 of 64 tokens takes more than 32,768 GB, and there are"
+    ):
+        check_batch(10**9, 64, 64, torch.device("cpu"))
