@@ -186,7 +186,8 @@ def trained(
         except Exception as error:
             row |= failure(error)
             gc.collect()
-        print(f"{rung.name}: {row.get('last_loss', row.get('reason'))}", flush=True)
+        said = f"loss {row['last_loss']:.4f} after {steps} steps" if "last_loss" in row else row.get("reason")
+        print(f"{rung.name}: {said}", flush=True)
         keep(rows)
     agree(rows, settings)
     agreed = {row["configuration"] for row in rows if row["status"] == "untimed"}

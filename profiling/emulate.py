@@ -26,7 +26,7 @@ import torch
 from profiling.compile import why_not_compiled
 from profiling.emulator.driver import ARCHS
 from profiling.limits import PRODUCTS
-from profiling.outputs import check_folders
+from profiling.outputs import check_folders, wide_console
 from profiling.resources import add_tile_to, trial_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -195,14 +195,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--programs, --lines and --order must be 0 or more")
     check_folders(arguments.json)
     which = "sizes" if arguments.programs else "cases"
+    asked = [ops[name] for name in arguments.op] or list(ops.values())
     chosen = [
-        (op, case)
-        for op in ([ops[name] for name in arguments.op] or ops.values())
-        for case in getattr(op, which)
-        if not arguments.case or case.name in arguments.case
+        (op, case) for op in asked for case in getattr(op, which) if not arguments.case or case.name in arguments.case
     ]
     if not chosen:
-        there = dict.fromkeys(case.name for op in ops.values() for case in getattr(op, which))
+        there = dict.fromkeys(case.name for op in asked for case in getattr(op, which))
         more = "" if arguments.programs else "; --programs takes the real sizes"
         raise UserError(f"no case {', '.join(arguments.case)} of these ops: there are {', '.join(there)}{more}")
     torch.set_num_threads(1)
@@ -241,10 +239,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(document: dict[str, Any], lines: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 260)
+    console = wide_console(260)
     versions = ", ".join(" ".join(version) for version in document["versions"].items())
     view = Table(title=f"Compiled for {document['arch']} and emulated", caption=versions)
     for name in ("op", "case", "dtype", "kernel"):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from profiling.limits import PEAKS, PRODUCTS, Peaks
-from profiling.outputs import check_folders
+from profiling.outputs import check_folders, wide_console
 from profiling.trace import group_of
 
 NO_KERNEL = frozenset({
@@ -232,12 +232,10 @@ def floors(configs: Sequence[Any], gpu: str = "H200 SXM") -> dict[str, Any]:
 
 
 def _print(document: dict[str, Any]) -> None:
-    import sys
 
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = wide_console(140)
     console.print(
         f"{document['preset']}, {document['tokens']:,} tokens a step, {document['dtype']}, at the published peaks "
         f"of an {document['gpu']}: {document['bandwidth_gbps']:,} GB/s, {document['tflops']:,} TFLOP/s",

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-from profiling.outputs import check_folders
+from profiling.outputs import check_folders, wide_console
 from profiling.recording import recorded
 
 ROUNDS, CALLS = 25, 40
@@ -263,7 +263,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(document: dict) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     caption = f"GPU: {document['device']}; " + ", ".join(" ".join(v) for v in document["versions"].items())
@@ -277,4 +276,4 @@ def _print(document: dict) -> None:
             call["op"], call["case"], call["what"], f"{call['us']:.1f}", f"{call['torch_us']:.1f}",
             str(call["launches"]), str(call["python_calls"]), str(sum(call["aten_ops"].values())),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140).print(view)
+    wide_console(140).print(view)

@@ -2,11 +2,11 @@
 
 import html
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from minigpt.errors import writing
+from profiling.outputs import wide_console
 from profiling.pictures import COLOURS, aligned, memory_png, stacked_svg, totals_svg
 
 Document = dict[str, Any]
@@ -105,10 +105,9 @@ def _measured(row: dict[str, Any]) -> list[str]:
 
 def print_tables(document: Document) -> None:
     """Print the tables, and what the estimate could not see."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = wide_console(200)
     for name, headings, rows in tables(document):
         view = Table(title=name, title_justify="left")
         for index, heading in enumerate(headings):

@@ -1,12 +1,11 @@
 """The tables that `python -m profiling resources` prints."""
 
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from profiling.instructions import KINDS, overlapped
+from profiling.outputs import wide_console
 
 
 def print_table(table: list, versions: dict[str, str]) -> None:
@@ -34,7 +33,7 @@ def print_table(table: list, versions: dict[str, str]) -> None:
             str(use.spill_bytes), str(use.shared_memory), _occupancy(use.occupancy), mma, widths(use.loads),
             widths(use.stores), " ".join(notes), " ".join(use.cases), style=style,
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 240)
+    console = wide_console(240)
     console.print(view)
     mixes = Table(title="Instructions in the code, each counted once however often it runs")
     for name in ("kernel", "dtype", "arch", "tile"):
@@ -66,4 +65,4 @@ def print_rooflines(rows: list[dict[str, Any]]) -> None:
         numbers = (row["flops"] / 1e9, row["bytes"] / 1e6, row["intensity"], row["ridge"], row["us"])
         named = (row["op"], row["case"], row["pass"], row["dtype"], f"{row['product']} ({row['arch']})")
         view.add_row(*named, *(f"{number:,.1f}" for number in numbers), row["bound"])
-    Console(width=None if sys.stdout.isatty() else 160).print(view)
+    wide_console(160).print(view)

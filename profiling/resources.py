@@ -222,7 +222,8 @@ def trial_of(chosen: list[list[str]], problems: Iterable[tuple], dtypes: Sequenc
         if not any(_changes(problem, dtype, arch, name) for problem in problems for dtype in dtypes for arch in archs):
             raise UserError(
                 f"--tile {slot} {key}: nothing that was chosen takes it. A key of attention is half, ieee or tf32, "
-                "with -dropout or -grouped if so, and 64, 128 or 256 for heads up to that; of the others a power of 2"
+                "with -dropout or -grouped if so, and 64, 128 or 256 for heads up to that; of the others a power of "
+                "2, or for a norm's backward three quarters of one"
             )
     return f"--tile {table}" if table else ""
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from profiling.outputs import wide_console
+
 GROUPS = (
     ("attention", ("attention", "scaled_dot_product", "flash", "fmha")),
     ("layer norm", ("layer_norm",)),
@@ -247,12 +249,10 @@ def idleness(spans: list[Span]) -> tuple[int, int, list[int]]:
 
 
 def _print(document: dict[str, Any], top: int) -> None:
-    import sys
 
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console(160)
     what = "kernels on the GPU" if "gpu_idle_us" in document else "ops on the CPU, each without the ops it calls"
     where = f"{document['preset']} on {document['device']}, {document['dtype']}, {document['steps']} step(s) profiled"
     console.print(f"{where}: {what}", highlight=False)

@@ -85,6 +85,7 @@ def test_the_table_of_some_programs_at_real_size(tmp_path):
     [
         (("--op", "layer_nrom"), "unknown op layer_nrom: choose from scaled_dot_product_attention"),
         (("--op", "layer_norm", "--case", "nosuch"), "no case nosuch of these ops: there are one_element"),
+        (("--op", "layer_norm", "--case", "one_key_head"), "two_dimensions, gpt2, one_over_a_block, long;"),
         (("--case", "gpt2", "--op", "scaled_dot_product_attention"), "--programs takes the real sizes"),
         (("--json", "/"), "/: it is a folder; give the name of a file in it"),
         (
