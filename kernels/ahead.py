@@ -29,6 +29,11 @@ class Pointer:
         return self._bytes
 
 
+def arguments_of(launch: Launch) -> list:
+    """What a launch passes before its constexprs, with a Pointer for each tensor."""
+    return [Pointer(value) if isinstance(value, Spec) else value for value in launch.arguments.values()]
+
+
 def compile_ahead(work: Callable[[], object], device: torch.device, threads: int | None = None) -> int:
     """Compile the kernels of ours that `work()` would launch on `device`, on so many threads (None: one a core), which
     Triton's compiler leaves free to run at once. Returns the number of different launches.
@@ -55,8 +60,5 @@ def compile_ahead(work: Callable[[], object], device: torch.device, threads: int
 
 
 def _compile(launch: Launch) -> None:
-    arguments = [Pointer(value) if isinstance(value, Spec) else value for value in launch.arguments.values()]
-    launch.kernel.run(
-        *arguments, grid=launch.grid, warmup=True, **launch.constexprs, num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )  # fmt: skip
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    launch.kernel.run(*arguments_of(launch), grid=launch.grid, warmup=True, **launch.constexprs, **options)

@@ -90,8 +90,9 @@ class Learner:
         """
 
         def one_pass() -> None:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                self.model(*data[0])[1].backward()
+            with self._autocast():
+                loss = self.model(*data[0])[1]
+            loss.backward()
 
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             kernels.compile_ahead(one_pass, self.device)
@@ -121,8 +122,11 @@ class Learner:
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss () of one batch, (B, T) int64 each, in nats per token."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast():
             return self.run(inputs, targets)[1]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _indices(self, number: int) -> range:
         first = (number * self.world.size + self.world.rank) * self.passes

@@ -58,15 +58,13 @@ def source_of(launch, arch: str) -> Source:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from kernels.ahead import Pointer
-    from kernels.op import Spec
+    from kernels.ahead import arguments_of
 
     backend = make_backend(_target(arch))
     kernel = launch.kernel
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
-    arguments = [Pointer(value) if isinstance(value, Spec) else value for value in launch.arguments.values()]
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = binder(*arguments, **launch.constexprs, **options)
+    bound, specialization, rest = binder(*arguments_of(launch), **launch.constexprs, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
     return Source(
         arch=arch,
