@@ -116,7 +116,7 @@ def write_gradients(gradients, grad, query, key, value, out, lse, seed, **option
     """Those of query, key and value into `gradients`, three tensors of their shapes, in memory as they like."""
     dquery, dkey, dvalue = gradients
     tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value), "out": out}
-    tensors |= {"grad": rows_of(grad), "lse": lse, "seed": seed, "delta": torch.empty_like(lse)}
+    tensors |= {"grad": rows_of(grad), "lse": lse, "seed": seed, "statistics": lse.new_empty((*lse.shape, 2))}
     tensors |= {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
     run(plan_backward, tensors, **options, allow_tf32=allow_tf32(query))
 

@@ -148,14 +148,25 @@ def copy(
 
 
 @gluon.jit
-def _softmax(s, peak, total, queries, start, k_len, query_offset, scale, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr):
+def last_seen(queries, k_len, query_offset, IS_CAUSAL: gl.constexpr):
+    """The last key that each query sees, below zero where it sees none."""
+    if IS_CAUSAL:
+        return gl.minimum(queries + query_offset, k_len - 1)
+    else:
+        return gl.zeros_like(queries) + (k_len - 1)
+
+
+@gluon.jit
+def is_seen(last, start, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of a tile's keys, from `start` on, each query sees."""
+    return gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))[None, :] <= (last - start)[:, None]
+
+
+@gluon.jit
+def _softmax(s, peak, total, last, start, scale, MASKED: gl.constexpr):
     """(p, alpha, maximum, sum) of a tile of scores: p relative to the new maximum, alpha that of what came before."""
     if MASKED:
-        keys = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-        seen = keys < k_len
-        if IS_CAUSAL:
-            seen = seen & (keys <= (queries + query_offset)[:, None])
-        s = gl.where(seen, s, float("-inf"))
+        s = gl.where(is_seen(last, start, s.shape[1], s.type.layout), s, float("-inf"))
     highest = gl.maximum(peak, gl.max(s, axis=1) * scale)
     base = highest
     if MASKED:  # a query that has seen no key yet must not get inf - inf
@@ -167,9 +178,8 @@ def _softmax(s, peak, total, queries, start, k_len, query_offset, scale, IS_CAUS
 
 @gluon.jit
 def _attend(
-    state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for, waited_phase,
-    k_len, query_offset, scale,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    state, q, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for, waited_phase, scale,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The scores of one tile of keys, and the product with the values of the tile before."""
@@ -187,9 +197,7 @@ def _attend(
         mbarrier.arrive(next_one, count=1)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    p, alpha, peak, total = _softmax(
-        s, peak, total, queries, tile * BLOCK_K, k_len, query_offset, scale, IS_CAUSAL, MASKED
-    )
+    p, alpha, peak, total = _softmax(s, peak, total, last, tile * BLOCK_K, scale, MASKED)
     p = gl.convert_layout(p.to(q.dtype), P_LAYOUT)
     # over long ago; without something here that it may not pass, ptxas moves the next wait to before the softmax
     mbarrier.wait(waited_for, waited_phase)
@@ -226,6 +234,7 @@ def _compute(
             full, end = key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
             first += WHICH * BLOCK_Q
             queries = first + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, S_LAYOUT))
+            last = last_seen(queries, k_len, query_offset, IS_CAUSAL)
             # the first tile's p; the loops begin with the second
             slot = taken % STAGES
             mbarrier.wait(q_full, round & 1)
@@ -239,22 +248,22 @@ def _compute(
             mbarrier.arrive(k_empty.index(slot), count=1)
             peak = gl.full([BLOCK_Q], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
             total = gl.zeros([BLOCK_Q], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-            p, _alpha, peak, total = _softmax(s, peak, total, queries, 0, k_len, query_offset, scale, IS_CAUSAL, FIRST)
+            p, _alpha, peak, total = _softmax(s, peak, total, last, 0, scale, FIRST)
             acc = gl.zeros([BLOCK_Q, BLOCK_D], gl.float32, O_LAYOUT)
             state = (acc, peak, total, gl.convert_layout(p.to(q.dtype), P_LAYOUT), taken + 1)
             full = gl.maximum(full, 1)
             for tile in range(1, full):
                 state = _attend(
-                    state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, q_full,
-                    round & 1, k_len, query_offset, scale,
-                    BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, IS_CAUSAL, TURNS, False, S_LAYOUT, P_LAYOUT,
+                    state, q, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, q_full,
+                    round & 1, scale,
+                    BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, False, S_LAYOUT, P_LAYOUT,
                 )  # fmt: skip
             if FIRST:
                 for tile in range(full, end):
                     state = _attend(
-                        state, q, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, q_full,
-                        round & 1, k_len, query_offset, scale,
-                        BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, IS_CAUSAL, TURNS, True, S_LAYOUT, P_LAYOUT,
+                        state, q, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, q_full,
+                        round & 1, scale,
+                        BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, True, S_LAYOUT, P_LAYOUT,
                     )  # fmt: skip
             acc, peak, total, p, taken = state
             mbarrier.arrive(q_empty, count=1)

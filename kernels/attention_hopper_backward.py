@@ -33,7 +33,9 @@ from kernels.attention_hopper import (
     begin,
     buffer,
     copy,
+    is_seen,
     key_tiles,
+    last_seen,
     matrices,
     store_rows,
     work,
@@ -41,10 +43,10 @@ from kernels.attention_hopper import (
 
 
 @gluon.jit
-def _load_lse(lse_ptr, queries, q_len):
-    """lse in base 2; inf, which makes p zero, for a query that sees no key (-inf) or lies beyond q_len."""
+def _load_shift(lse_ptr, queries, q_len):
+    """-lse in base 2; -inf, which makes p zero, for a query that sees no key (lse = -inf) or is beyond q_len."""
     lse = gl.load(lse_ptr + queries, mask=queries < q_len, other=float("inf"))
-    return gl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+    return gl.where(lse == float("-inf"), float("inf"), lse) * -LOG2_E
 
 
 # ---------------------------------------------------------------- dq
@@ -52,30 +54,26 @@ def _load_lse(lse_ptr, queries, q_len):
 
 @gluon.jit
 def _score_gradients(
-    s, dp, lse, delta, queries, start, k_len, query_offset, scale, v_free, waited_for, waited_phase,
-    OUTSTANDING: gl.constexpr, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+    s, dp, shift, offset, last, start, scale, v_free, waited_for, waited_phase,
+    OUTSTANDING: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """ds of a tile, from products under way: s, dp and OUTSTANDING others after those."""
     s = warpgroup_mma_wait(num_outstanding=OUTSTANDING + 1, deps=[s])
-    p = gl.exp2(s * scale - lse[:, None])
+    p = gl.exp2(s * scale + shift[:, None])
     if MASKED:
-        keys = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-        seen = keys < k_len
-        if IS_CAUSAL:
-            seen = seen & (keys <= (queries + query_offset)[:, None])
-        p = gl.where(seen, p, 0.0)
+        p = gl.where(is_seen(last, start, s.shape[1], s.type.layout), p, 0.0)
     # over long ago; without something here that it may not pass, ptxas moves the next wait to before the exponentials
     mbarrier.wait(waited_for, waited_phase)
     dp = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=[dp])
     mbarrier.arrive(v_free, count=1)
-    return p * (dp - delta[:, None])
+    return p * (dp + offset[:, None])
 
 
 @gluon.jit
 def _query_step(
-    state, q, dout, lse, delta, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for,
-    waited_phase, k_len, query_offset, scale,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    state, q, dout, shift, offset, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for,
+    waited_phase, scale,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, A_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """ds of one tile of keys, and dq from that of the tile before."""
@@ -94,8 +92,7 @@ def _query_step(
     if TURNS:
         mbarrier.arrive(next_one, count=1)
     ds = _score_gradients(
-        s, dp, lse, delta, queries, tile * BLOCK_K, k_len, query_offset, scale, v_empty.index(slot), waited_for,
-        waited_phase, 1, IS_CAUSAL, MASKED,
+        s, dp, shift, offset, last, tile * BLOCK_K, scale, v_empty.index(slot), waited_for, waited_phase, 1, MASKED,
     )  # fmt: skip
     ds = gl.convert_layout(ds.to(q.dtype), A_LAYOUT)
     mbarrier.wait(waited_for, waited_phase)
@@ -134,7 +131,7 @@ def _compute_query(
     ROWS: gl.constexpr = BLOCK_Q * WARPGROUPS
     FIRST: gl.constexpr = IS_CAUSAL or not EVEN  # whether the first tile has a mask
     pointers, strides, own_buffers, buffers, own_signals, k_signals, v_signals, turns, problem, scales = things
-    out_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr = pointers
+    out_ptr, grad_ptr, lse_ptr, statistics_ptr, dquery_ptr = pointers
     o_strides, g_strides, dq_strides = strides
     k_buffer, v_buffer = buffers
     own_full, own_empty = own_signals
@@ -153,12 +150,15 @@ def _compute_query(
             first += WHICH * BLOCK_Q
             queries = first + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, S_LAYOUT))
             place = (batch.to(gl.int64) * n_head + head) * q_len
-            delta = _delta(
+            last = last_seen(queries, k_len, query_offset, IS_CAUSAL)
+            offset = -_delta(
                 out_ptr, grad_ptr, o_strides, g_strides, batch, head, first, q_len,
                 D, BLOCK_Q, BLOCK_D, gl.SliceLayout(1, S_LAYOUT),
             )  # fmt: skip
-            gl.store(delta_ptr + place + queries, delta, mask=queries < q_len)
-            lse = _load_lse(lse_ptr + place, queries, q_len)
+            shift = _load_shift(lse_ptr + place, queries, q_len)
+            pairs = statistics_ptr + (place + queries) * 2
+            gl.store(pairs, shift, mask=queries < q_len)
+            gl.store(pairs + 1, offset, mask=queries < q_len)
             # the first tile's ds; the loops begin with the second
             slot, phase = taken % STAGES, taken // STAGES & 1
             mbarrier.wait(own_full, round & 1)
@@ -171,24 +171,23 @@ def _compute_query(
             if TURNS:
                 mbarrier.arrive(next_one, count=1)
             ds = _score_gradients(
-                s, dp, lse, delta, queries, 0, k_len, query_offset, exponent_scale, v_empty.index(slot), own_full,
-                round & 1, 0, IS_CAUSAL, FIRST,
+                s, dp, shift, offset, last, 0, exponent_scale, v_empty.index(slot), own_full, round & 1, 0, FIRST,
             )  # fmt: skip
             dq = gl.zeros([BLOCK_Q, BLOCK_D], gl.float32, O_LAYOUT)
             state = (dq, gl.convert_layout(ds.to(q.dtype), A_LAYOUT), taken + 1)
             full = gl.maximum(full, 1)
             for tile in range(1, full):
                 state = _query_step(
-                    state, q, dout, lse, delta, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one,
-                    own_full, round & 1, k_len, query_offset, exponent_scale,
-                    BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, IS_CAUSAL, TURNS, False, S_LAYOUT, A_LAYOUT,
+                    state, q, dout, shift, offset, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one,
+                    own_full, round & 1, exponent_scale,
+                    BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, False, S_LAYOUT, A_LAYOUT,
                 )  # fmt: skip
             if FIRST:
                 for tile in range(full, end):
                     state = _query_step(
-                        state, q, dout, lse, delta, queries, tile, k_buffer, v_buffer, k_signals, v_signals, mine,
-                        next_one, own_full, round & 1, k_len, query_offset, exponent_scale,
-                        BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, IS_CAUSAL, TURNS, True, S_LAYOUT, A_LAYOUT,
+                        state, q, dout, shift, offset, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine,
+                        next_one, own_full, round & 1, exponent_scale,
+                        BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, True, S_LAYOUT, A_LAYOUT,
                     )  # fmt: skip
             dq, ds, taken = state
             mbarrier.arrive(own_empty, count=1)
@@ -201,14 +200,14 @@ def _compute_query(
 
 @gluon.jit
 def _attention_backward_query_hopper(
-    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr,
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, statistics_ptr, dquery_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, scale, batches, n_key_head, tiles, rounds,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """dquery and delta of tiles of WARPGROUPS * BLOCK_Q queries, until none is left."""
+    """dquery, and (shift, offset) for the other, of tiles of WARPGROUPS * BLOCK_Q queries, until none is left."""
     queries = matrices(query_ptr, (q_stride_b, q_stride_h, q_stride), batches, n_head, q_len, D, BLOCK_Q, BLOCK_D)
     grads = matrices(grad_ptr, (g_stride_b, g_stride_h, g_stride), batches, n_head, q_len, D, BLOCK_Q, BLOCK_D)
     keys = matrices(key_ptr, (k_stride_b, k_stride_h, k_stride), batches, n_key_head, k_len, D, BLOCK_K, BLOCK_D)
@@ -222,7 +221,7 @@ def _attention_backward_query_hopper(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     problem = (batches, n_head, group, q_len, k_len, query_offset, tiles, rounds)
-    pointers = (out_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr)
+    pointers = (out_ptr, grad_ptr, lse_ptr, statistics_ptr, dquery_ptr)
     strides = (
         (o_stride_b, o_stride_h, o_stride), (g_stride_b, g_stride_h, g_stride), (dq_stride_b, dq_stride_h, dq_stride),
     )  # fmt: skip
@@ -289,23 +288,25 @@ def _copy_key(
 
 @gluon.jit
 def _key_step(
-    state, k, v, keys, tile, lse_ptr, delta_ptr, buffers, signals, mine, next_one, waited_for, waited_phase,
+    state, k, v, keys, tile, statistics_ptr, buffers, signals, mine, next_one, waited_for, waited_phase,
     q_len, query_offset, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, A_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries into dk and dv.
 
-    A query beyond q_len has lse = inf, so p = 0; a key beyond k_len only spoils its own row, which is not stored.
+    A query beyond q_len is zeros, and so are its dout and its ds; a key beyond k_len only spoils its own row, which is
+    not stored.
     """
     dk, dv, taken = state
     q_buffer, g_buffer = buffers
     full, empty = signals
     slot = taken % STAGES
     # one query to a thread: as the scores have them, a thread would load, and keep addresses for, a quarter of them
-    queries = tile * BLOCK_Q + gl.arange(0, BLOCK_Q, gl.BlockedLayout([1], [32], [4], [0]))
-    lse = _load_lse(lse_ptr, queries, q_len)
-    delta = gl.load(delta_ptr + queries, mask=queries < q_len, other=0.0)
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])
+    queries = tile * BLOCK_Q + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, PAIRS))[:, None]
+    places = statistics_ptr + queries * 2 + gl.arange(0, 2, gl.SliceLayout(0, PAIRS))[None, :]
+    shift, offset = gl.split(gl.load(places, mask=queries < q_len, other=0.0))
     mbarrier.wait(full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
@@ -314,16 +315,16 @@ def _key_step(
     if TURNS:
         mbarrier.arrive(next_one, count=1)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
-    p = gl.exp2(s * scale - gl.convert_layout(lse, gl.SliceLayout(0, S_LAYOUT))[None, :])
+    p = gl.exp2(s * scale + gl.convert_layout(shift, gl.SliceLayout(0, S_LAYOUT))[None, :])
     if MASKED:
-        queries = tile * BLOCK_Q + gl.arange(0, BLOCK_Q, gl.SliceLayout(0, S_LAYOUT))
-        p = gl.where(keys[:, None] <= (queries + query_offset)[None, :], p, 0.0)
+        first_query = keys - query_offset - tile * BLOCK_Q
+        p = gl.where(first_query[:, None] <= gl.arange(0, BLOCK_Q, gl.SliceLayout(0, S_LAYOUT))[None, :], p, 0.0)
     a = gl.convert_layout(p.to(k.dtype), A_LAYOUT)
     mbarrier.wait(waited_for, waited_phase)
     dv = warpgroup_mma(a, g_buffer.index(slot).reshape([BLOCK_Q, BLOCK_D]), dv, is_async=True)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
-    delta = gl.convert_layout(delta, gl.SliceLayout(0, S_LAYOUT))
-    a = gl.convert_layout((p * (dp - delta[None, :])).to(k.dtype), A_LAYOUT)
+    offset = gl.convert_layout(offset, gl.SliceLayout(0, S_LAYOUT))
+    a = gl.convert_layout((p * (dp + offset[None, :])).to(k.dtype), A_LAYOUT)
     mbarrier.wait(waited_for, waited_phase)
     dk = warpgroup_mma(a, q_buffer.index(slot).reshape([BLOCK_Q, BLOCK_D]), dk, is_async=True)
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
@@ -343,7 +344,7 @@ def _compute_key(
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = BLOCK_K * WARPGROUPS
     pointers, strides, own_buffers, buffers, own_signals, signals, turns, problem, scales = things
-    lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr = pointers
+    statistics_ptr, dkey_ptr, dvalue_ptr = pointers
     dk_strides, dv_strides = strides
     own_full, own_empty = own_signals
     batches, n_key_head, group, q_len, k_len, query_offset, tiles, rounds = problem
@@ -363,17 +364,17 @@ def _compute_key(
             state = (dk, dv, taken)
             mbarrier.wait(own_full, round & 1)
             for member in range(group):
-                place = ((batch.to(gl.int64) * n_key_head + key_head) * group + member) * q_len
+                place = ((batch.to(gl.int64) * n_key_head + key_head) * group + member) * q_len * 2
                 if IS_CAUSAL:
                     for tile in range(begin, full):
                         state = _key_step(
-                            state, k, v, keys, tile, lse_ptr + place, delta_ptr + place, buffers, signals, mine,
+                            state, k, v, keys, tile, statistics_ptr + place, buffers, signals, mine,
                             next_one, own_full, round & 1, q_len, query_offset, exponent_scale,
                             BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, True, S_LAYOUT, A_LAYOUT,
                         )  # fmt: skip
                 for tile in range(full, end):
                     state = _key_step(
-                        state, k, v, keys, tile, lse_ptr + place, delta_ptr + place, buffers, signals, mine,
+                        state, k, v, keys, tile, statistics_ptr + place, buffers, signals, mine,
                         next_one, own_full, round & 1, q_len, query_offset, exponent_scale,
                         BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, False, S_LAYOUT, A_LAYOUT,
                     )  # fmt: skip
@@ -385,7 +386,7 @@ def _compute_key(
 
 @gluon.jit
 def _attention_backward_key_hopper(
-    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
+    query_ptr, key_ptr, value_ptr, grad_ptr, statistics_ptr, dkey_ptr, dvalue_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     g_stride_b, g_stride_h, g_stride, dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, scale, batches, n_key_head, tiles, rounds,
@@ -405,7 +406,7 @@ def _attention_backward_key_hopper(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     problem = (batches, n_key_head, group, q_len, k_len, query_offset, tiles, rounds)
-    pointers = (lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr)
+    pointers = (statistics_ptr, dkey_ptr, dvalue_ptr)
     strides = ((dk_stride_b, dk_stride_h, dk_stride), (dv_stride_b, dv_stride_h, dv_stride))
     scales = (exponent_scale, scale)
     things = (pointers, strides, own_buffers, buffers, own_signals, signals, turns, problem, scales)

@@ -205,6 +205,7 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
         "exponent_scale": options["scale"] * (1.0 if specs["query"].dtype == torch.float32 else math.log2(math.e)),
         "scale": options["scale"],
         "threshold": threshold,
+        "keep": 1.0 - threshold / 65536,
         "keep_scale": 65536 / (65536 - threshold) if threshold < 65536 else 0.0,
     }
 
@@ -255,7 +256,7 @@ def _hopper_launch(
     of_head = cdiv(length, rows)
     programs = min(of_head * batches * heads, device.processors)
     rounds = cdiv(of_head * batches * heads, max(1, programs))
-    unused = ("seed_ptr", "threshold", "keep_scale")
+    unused = ("seed_ptr", "threshold", "keep", "keep_scale")
     taken = {argument: value for argument, value in arguments.items() if argument not in unused}
     taken |= {"batches": batches, "n_key_head": specs["key"].shape[1], "tiles": of_head, "rounds": rounds}
     constexprs = _constexprs(specs, options) | {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "EVEN": even}
@@ -267,7 +268,7 @@ def _hopper_launch(
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
     numbers = _numbers(specs, options)
-    del numbers["scale"]
+    del numbers["scale"], numbers["keep"]
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
     arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
     if short := _short_tile(SHORT_FORWARD, specs, options, device):
@@ -301,7 +302,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     numbers["query_offset"] = options["query_offset"]
     walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
     tile = _tile(BACKWARD_QUERY, specs["query"], options, device, walked=walked)
-    names = ("query", "key", "value", "out", "grad", "lse", "seed", "delta", "dquery")
+    names = ("query", "key", "value", "out", "grad", "lse", "seed", "statistics", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
     arguments = pointers(specs, *names) | strides | numbers
     even = k_len % tile.block_k == 0
@@ -319,7 +320,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         )
 
     tile = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head, walked)
-    names = ("query", "key", "value", "grad", "lse", "seed", "delta", "dkey", "dvalue")
+    names = ("query", "key", "value", "grad", "seed", "statistics", "dkey", "dvalue")
     strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
     arguments = pointers(specs, *names) | strides | numbers
     even = q_len % tile.block_q == 0 and (not options["is_causal"] or options["query_offset"] % tile.block_q == 0)
@@ -330,7 +331,9 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             _attention_backward_key,
             (cdiv(k_len, tile.block_k) * batch * n_key_head,),
             arguments,
-            _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked),
+            _constexprs(specs, options)
+            | _tile_constexprs(tile, even, device, *walked)
+            | {"COPIES": min(4, max(1, 32 * tile.warps // (2 * tile.block_q)))},
             tile.warps,
             tile.stages,
         )

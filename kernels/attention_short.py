@@ -3,8 +3,8 @@
 There is no running maximum and no loop, and one launch gives dq, dk and dv; attention.py has the mathematics.
 """
 
-from kernels.attention_kernels import _delta, _exp, _kept_words, _seen
-from kernels.op import LOG2_E, cast, dot, tl, triton
+from kernels.attention_kernels import _delta, _exp, _kept_of_groups, _seen
+from kernels.op import LOG2_E, cast, dot, fma, tl, triton
 
 
 @triton.jit
@@ -38,9 +38,9 @@ def _short_seen(slots, positions, q_len, k_len, query_offset, IS_CAUSAL: tl.cons
 
 @triton.jit
 def _short_kept(seed, heads, positions, threshold, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK]: what dropout keeps, as _kept has it; the keys are those of the query's own head."""
+    """[BLOCK, BLOCK]: 1.0 where dropout keeps, as in _kept; the keys are those of the query's own head."""
     groups = (tl.arange(0, BLOCK // 8) % (LENGTH // 8))[None, :]
-    return _kept_words(seed, heads[:, None], positions[:, None], groups, threshold, BLOCK)
+    return _kept_of_groups(seed, heads[:, None], positions[:, None], groups, threshold, BLOCK)
 
 
 @triton.jit
@@ -75,10 +75,10 @@ def _attention_short_forward(
         q = _load_rows(query_ptr, q_rows, is_query, D, BLOCK_D)
         s = tl.where(seen, dot(q, tl.trans(k), tl.zeros([BLOCK, BLOCK], tl.float32), PRECISION), float("-inf"))
         peak = tl.max(s, axis=1) * exponent_scale
-        p = _exp(s, exponent_scale, tl.where(peak == float("-inf"), 0.0, peak)[:, None], PRECISE)
+        p = _exp(s, exponent_scale, -tl.where(peak == float("-inf"), 0.0, peak)[:, None], PRECISE)
         total = tl.sum(p, axis=1)
         if DROPOUT:
-            p = tl.where(_short_kept(seed, head, positions, threshold, LENGTH, BLOCK), p, 0.0)
+            p *= _short_kept(seed, head, positions, threshold, LENGTH, BLOCK)
         out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
         total = tl.where(peak == float("-inf"), 1.0, total)
         out *= (keep_scale / total)[:, None]
@@ -94,7 +94,7 @@ def _attention_short_backward(
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
-    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale, key_heads,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep, keep_scale, key_heads,
     D: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,26 +126,28 @@ def _attention_short_backward(
         q = _load_rows(query_ptr, q_rows, is_query, D, BLOCK_D)
         out = _load_rows(out_ptr, o_rows, is_query, D, BLOCK_D)
         dout = _load_rows(grad_ptr, g_rows, is_query, D, BLOCK_D)
-        delta = _delta(out, dout, is_query)
+        offset = -_delta(out, dout, is_query) * keep
         lse = tl.load(lse_ptr + head.to(tl.int64) * q_len + positions, mask=is_query, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: p is zero
         if not PRECISE:
             lse = lse * LOG2_E
-        p = _exp(dot(q, tl.trans(k), zeros, PRECISION), exponent_scale, lse[:, None], PRECISE)
+        p = _exp(dot(q, tl.trans(k), zeros, PRECISION), exponent_scale, -lse[:, None], PRECISE)
         p = tl.where(seen, p, 0.0)
         dp = dot(dout, tl.trans(v), zeros, PRECISION)
         dropped = p
         if DROPOUT:
             kept = _short_kept(seed, head, positions, threshold, LENGTH, BLOCK)
-            dropped = tl.where(kept, p * keep_scale, 0.0)
-            dp = tl.where(kept, dp * keep_scale, 0.0)
+            dropped = p * kept
+            dp = fma(dp, kept, offset[:, None])
+        else:
+            dp += offset[:, None]
         dv = dot(tl.trans(cast(dropped, dout.dtype)), dout, dv, PRECISION)
-        ds = cast(p * (dp - delta[:, None]), q.dtype)
+        ds = cast(p * dp, q.dtype)
         dk = dot(tl.trans(ds), q, dk, PRECISION)
         dq = dot(ds, k, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
         dq_rows = _rows_of_heads(head, positions, n_head, dq_stride_b, dq_stride_h, dq_stride)
-        _store_rows(dquery_ptr, dq_rows, is_query, dq * scale, D, BLOCK_D)
+        _store_rows(dquery_ptr, dq_rows, is_query, dq * (scale * keep_scale), D, BLOCK_D)
     dk_rows = _rows_of_heads(key_head, positions, n_key_head, dk_stride_b, dk_stride_h, dk_stride)
     dv_rows = _rows_of_heads(key_head, positions, n_key_head, dv_stride_b, dv_stride_h, dv_stride)
-    _store_rows(dkey_ptr, dk_rows, is_key, dk * scale, D, BLOCK_D)
-    _store_rows(dvalue_ptr, dv_rows, is_key, dv, D, BLOCK_D)
+    _store_rows(dkey_ptr, dk_rows, is_key, dk * (scale * keep_scale), D, BLOCK_D)
+    _store_rows(dvalue_ptr, dv_rows, is_key, dv * keep_scale, D, BLOCK_D)

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import device as devices
 from kernels import reference
-from kernels.attention_kernels import _attend, _exp, _head, _load, _offsets, _store
+from kernels.attention_kernels import _attend, _exp, _head, _last_seen, _load, _offsets, _store
 from kernels.device import Device, allow_tf32
 from kernels.op import (
     Case,
@@ -88,8 +88,8 @@ def _attend_single(
         s = tl.where(start + tl.arange(0, BLOCK_K) < end, s, float("-inf"))
     highest = tl.maximum(peak, s * scale)
     base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf in a row that has had no key yet
-    p = _exp(s, scale, base, PRECISE)
-    alpha = _exp(peak, 1.0, base, PRECISE)
+    p = _exp(s, scale, -base, PRECISE)
+    alpha = _exp(peak, 1.0, -base, PRECISE)
     acc = acc * alpha[:, None] + p[:, None] * v.to(tl.float32)
     return acc, highest, total * alpha + p
 
@@ -139,7 +139,7 @@ def _decode_single(
         )  # fmt: skip
 
     highest = tl.max(peak, axis=0)
-    weight = _exp(peak, 1.0, tl.where(highest == float("-inf"), 0.0, highest), PRECISE)
+    weight = _exp(peak, 1.0, -tl.where(highest == float("-inf"), 0.0, highest), PRECISE)
     total = tl.sum(total * weight, axis=0)
     acc = tl.sum(acc * weight[:, None], axis=0)
     if partial_ptr is not None:
@@ -183,14 +183,15 @@ def _decode_group(
     q_offsets = _offsets(BLOCK_H, BLOCK_D, q_stride_h)
     q = _load(query_ptr, member, q_offsets, q_stride_h, group, D, BLOCK_H, BLOCK_D, True)
     members = member + tl.arange(0, BLOCK_H)
+    last = _last_seen(members, end, 0, False)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         acc, peak, total = _attend(
-            (acc, peak, total), q, members, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
-            group, end, 0, exponent_scale, 0, 0, 0,
-            D, BLOCK_K, BLOCK_D, False, False, PRECISION, True, False,
+            (acc, peak, total), q, members, last, start, key_ptr, value_ptr, k_offsets, v_offsets, k_stride, v_stride,
+            end, exponent_scale, 0, 0, 0,
+            D, BLOCK_K, BLOCK_D, False, PRECISION, True, False,
         )  # fmt: skip
 
     if partial_ptr is not None:
@@ -231,8 +232,8 @@ def _decode_merge(
         outputs = tl.load(partial_ptr + places, mask=there[:, None] & (columns < D)[None, :], other=0.0)
         highest = tl.maximum(peak, tl.max(peaks, axis=0))
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = _exp(peaks, 1.0, base, PRECISE)
-        alpha = _exp(peak, 1.0, base, PRECISE)
+        weight = _exp(peaks, 1.0, -base, PRECISE)
+        alpha = _exp(peak, 1.0, -base, PRECISE)
         total = total * alpha + tl.sum(totals * weight, axis=0)
         acc = acc * alpha + tl.sum(outputs * weight[:, None], axis=0)
         peak = highest

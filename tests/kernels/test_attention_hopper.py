@@ -66,7 +66,12 @@ def tuned(which: str, base: Device = TARGETS["sm_90"], processors: int = 3) -> D
 def _planned(device: Device, dtype=torch.bfloat16, options=OPTIONS, **changed: Spec) -> list[op.Launch]:
     """The launches of both passes."""
     lse = Spec(CONTIGUOUS.shape[:3], (1024, 256, 1), torch.float32, True)
-    specs = {name: CONTIGUOUS._replace(dtype=dtype) for name in NAMES} | {"lse": lse, "delta": lse, "seed": None}
+    statistics = Spec((*CONTIGUOUS.shape[:3], 2), (2048, 512, 2, 1), torch.float32, True)
+    specs = {name: CONTIGUOUS._replace(dtype=dtype) for name in NAMES} | {
+        "lse": lse,
+        "statistics": statistics,
+        "seed": None,
+    }
     specs |= changed
     return plan_forward(specs, options, device) + plan_backward(specs, options, device)
 

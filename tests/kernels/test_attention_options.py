@@ -137,7 +137,8 @@ def _descriptors(device: Device, **changed: Spec) -> list[bool]:
     """Whether each launch of both passes takes them, from specs that are CONTIGUOUS but for these."""
     specs = dict.fromkeys(NAMES, CONTIGUOUS) | changed
     lse = Spec(CONTIGUOUS.shape[:3], (1024, 256, 1), torch.float32, True)
-    specs |= {"lse": lse, "delta": lse, "seed": None}
+    statistics = Spec((*CONTIGUOUS.shape[:3], 2), (2048, 512, 2, 1), torch.float32, True)
+    specs |= {"lse": lse, "statistics": statistics, "seed": None}
     planned = plan_forward(specs, OPTIONS, device) + plan_backward(specs, OPTIONS, device)
     assert all(launch.scratch == launch.constexprs["DESCRIPTORS"] for launch in planned)
     return [launch.constexprs["DESCRIPTORS"] for launch in planned]
