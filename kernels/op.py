@@ -341,11 +341,11 @@ def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
 
 
 def check_number(op: str, name: str, value: Any, whole: bool = False) -> None:
-    """Raise TypeError for what is no number, or with `whole` no integer, as PyTorch's argument parser does."""
+    """Raise TypeError for what is no number, or with `whole` no integer (a bool is none), as PyTorch's parser does."""
     if type(value) is int or (type(value) is float and not whole):
         return
     kinds = (numbers.Integral, torch.SymInt) if whole else (numbers.Real, torch.SymInt, torch.SymFloat)
-    if not isinstance(value, kinds):
+    if not isinstance(value, kinds) or (whole and isinstance(value, bool)):
         kind = "an integer" if whole else "a number"
         raise TypeError(f"{op}: {name} must be {kind}, not {type(value).__name__}")
 

@@ -330,6 +330,7 @@ def test_one_target_without_a_batch_may_have_a_dimension(reduction, device):
         ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, not NoneType"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, not NoneType"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, not float"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, not bool"),
     ],
 )
 def test_bad_arguments(arguments, error, says):

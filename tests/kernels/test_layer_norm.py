@@ -203,6 +203,8 @@ def test_autocast_gives_autocasts_dtype(device):
         ({"normalized_shape": "8"}, TypeError, "normalized_shape must be an int or a list of them, not str"),
         ({"normalized_shape": 8.0}, TypeError, "normalized_shape must be an int or a list of them, not float"),
         ({"normalized_shape": [8.0]}, TypeError, "normalized_shape must be an integer, not float"),
+        ({"input": torch.ones(3, 1), "normalized_shape": True}, TypeError, "must be an integer, not bool"),
+        ({"input": torch.ones(3, 1), "normalized_shape": [True]}, TypeError, "must be an integer, not bool"),
         ({"normalized_shape": 8, "eps": "a"}, TypeError, "eps must be a number, not str"),
         ({"normalized_shape": 8, "weight": torch.ones(7)}, RuntimeError, "weight"),
         ({"normalized_shape": 8, "bias": torch.ones(1, 8)}, RuntimeError, "bias"),

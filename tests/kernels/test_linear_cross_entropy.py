@@ -651,6 +651,7 @@ def test_it_is_there_without_pytorchs_own(monkeypatch):
         ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing"),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, not bool"),
         ({"options": object()}, NotImplementedError, "options"),
     ],
 )
