@@ -18,7 +18,9 @@ from . import storage
 from .errors import writing
 
 COLUMNS = ("step", "train_loss", "grad_norm", "learning_rate", "val_loss", "perplexity", "tokens_per_second")
-"""metrics.csv: one row per step; validation loss and perplexity where evaluated, speed where shown, else empty."""
+"""metrics.csv: one row per step; validation loss and perplexity where evaluated, speed where shown, else empty.
+
+The speed is the mean since the run began, or went on otherwise (resume.another_speed)."""
 
 _SECONDS_BETWEEN_LINES = 5.0
 

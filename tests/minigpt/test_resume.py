@@ -1,17 +1,19 @@
 """Going on with a run: the same bits as one that was never stopped, or a line that says why not."""
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from training_runs import StopAfter, assert_same_run, losses
 
-from minigpt import bpe, checkpoint, generators, plots, prepare, process, storage
+from minigpt import bpe, checkpoint, generators, plots, prepare, process, report, storage
 from minigpt.config import parse
 from minigpt.errors import Stopped, UserError
-from minigpt.resume import why_not_exact
+from minigpt.resume import another_speed, why_not_exact
 from minigpt.trainer import Session, train
 
 
@@ -116,6 +118,47 @@ def test_going_on_elsewhere_works_and_says_that_it_is_not_exact(small, capsys, a
     warned = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert warned == [f"WARNING: from here on not bit-exact with the run that was never stopped: {said}"]
     assert len(losses(Path("r"))) == summary["steps"] and summary["final_train_loss"] < summary["initial_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "speed_from", "steps"),
+    [
+        ([], 0, 8),  # the first of each part left out
+        (["--kernels", "attention=eager"], 5, 4),
+    ],
+    ids=str,
+)
+def test_a_speed_is_of_one_backend_and_device(small, capsys, monkeypatch, arguments, speed_from, steps):
+    """Of the first part a clock says that it has taken hours."""
+    with monkeypatch.context() as patch:
+        slow = itertools.count(0.0, 10_000.0)
+        patch.setattr(report.time, "perf_counter", lambda: next(slow))
+        stop(small(out=Path("r"), max_steps=10), 5)
+    summary = train(parse(["--resume", "r", *arguments]))
+    progress = checkpoint.load(Path("r/last")).state["progress"]
+    assert summary["speed_from_step"] == progress["speed_from"] == speed_from
+    assert progress["train_tokens"] == steps * 4 * 16
+    assert summary["tokens_per_second"] == round(progress["train_tokens"] / progress["train_seconds"], 1)
+    assert (summary["tokens_per_second"] < 1.0) is (speed_from == 0)
+    assert ("the 5 after step 5, which the speed is of, in" in capsys.readouterr().out) is (speed_from == 5)
+    again = train(parse(["--resume", "r", "--max-steps", "15"]))  # on what it was on last
+    assert again["speed_from_step"] == speed_from
+
+
+def test_what_may_change_a_speed(small):
+    config, now = small(), {"device": "CPU", "attention": "torch", "max_steps": "12"}
+    found = checkpoint.Checkpoint(Path("r"), None, config, None, {"surroundings": now})
+    assert not another_speed(config, found, now) and not another_speed(config, found, now | {"max_steps": "15"})
+    for change in ({"device": "NVIDIA H200"}, {"attention": "eager"}, {"threads": "2"}):
+        assert another_speed(config, found, now | change)
+    assert another_speed(replace(config, cuda_graph=True), found, now)
+
+
+def test_a_backend_that_only_evaluates_has_no_speed(small):
+    train(small(out=Path("r")))
+    Path("r/summary.json").unlink()
+    summary = train(parse(["--resume", "r", "--kernels", "eager"]))
+    assert summary["tokens_per_second"] is None and summary["mfu_percent"] is None and summary["speed_from_step"] == 12
 
 
 def test_back_from_fp16_too(small):
