@@ -41,10 +41,11 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
         session.warn(session.ops.warning)
     if found and (why := resume.why_not_exact(found.state["surroundings"], session.surroundings)):
         session.warn(f"WARNING: from here on not bit-exact with the run that was never stopped: {why}")
-    if session.metrics and session.metrics.kept < session.progress.step:
+    if session.metrics and session.metrics.missing:
+        aside = f"; what was there is {session.metrics.aside}" if session.metrics.aside else ""
         session.warn(
-            f"WARNING: {session.metrics.path} has {session.metrics.kept} of the {session.progress.step} steps so far; "
-            "the others are lost"
+            f"WARNING: {session.metrics.path} lacks steps {session.metrics.missing} of the {session.progress.step} so "
+            f"far{aside}. Going on without them: the curves will not show them, all else is as it was"
         )
 
 

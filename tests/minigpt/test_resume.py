@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import StopAfter, assert_same_run, losses
+from training_runs import StopAfter, assert_same_run, losses, rows
 
 from minigpt import bpe, checkpoint, generators, plots, prepare, process, report, storage
 from minigpt.config import parse
@@ -251,11 +251,31 @@ def test_a_damaged_checkpoint_costs_steps_but_not_the_result(small, capsys):
     assert_same_run(Path("r"), Path("whole"))
 
 
-def test_metrics_that_are_lost_are_told(small, capsys):
+@pytest.mark.parametrize("keep", [None, slice(0), slice(1), slice(4, None)], ids=["gone", "empty", "header", "end"])
+def test_metrics_that_are_lost_are_told(small, capsys, keep):
+    """A file that is gone, is empty, has its header alone, lacks its beginning. What is there stays, next time too."""
     stop(small(out=Path("r")), 5)
-    Path("r/metrics.csv").unlink()
+    metrics = Path("r/metrics.csv")
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[keep])) if keep else metrics.unlink()
+    left, missing = ([4, 5], "1 to 3") if keep and keep.start else ([], "1 to 5")
+    for steps in (12, 14):
+        capsys.readouterr()
+        train(parse(["--resume", "r", "--max-steps", str(steps)]))
+        told = (
+            f"WARNING: r/metrics.csv lacks steps {missing} of the {5 if steps == 12 else 12} so far. Going on without"
+        )
+        assert told in capsys.readouterr().out
+        assert [int(row["step"]) for row in rows(Path("r"))] == [*left, *range(6, steps + 1)]
+
+
+def test_metrics_that_cannot_be_read_are_set_aside(small, capsys):
+    stop(small(out=Path("r")), 5)
+    metrics = Path("r/metrics.csv")
+    metrics.write_bytes(there := metrics.read_bytes().replace(b",", b";"))  # as some spreadsheets save it
     train(parse(["--resume", "r"]))
-    assert "r/metrics.csv has 0 of the 5 steps" in capsys.readouterr().out and len(losses(Path("r"))) == 7
+    assert "of the 5 so far; what was there is r/metrics.csv.damaged. Going" in capsys.readouterr().out
+    assert Path("r/metrics.csv.damaged").read_bytes() == there and len(losses(Path("r"))) == 7
 
 
 def test_how_many_checkpoints_stay(small):
