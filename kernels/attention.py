@@ -181,7 +181,7 @@ def check_common(op, name, tensor, dropout_p, scale):
         raise NotImplementedError(f"{op}: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
     check_number(op, "dropout_p", dropout_p)
     if scale is not None:
-        check_number(op, "scale", scale)
+        check_number(op, "scale", scale, finite=True)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
 
@@ -250,8 +250,9 @@ def scaled_dot_product_attention(
     -inf where no key is seen, not differentiable: no gradient comes back through it. The dropout mask comes from
     PyTorch's generator on the device, dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own.
 
-    Raises RuntimeError or ValueError for inputs that do not fit, NotImplementedError for attn_mask, a value
-    head of another size, D above 256 and other dtypes.
+    Raises RuntimeError or ValueError for inputs that do not fit or a scale that is not finite, where PyTorch's kernels
+    differ among themselves, NotImplementedError for attn_mask, a value head of another size, D above 256 and other
+    dtypes.
     """
     refuse_transforms("scaled_dot_product_attention", query, key, value)
     dtype = autocast_dtype(query.device)

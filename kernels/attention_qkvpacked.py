@@ -114,7 +114,8 @@ def scaled_dot_product_attention_qkvpacked(
     is_causal, scale, autocast and return_lse are as in kernels.scaled_dot_product_attention; lse is (..., H, T). The
     gradient of qkv is one tensor, which nothing had to put together.
 
-    Raises RuntimeError for shapes and numbers that do not fit, NotImplementedError for D above 256 and other dtypes.
+    Raises RuntimeError for shapes and numbers that do not fit, ValueError for a scale that is not finite,
+    NotImplementedError for D above 256 and other dtypes.
     """
     name = "scaled_dot_product_attention_qkvpacked"
     refuse_transforms(name, qkv)

@@ -409,6 +409,7 @@ def _forward_flops(query_shape, key_shape, value_shape, lengths_shape, scale, **
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
+SMALLEST = torch.finfo(torch.float32).tiny  # a scale below may be zero in the kernels, and the maximum is -inf at first
 
 
 def _check(query, key_cache, value_cache, lengths, enable_gqa):
@@ -475,9 +476,10 @@ def decode_attention(
     caches are not cast, which would copy them at every call: query takes their dtype, the result autocast's.
 
     A length below 0 or above Tmax makes its sequence's result NaN; in the interpreter, and with KERNELS_DEBUG=1, it
-    raises IndexError. Raises ValueError or RuntimeError for inputs that do not fit, NotImplementedError for any other
-    number of query tokens than one (scaled_dot_product_attention with query_offset takes them), a value head of
-    another size, D above 256 and other dtypes; and in backward and vmap, as there is neither.
+    raises IndexError. Raises ValueError or RuntimeError for inputs that do not fit or a scale that is not finite,
+    NotImplementedError for any other number of query tokens than one (scaled_dot_product_attention with query_offset
+    takes them), a value head of another size, D above 256 and other dtypes; and in backward and vmap, as there is
+    neither.
 
     The method is flash-decoding (Dao et al., 2023).
     """
@@ -490,9 +492,11 @@ def decode_attention(
     if not isinstance(lengths, torch.Tensor):
         raise TypeError(f"decode_attention: lengths must be a Tensor, not {type(lengths).__name__}")
     if scale is not None:
-        check_number("decode_attention", "scale", scale)
+        check_number("decode_attention", "scale", scale, finite=True)
     _check(query, key_cache, value_cache, lengths, enable_gqa)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if abs(scale) < SMALLEST:
+        scale = 0.0
     if scale <= 0.0:  # the kernels take the maximum before they scale
         query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
     return forward(query, key_cache, value_cache, lengths, scale).to(dtype)

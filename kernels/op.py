@@ -340,14 +340,21 @@ def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; reverse mode is")
 
 
-def check_number(op: str, name: str, value: Any, whole: bool = False) -> None:
-    """Raise TypeError for what is no number, or with `whole` no integer, as PyTorch's argument parser does."""
-    if type(value) is int or (type(value) is float and not whole):
-        return
-    kinds = (numbers.Integral, torch.SymInt) if whole else (numbers.Real, torch.SymInt, torch.SymFloat)
-    if not isinstance(value, kinds):
-        kind = "an integer" if whole else "a number"
-        raise TypeError(f"{op}: {name} must be {kind}, not {type(value).__name__}")
+def check_number(op: str, name: str, value: Any, *, whole: bool = False, finite: bool = False) -> None:
+    """Raise TypeError for what is no number, or with `whole` no integer (a bool is none), as PyTorch's parser does.
+
+    With `finite`, ValueError for NaN and what float32, in which kernels have their numbers, makes infinite.
+    """
+    if type(value) is not int and (type(value) is not float or whole):
+        kinds = (numbers.Integral, torch.SymInt) if whole else (numbers.Real, torch.SymInt, torch.SymFloat)
+        if not isinstance(value, kinds) or (whole and isinstance(value, bool)):
+            kind = "an integer" if whole else "a number"
+            raise TypeError(f"{op}: {name} must be {kind}, not {type(value).__name__}")
+    if finite and not abs(value) <= _LARGEST:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import graphs
 from .backends import unpack
 from .errors import UserError
 from .model import GPT, Attend
@@ -103,7 +104,8 @@ def step(model: GPT, cache: Cache, tokens: Tensor) -> Tensor:
 class GraphedStep:
     """`step` as one CUDA graph, which a GPU runs without waiting for Python; made while the cache is empty.
 
-    The logits that a call gives are overwritten by the next one. Raises UserError for a model that is not on a GPU.
+    The logits that a call gives are overwritten by the next one. Raises UserError for a model that is not on a GPU,
+    and where something in the step cannot be captured.
     """
 
     def __init__(self, model: GPT, cache: Cache):
@@ -112,17 +114,11 @@ class GraphedStep:
             raise UserError(f"a CUDA graph needs a GPU, and the model is on {device}: say --no-cuda-graph")
         self._tokens = torch.zeros_like(cache.lengths)
         with torch.cuda.device(device):  # it need not be the first GPU
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # what compiles or allocates at its first call does so before the capture
-                    cache.lengths.zero_()
-                    step(model, cache, self._tokens)
-            torch.cuda.current_stream().wait_stream(stream)
+            for _ in range(graphs.WARM_UP):  # what compiles or allocates at its first call does so before the capture
+                cache.lengths.zero_()
+                graphs.beside(lambda: step(model, cache, self._tokens))
             cache.lengths.zero_()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = step(model, cache, self._tokens)
+            self._graph, self._logits = graphs.capture(lambda: step(model, cache, self._tokens), "say --no-cuda-graph")
             cache.lengths.zero_()
 
     def __call__(self, tokens: Tensor) -> Tensor:

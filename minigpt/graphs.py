@@ -50,7 +50,9 @@ class GraphedStep:
             return beside(lambda: self._learner.advance(data))
         if self._graph is None:
             self._data = [(inputs.clone(), targets.clone()) for inputs, targets in data]
-            self._graph, self._measured = capture(lambda: self._learner.advance(self._data))
+            self._graph, self._measured = capture(
+                lambda: self._learner.advance(self._data), "train without --cuda-graph"
+            )
         for kept, new in zip(self._data, data, strict=True):
             for there, here in zip(kept, new, strict=True):
                 there.copy_(here)
@@ -68,16 +70,25 @@ def beside(work: Any) -> Tensor:
     return found
 
 
-def capture(work: Any) -> tuple[Any, Tensor]:
-    """The graph of what `work` launches, not yet run, and what it returns. Raises UserError where that cannot be."""
-    graph = torch.cuda.CUDAGraph()
+def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
+    """The graph of what `work` launches, not yet run, and what it returns.
+
+    Raises UserError, which says what to do `instead`, where that cannot be.
+    """
+    first: BaseException | None = None
     try:
+        graph = torch.cuda.CUDAGraph()
         # Meanwhile a thread may be pinning memory for the next step's batches, which would end a "global" capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            found = work()
+            try:
+                found = work()
+            except BaseException as error:
+                first = error  # ending a capture that it broke raises another one, which says less
+                raise
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"--cuda-graph cannot capture this step ({reason}): leave it out") from error
+        first = first or error
+        if not isinstance(first, Exception) or isinstance(first, torch.OutOfMemoryError | MemoryError):
+            raise first from None
+        reason = " ".join(str(first).split("\n")[0].split())
+        raise UserError(f"--cuda-graph cannot capture this step ({reason}): {instead}") from first
     return graph, found

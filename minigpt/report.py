@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ from . import storage
 from .errors import writing
 
 COLUMNS = ("step", "train_loss", "grad_norm", "learning_rate", "val_loss", "perplexity", "tokens_per_second")
-"""metrics.csv: one row per step; validation loss and perplexity where evaluated, speed where shown, else empty."""
+"""metrics.csv: one row per step; validation loss and perplexity where evaluated, speed where shown, else empty.
+
+The speed is the mean since the run began, or went on otherwise (resume.another_speed)."""
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -26,14 +30,19 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Metrics:
     """The file metrics.csv; `step` keeps the rows up to that one and continues after it (0: from the start).
 
-    `kept` is the number of rows that were there. Raises UserError when the file cannot be written.
+    `missing` names the steps that were not there, "" for none. `aside` is a copy of a file that lacks steps and has
+    other lines than rows, else None. Raises UserError when a file cannot be written.
     """
 
     def __init__(self, path: Path, step: int = 0):
         self.path = path
+        self.aside: Path | None = None
         with writing(path):
-            rows = _rows(path, step) if step and path.is_file() else []
-            self.kept = len(rows)
+            rows, damaged = _rows(path, step) if step and path.is_file() else ([], False)
+            self.missing = _gaps([int(row["step"]) for row in rows], step)
+            if damaged and self.missing:
+                self.aside = path.with_name(f"{path.name}.damaged")
+                shutil.copyfile(path, self.aside)
             table = io.StringIO()
             writer = csv.DictWriter(table, COLUMNS, restval="", extrasaction="ignore")
             writer.writeheader()
@@ -61,18 +70,37 @@ class Metrics:
             self._file.close()
 
 
-def _rows(path: Path, step: int) -> list[dict[str, str]]:
-    """The rows of steps 1 to `step` in a metrics.csv, up to the first that is not whole."""
+def _rows(path: Path, step: int) -> tuple[list[dict[str, str]], bool]:
+    """The whole rows of steps up to `step` in a metrics.csv, in order, and whether it has other lines than rows.
+
+    A line without its end is none: its last number may be cut off.
+    """
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    header = lines[0].split(",") if lines else []
+    names = header if "step" in header else COLUMNS
     kept: list[dict[str, str]] = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    damaged, last = bool(rest), 0
+    for line in lines[1:] if names is header else lines:
+        values = line.split(",")
+        row = dict(zip(names, values, strict=False))
         try:
-            for number, row in zip(range(1, step + 1), csv.DictReader(file), strict=False):
-                if row.get("step") != str(number) or None in row.values():
-                    break
-                kept.append(row)
-        except csv.Error:  # a line that is no text
-            pass
-    return kept
+            numbers = [float(value) for value in values if value]
+            number = int(row["step"]) if numbers and len(values) == len(names) else 0
+        except ValueError:
+            number = 0
+        if number <= last:
+            damaged = True
+        elif number <= step:
+            kept.append(row)
+            last = number
+    return kept, damaged
+
+
+def _gaps(steps: list[int], last: int) -> str:
+    """What is not in `steps`, ascending, from 1 to `last`: "1 to 3, 7"; "" for nothing."""
+    around = itertools.pairwise([0, *steps, last + 1])
+    gaps = [f"{a + 1} to {b - 1}" if b - a > 2 else str(a + 1) for a, b in around if b - a > 1]
+    return ", ".join(gaps[:3]) + (" and others" if len(gaps) > 3 else "")
 
 
 class Clock:

@@ -40,9 +40,11 @@ class Progress:
     seconds: float = 0.0
     """Wall time since the run began, of every session of it."""
     train_seconds: float = 0.0
-    """Time in training steps alone, the first of each session left out."""
+    """Time in training steps alone since `speed_from`, the first of each session left out."""
     train_tokens: int = 0
     """Tokens trained on in that time."""
+    speed_from: int = 0
+    """The step after which all was computed on what the run is on now, and as now: a speed is of those steps."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite, so that they changed nothing."""
     skipped_in_a_row: int = 0
@@ -109,6 +111,13 @@ def why_not_exact(before: dict[str, str], now: dict[str, str]) -> str | None:
     if not now["device"].startswith("CPU") and now["attention"] == "torch" and now["deterministic"] != "True":
         return "PyTorch's attention on a GPU adds gradients in no fixed order; --deterministic gives it one"
     return None
+
+
+def another_speed(config: TrainConfig, found: Checkpoint, now: dict[str, str]) -> bool:
+    """Whether a run that goes on may be faster or slower than it was."""
+    before = found.state["surroundings"]
+    changed = {name for name in before | now if before.get(name) != now.get(name)} - {"max_steps"}
+    return bool(changed) or config.cuda_graph != found.config.cuda_graph
 
 
 def device_name(device: torch.device) -> str:

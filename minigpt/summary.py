@@ -41,20 +41,19 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
         session.warn(session.ops.warning)
     if found and (why := resume.why_not_exact(found.state["surroundings"], session.surroundings)):
         session.warn(f"WARNING: from here on not bit-exact with the run that was never stopped: {why}")
-    if session.metrics and session.metrics.kept < session.progress.step:
+    if session.metrics and session.metrics.missing:
+        aside = f"; what was there is {session.metrics.aside}" if session.metrics.aside else ""
         session.warn(
-            f"WARNING: {session.metrics.path} has {session.metrics.kept} of the {session.progress.step} steps so far; "
-            "the others are lost"
+            f"WARNING: {session.metrics.path} lacks steps {session.metrics.missing} of the {session.progress.step} so "
+            f"far{aside}. Going on without them: the curves will not show them, all else is as it was"
         )
 
 
 def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     """Say how it went, sample, draw the curves and write summary.json, whose values are returned."""
     config, progress = session.config, session.progress
-    session.display.line(
-        f"trained: {progress.step} steps in {session.clock.seconds:.1f} s, {session.clock.rate:,.0f} tokens/s, "
-        "evaluation and saving left out"
-    )
+    rate = session.clock.rate if session.clock.tokens else None
+    session.display.line(f"trained: {_speed(session, rate)}")
     session.display.line(
         f"validation: {final.loss:.4f} nats per token, {final.loss_per_character:.4f} nats or "
         f"{final.bits_per_character:.4f} bits per character, perplexity {final.perplexity:.3f} per token, over "
@@ -89,8 +88,9 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         "torch": torch.__version__,
         "steps": progress.step,
         "seconds": round(session.seconds_before + time.monotonic() - session.began, 3),
-        "tokens_per_second": round(session.clock.rate, 1),
-        "mfu_percent": session.mfu(session.clock.rate),
+        "tokens_per_second": None if rate is None else round(rate, 1),
+        "mfu_percent": None if rate is None else session.mfu(rate),
+        "speed_from_step": progress.speed_from,
         "peak_memory_bytes": utilization.peak_memory(session.device),
         "initial_loss": progress.initial_loss,
         "final_train_loss": progress.train_loss,
@@ -116,6 +116,15 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     more = f"python generate.py --run {shlex.quote(str(session.folder))}"
     session.display.line(f"written to {session.folder}; more text: {more}")
     return summary
+
+
+def _speed(session: "Session", rate: float | None) -> str:
+    """How fast the steps were that ran on what the run is on now; the first of each session is not among them."""
+    done, since = session.progress.step, session.progress.speed_from
+    if rate is None:
+        return f"{done} steps, none of them timed on what this runs on"
+    part = f"; the {done - since} after step {since}, which the speed is of," if since else ""
+    return f"{done} steps{part} in {session.clock.seconds:.1f} s, {rate:,.0f} tokens/s, evaluation and saving left out"
 
 
 def _whole_model(session: "Session") -> GPT:

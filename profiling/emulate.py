@@ -166,7 +166,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--order", type=int, metavar="SEED", help="let chance choose which warps run, at every instruction"
     )
-    parser.add_argument("--lines", type=int, default=0, help="print so many lines of the source that move the most")
+    parser.add_argument("--lines", type=int, default=0, help="show so many lines of the source that move the most")
     parser.add_argument("--json", type=Path, help="write all counts here, `-` for stdout instead of the table")
     parser.set_defaults(run=run)
 
@@ -226,19 +226,32 @@ def run(arguments: argparse.Namespace) -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "problems": problems,
     }
+    if arguments.lines:
+        document["lines"] = _heaviest(problems, arguments.lines)
     faults += sum(problem.get("wrong", False) for problem in problems)
     if arguments.json == Path("-"):
         json.dump(document, sys.stdout, indent=1)
         print()
         return int(faults > 0)
-    _print(document, arguments.lines)
+    _print(document)
     if arguments.json:
         with writing(arguments.json):
             arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(faults > 0)
 
 
-def _print(document: dict[str, Any], lines: int) -> None:
+def _heaviest(problems: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The lines of the source that move the most, heaviest first; 128 bytes of shared memory a pass."""
+    lines = [
+        {key: problem[key] for key in ("op", "case", "dtype")} | {"kernel": one["kernel"], "line": name} | line
+        for problem in problems
+        for one in problem["launches"]
+        for name, line in one["lines"].items()
+    ]
+    return sorted(lines, key=lambda line: -(line["moved"] + 128 * line["passes"]))[:count]
+
+
+def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = wide_console(260)
@@ -274,11 +287,11 @@ def _print(document: dict[str, Any], lines: int) -> None:
             print(f"stopped: {head}: {problem['fault']}")
         if problem.get("wrong"):
             print(f"wrong: {head}: its error is {problem['ratio']:.1f} times what the numerics contract allows")
-    if lines:
-        console.print(_line_table(document, lines))
+    if "lines" in document:
+        console.print(_line_table(document["lines"]))
 
 
-def _line_table(document: dict[str, Any], count: int):
+def _line_table(lines: list[dict[str, Any]]):
     from rich.table import Table
 
     view = Table(title="Lines of the source that move the most, of all programs that ran")
@@ -286,17 +299,10 @@ def _line_table(document: dict[str, Any], count: int):
         view.add_column(name, overflow="fold")
     for name in ("instructions", "bytes", "of moved", "shared passes", "conflicts"):
         view.add_column(name, justify="right")
-    lines = [
-        (one["kernel"], name, line)
-        for problem in document["problems"]
-        for one in problem["launches"]
-        for name, line in one["lines"].items()
-    ]
-    lines.sort(key=lambda entry: -(entry[2]["moved"] + 128 * entry[2]["passes"]))
-    for kernel, name, line in lines[:count]:
+    for line in lines:
         share = f"{line['bytes'] / line['moved']:.0%}" if line["moved"] else ""
         view.add_row(
-            kernel, name, f"{line['instructions']:,}", f"{line['bytes']:,}", share, f"{line['passes']:,}",
-            f"{line['conflicts']:,}",
+            line["kernel"], line["line"], f"{line['instructions']:,}", f"{line['bytes']:,}", share,
+            f"{line['passes']:,}", f"{line['conflicts']:,}",
         )  # fmt: skip
     return view

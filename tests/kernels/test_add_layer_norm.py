@@ -222,6 +222,7 @@ def test_the_sum_must_stay_and_what_was_added_may_change(device):
     ("arguments", "error", "says"),
     [
         ({"normalized_shape": 7}, RuntimeError, "add_layer_norm: normalized_shape"),
+        ({"input": torch.ones(3, 1), "residual": torch.ones(3, 1), "normalized_shape": True}, TypeError, "not bool"),
         ({"residual": torch.ones(2, 8)}, RuntimeError, "broadcast"),
         ({"weight": torch.ones(7)}, RuntimeError, "add_layer_norm: weight"),
         ({"bias": torch.ones(1, 8)}, RuntimeError, "bias"),

@@ -48,8 +48,8 @@ def agree(inputs, options, residue=0.0):
     truth = both(reference.scaled_dot_product_attention, in_float64(inputs), options, grad.double())
     theirs = None
     if "query_offset" not in options:
-        # scales up to zero make PyTorch's fused kernel for the CPU give NaN
-        fused = F.scaled_dot_product_attention if options.get("scale", 1.0) > 0.0 else torchs
+        # scales that are zero in float32, or below, make PyTorch's fused kernel for the CPU give NaN
+        fused = F.scaled_dot_product_attention if options.get("scale", 1.0) > 1e-38 else torchs
         theirs = both(fused, inputs, options, grad)
         for quantity, exact in both(torchs, in_float64(inputs), options, grad.double()).items():
             torch.testing.assert_close(truth[quantity], exact)
@@ -215,7 +215,7 @@ def test_fused_projection_is_walked_in_place(device):
 # ---------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("scale", [1e-4, 0.0, -0.5, 3.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-4, 1e-46, 0.0, -0.5, 3.0, 50.0])
 def test_any_scale(scale, device):
     agree(problem(device, q=33, k=40), {"scale": scale, "is_causal": True})
 
@@ -294,7 +294,12 @@ def test_autocast(device):
         ({}, {"dropout_p": 1.5}, RuntimeError, "dropout_p"),
         ({}, {"dropout_p": -0.1}, RuntimeError, "dropout_p"),
         ({}, {"dropout_p": "a"}, TypeError, "dropout_p must be a number, not str"),
+        ({}, {"dropout_p": math.nan}, RuntimeError, "dropout_p"),
         ({}, {"scale": "a"}, TypeError, "scale must be a number, not str"),
+        ({}, {"scale": math.nan}, ValueError, "scale must be finite in float32, got nan"),
+        ({}, {"scale": math.inf}, ValueError, "scale must be finite in float32, got inf"),
+        ({}, {"scale": -math.inf, "is_causal": True}, ValueError, "scale must be finite in float32, got -inf"),
+        ({}, {"scale": 1e39}, ValueError, r"scale must be finite in float32, got 1e\+39"),
         ({}, {"query_offset": 1.5, "is_causal": True}, TypeError, "query_offset must be an integer, not float"),
         ({}, {"query_offset": 2}, RuntimeError, "pass is_causal=True"),
         (

@@ -165,6 +165,8 @@ def test_compiled_whole_for_every_length_it_is_eager(backend, device):
         (torch.ones(1, 5, 3, 1, 8), {"dropout_p": 1.5}, RuntimeError, "dropout_p must be in"),
         (torch.ones(1, 5, 3, 1, 8), {"dropout_p": "a"}, TypeError, "dropout_p must be a number, not str"),
         (torch.ones(1, 5, 3, 1, 8), {"scale": "a"}, TypeError, "scale must be a number, not str"),
+        (torch.ones(1, 5, 3, 1, 8), {"scale": float("nan")}, ValueError, "scale must be finite in float32, got nan"),
+        (torch.ones(1, 5, 3, 1, 8), {"scale": -float("inf")}, ValueError, "scale must be finite in float32, got -inf"),
     ],
 )
 def test_bad_arguments(qkv, options, error, says):

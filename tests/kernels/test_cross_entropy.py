@@ -327,9 +327,11 @@ def test_one_target_without_a_batch_may_have_a_dimension(reduction, device):
         ({"reduction": "average"}, ValueError, "average"),
         ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing"),
         ({"label_smoothing": -0.1}, RuntimeError, "label_smoothing"),
+        ({"label_smoothing": math.nan}, RuntimeError, "label_smoothing"),
         ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, not NoneType"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, not NoneType"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, not float"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, not bool"),
     ],
 )
 def test_bad_arguments(arguments, error, says):

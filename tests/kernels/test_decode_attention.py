@@ -368,7 +368,7 @@ def test_nothing_at_all(shape, splits, device, monkeypatch):
 # ---------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("scale", [1e-4, 0.0, -0.5, 3.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-4, 1e-46, -1e-46, 0.0, -0.5, 3.0, 50.0])
 @KINDS
 def test_any_scale(heads, key_heads, scale, device, monkeypatch):
     monkeypatch.setattr(module, "_splits", lambda *_: 2)
@@ -468,6 +468,9 @@ def _ones(*shape, dtype=torch.float32):
         ({"query": _ones(2, 2, 1, 8, dtype=torch.float16)}, {}, RuntimeError, "float16"),
         ({"lengths": [1, 2]}, {}, TypeError, "lengths must be a Tensor, not list"),
         ({}, {"scale": "a"}, TypeError, "scale must be a number"),
+        ({}, {"scale": float("nan")}, ValueError, "decode_attention: scale must be finite in float32, got nan"),
+        ({}, {"scale": float("inf")}, ValueError, "decode_attention: scale must be finite in float32, got inf"),
+        ({}, {"scale": -1e39}, ValueError, r"decode_attention: scale must be finite in float32, got -1e\+39"),
         ({"lengths": torch.tensor([1.0, 2.0])}, {}, RuntimeError, "int32 or int64"),
         ({"lengths": torch.tensor([1])}, {}, RuntimeError, r"shape \[2\]"),
         ({"lengths": torch.tensor(1)}, {}, RuntimeError, r"shape \[2\]"),

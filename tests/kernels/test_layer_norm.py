@@ -135,6 +135,13 @@ def test_any_eps(eps, device):
     agree(inputs, {"normalized_shape": (33,), "eps": eps})
 
 
+@pytest.mark.parametrize("n", [24, 17_000])
+@pytest.mark.parametrize("eps", [math.nan, math.inf, -math.inf, -1e-3, -2.0])
+def test_an_eps_that_makes_no_sense_gives_pytorchs_result(eps, n, device):
+    x = draw(3, n, device=device)
+    torch.testing.assert_close(layer_norm(x, n, eps=eps), F.layer_norm(x, (n,), eps=eps), equal_nan=True)
+
+
 @pytest.mark.parametrize("n", [50, 20_000])
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 def test_a_mean_far_from_zero(mean, n, device):
@@ -203,6 +210,8 @@ def test_autocast_gives_autocasts_dtype(device):
         ({"normalized_shape": "8"}, TypeError, "normalized_shape must be an int or a list of them, not str"),
         ({"normalized_shape": 8.0}, TypeError, "normalized_shape must be an int or a list of them, not float"),
         ({"normalized_shape": [8.0]}, TypeError, "normalized_shape must be an integer, not float"),
+        ({"input": torch.ones(3, 1), "normalized_shape": True}, TypeError, "must be an integer, not bool"),
+        ({"input": torch.ones(3, 1), "normalized_shape": [True]}, TypeError, "must be an integer, not bool"),
         ({"normalized_shape": 8, "eps": "a"}, TypeError, "eps must be a number, not str"),
         ({"normalized_shape": 8, "weight": torch.ones(7)}, RuntimeError, "weight"),
         ({"normalized_shape": 8, "bias": torch.ones(1, 8)}, RuntimeError, "bias"),

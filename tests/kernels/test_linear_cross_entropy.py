@@ -649,8 +649,10 @@ def test_it_is_there_without_pytorchs_own(monkeypatch):
         ({"linear_weight": torch.ones(5, 4, device="meta")}, RuntimeError, "linear_weight is on meta"),
         ({"reduction": "average"}, ValueError, "average"),
         ({"label_smoothing": 1.5}, RuntimeError, "label_smoothing"),
+        ({"label_smoothing": float("nan")}, RuntimeError, "label_smoothing"),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, not bool"),
         ({"options": object()}, NotImplementedError, "options"),
     ],
 )

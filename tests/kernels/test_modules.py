@@ -164,5 +164,9 @@ def test_a_model_trained_with_one_loads_into_the_other(device):
 def test_their_errors_are_the_functions(device):
     with pytest.raises(RuntimeError, match="normalized_shape"):
         kernels.LayerNorm(8)(draw(3, 7).to(device))
+    for shape, kind in ((True, "bool"), ([True], "bool"), ([1.0], "float")):  # with parameters nn.LayerNorm refuses it
+        for module, inputs in ((kernels.LayerNorm, 1), (kernels.AddLayerNorm, 2)):
+            with pytest.raises(TypeError, match=f"normalized_shape must be an integer, not {kind}"):
+                module(shape, elementwise_affine=False)(*[draw(3, 1).to(device)] * inputs)
     with pytest.raises(NotImplementedError, match="probability"):
         kernels.CrossEntropyLoss()(draw(3, 5).to(device), draw(3, 5).to(device).softmax(-1))

@@ -1,13 +1,16 @@
 """A step as a CUDA graph: the same training; on a CPU with a stand-in that replays what a graph would."""
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_runs import losses, rows
 
-from minigpt import graphs, plots
+from minigpt import cache, graphs, plots
+from minigpt.config import parse
 from minigpt.errors import UserError
 from minigpt.trainer import train
 
@@ -33,7 +36,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    def capture(work):
+    def capture(work, _):
         graph = StandIn(work)
         return graph, graph.measured
 
@@ -71,21 +74,90 @@ def test_what_cannot_be_captured_is_told(small, options, said):
     assert not Path("runs").exists()
 
 
-def test_a_capture_that_fails_is_one_line(monkeypatch):
-    class Failing:
-        def __init__(self, graph, *, capture_error_mode):
-            assert capture_error_mode == "thread_local"  # what other threads do, as pinning memory, must not end it
+@pytest.fixture
+def failing(monkeypatch):
+    """Captures in which the calls of these names raise these errors, as the calls of a GPU that cannot."""
 
-        def __enter__(self):
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    def let(**errors):
+        def call(name):
+            if name in errors:
+                raise errors[name]
 
-        def __exit__(self, *_):
-            pass
+        class Graph:
+            def __init__(self):
+                call("make")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", Failing)
-    with pytest.raises(UserError, match=r"this step \(operation not permitted.*capturing\): leave it out"):
-        graphs.capture(lambda: torch.ones(2))
+        class Capture:
+            def __init__(self, graph, *, capture_error_mode):
+                assert capture_error_mode == "thread_local"  # what other threads do, as pinning memory, must not end it
+
+            def __enter__(self):
+                call("begin")
+
+            def __exit__(self, *_):
+                call("end")
+
+        monkeypatch.setattr(graphs, "check", lambda *_: None)
+        monkeypatch.setattr(graphs, "beside", lambda work: work())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        return lambda: call("work")
+
+    return let
+
+
+REASON = RuntimeError("operation not permitted when stream is capturing\nand more")
+AFTER = RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [{"make": REASON}, {"begin": REASON}, {"end": REASON}, {"work": REASON}, {"work": REASON, "end": AFTER}],
+    ids="+".join,
+)
+def test_a_capture_that_fails_is_one_line(failing, errors):
+    """With the reason of the error that came first: after one in a capture, its end fails too."""
+    work = failing(**errors)
+    said = r"this step \(operation not permitted.*capturing\): train without --cuda-graph$"
+    with pytest.raises(UserError, match=said) as told:
+        graphs.capture(work, "train without --cuda-graph")
+    assert told.value.__cause__ is REASON
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_what_is_no_fault_of_the_capture_stays_what_it_is(failing, error):
+    for errors in ({"work": error}, {"work": error, "end": AFTER}):
+        with pytest.raises(type(error)) as raised:
+            graphs.capture(failing(**errors), "train without --cuda-graph")
+        assert raised.value is error
+
+
+def test_a_training_whose_step_cannot_be_captured(small, failing, call):
+    failing(end=REASON)
+    config = small(out=Path("r"), cuda_graph=True)
+    status, _, stderr = call(lambda _: train(config))
+    assert status == 1 and stderr == (
+        "error: --cuda-graph cannot capture this step (operation not permitted when stream is capturing): "
+        "train without --cuda-graph\n"
+    )
+    assert train(parse(["--resume", "r", "--no-cuda-graph"]))["steps"] == 12
+
+
+class OnAGpu(torch.Tensor):
+    """One on a CPU that says otherwise."""
+
+    device = torch.device("cuda")
+
+
+def test_a_generation_whose_step_cannot_be_captured(failing, monkeypatch):
+    failing(begin=REASON)
+    steps = []
+    monkeypatch.setattr(cache, "step", lambda *_: steps.append(1))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    lengths = torch.zeros(2, dtype=torch.int64).as_subclass(OnAGpu)
+    with pytest.raises(UserError, match=r"this step \(operation not permitted.*capturing\): say --no-cuda-graph$"):
+        cache.GraphedStep(None, SimpleNamespace(lengths=lengths))
+    assert len(steps) == 3
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ def test_metrics_continue_after_the_step_of_the_checkpoint(five):
     metrics = Metrics(five, step=3)
     metrics.write([{"step": 4, "train_loss": 9.0}])
     metrics.close()
-    assert metrics.kept == 3
+    assert metrics.missing == ""
     assert rows(five) == [("1", "1"), ("2", "0.5"), ("3", "0.333333333"), ("4", "9")]
 
 
@@ -63,23 +63,63 @@ def test_a_loss_comes_back_to_the_last_bit(tmp_path):
     assert torch.tensor([float(loss) for _, loss in rows(metrics.path)]).tolist() == values
 
 
-@pytest.mark.parametrize("cut", range(1, 20))
+@pytest.mark.parametrize("cut", range(1, 25))
 def test_a_row_that_was_cut_off_is_left_out(five, cut):
-    """A killed process or a full disk ends a file anywhere."""
-    five.write_bytes(five.read_bytes()[:-cut])
+    """A killed process or a full disk ends a file anywhere, within its last number too."""
+    five.write_bytes(five.read_bytes().replace(b",,,,,\r\n", b",,,,,123.5\r\n")[:-cut])
     metrics = Metrics(five, step=4)
     metrics.close()
     whole = [("1", "1"), ("2", "0.5"), ("3", "0.333333333"), ("4", "0.25")]
-    assert rows(five) == whole[: metrics.kept] and metrics.kept >= 3
+    kept = 3 if cut > len("\n5,0.2,,,,,123.5\r\n") else 4  # the end of line 4 too
+    assert rows(five) == whole[:kept] and five.read_text().count("123.5\n") == kept
+    assert metrics.missing == ("" if kept == 4 else "4")
 
 
-@pytest.mark.parametrize("damage", [b"\x00" * 40, b"\xff\xfe\x80\n", b"1,1,,,,,\r\n", b"six,,,,,,\r\n"])
-def test_rows_after_damage_are_left_out(five, damage):
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [(b"\x00" * 40, "3"), (b"\xff\xfe\x80\n", ""), (b"1,1,,,,,\r\n", ""), (b"six,,,,,,\r\n", ""), (b"2.5,", "3")],
+    ids=["zeros", "no text", "a step twice", "words", "a line cut and another after it"],
+)
+def test_rows_around_damage_stay(five, damage, lost):
     lines = five.read_bytes().splitlines(keepends=True)
-    five.write_bytes(b"".join([*lines[:3], damage, *lines[3:]]))
+    five.write_bytes(there := b"".join([*lines[:3], damage, *lines[3:]]))
     metrics = Metrics(five, step=5)
     metrics.close()
-    assert metrics.kept == 2 and rows(five) == [("1", "1"), ("2", "0.5")]
+    assert five.read_bytes() == b"".join(line for line in lines if not lost or not line.startswith(lost.encode()))
+    assert metrics.missing == lost
+    aside = five.with_name("metrics.csv.damaged")
+    assert metrics.aside == (aside if lost else None) and (not lost or aside.read_bytes() == there)
+
+
+@pytest.mark.parametrize(
+    ("keep", "missing"),
+    [
+        ([], "1 to 5"),
+        ([0], "1 to 5"),
+        ([1, 2, 3, 4, 5], ""),
+        ([0, 4, 5], "1 to 3"),
+        ([0, 1, 3, 5], "2, 4"),
+        ([0, 1], "2 to 5"),
+    ],
+    ids=str,
+)
+def test_steps_that_are_not_there_are_named_and_the_others_stay(five, keep, missing):
+    """Line 0 is the header. What is whole is nothing to be set aside."""
+    lines = five.read_bytes().splitlines(keepends=True)
+    five.write_bytes(b"".join(lines[number] for number in keep))
+    metrics = Metrics(five, step=5)
+    metrics.write([{"step": 6, "train_loss": 0.5}])
+    metrics.close()
+    assert metrics.missing == missing and metrics.aside is None
+    kept = [str(number) for number in keep if number]
+    assert [step for step, _ in rows(five)] == [*kept, "6"]
+
+
+def test_many_gaps_are_not_all_named(five):
+    metrics = Metrics(five)
+    metrics.write([{"step": step, "train_loss": 1.0} for step in range(1, 100, 9)])
+    metrics.close()
+    assert Metrics(five, step=100).missing == "2 to 9, 11 to 18, 20 to 27 and others"
 
 
 def test_a_kill_while_the_rows_are_written_again_loses_none(five, monkeypatch):

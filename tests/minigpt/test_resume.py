@@ -1,17 +1,19 @@
 """Going on with a run: the same bits as one that was never stopped, or a line that says why not."""
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import StopAfter, assert_same_run, losses
+from training_runs import StopAfter, assert_same_run, losses, rows
 
-from minigpt import bpe, checkpoint, generators, plots, prepare, process, storage
+from minigpt import bpe, checkpoint, generators, plots, prepare, process, report, storage
 from minigpt.config import parse
 from minigpt.errors import Stopped, UserError
-from minigpt.resume import why_not_exact
+from minigpt.resume import another_speed, why_not_exact
 from minigpt.trainer import Session, train
 
 
@@ -118,6 +120,47 @@ def test_going_on_elsewhere_works_and_says_that_it_is_not_exact(small, capsys, a
     assert len(losses(Path("r"))) == summary["steps"] and summary["final_train_loss"] < summary["initial_loss"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "speed_from", "steps"),
+    [
+        ([], 0, 8),  # the first of each part left out
+        (["--kernels", "attention=eager"], 5, 4),
+    ],
+    ids=str,
+)
+def test_a_speed_is_of_one_backend_and_device(small, capsys, monkeypatch, arguments, speed_from, steps):
+    """Of the first part a clock says that it has taken hours."""
+    with monkeypatch.context() as patch:
+        slow = itertools.count(0.0, 10_000.0)
+        patch.setattr(report.time, "perf_counter", lambda: next(slow))
+        stop(small(out=Path("r"), max_steps=10), 5)
+    summary = train(parse(["--resume", "r", *arguments]))
+    progress = checkpoint.load(Path("r/last")).state["progress"]
+    assert summary["speed_from_step"] == progress["speed_from"] == speed_from
+    assert progress["train_tokens"] == steps * 4 * 16
+    assert summary["tokens_per_second"] == round(progress["train_tokens"] / progress["train_seconds"], 1)
+    assert (summary["tokens_per_second"] < 1.0) is (speed_from == 0)
+    assert ("the 5 after step 5, which the speed is of, in" in capsys.readouterr().out) is (speed_from == 5)
+    again = train(parse(["--resume", "r", "--max-steps", "15"]))  # on what it was on last
+    assert again["speed_from_step"] == speed_from
+
+
+def test_what_may_change_a_speed(small):
+    config, now = small(), {"device": "CPU", "attention": "torch", "max_steps": "12"}
+    found = checkpoint.Checkpoint(Path("r"), None, config, None, {"surroundings": now})
+    assert not another_speed(config, found, now) and not another_speed(config, found, now | {"max_steps": "15"})
+    for change in ({"device": "NVIDIA H200"}, {"attention": "eager"}, {"threads": "2"}):
+        assert another_speed(config, found, now | change)
+    assert another_speed(replace(config, cuda_graph=True), found, now)
+
+
+def test_a_backend_that_only_evaluates_has_no_speed(small):
+    train(small(out=Path("r")))
+    Path("r/summary.json").unlink()
+    summary = train(parse(["--resume", "r", "--kernels", "eager"]))
+    assert summary["tokens_per_second"] is None and summary["mfu_percent"] is None and summary["speed_from_step"] == 12
+
+
 def test_back_from_fp16_too(small):
     stop(small(out=Path("r"), max_steps=10, dtype="fp16"), 5)
     assert train(parse(["--resume", "r", "--dtype", "fp32"]))["dtype"] == "fp32"
@@ -208,11 +251,31 @@ def test_a_damaged_checkpoint_costs_steps_but_not_the_result(small, capsys):
     assert_same_run(Path("r"), Path("whole"))
 
 
-def test_metrics_that_are_lost_are_told(small, capsys):
+@pytest.mark.parametrize("keep", [None, slice(0), slice(1), slice(4, None)], ids=["gone", "empty", "header", "end"])
+def test_metrics_that_are_lost_are_told(small, capsys, keep):
+    """A file that is gone, is empty, has its header alone, lacks its beginning. What is there stays, next time too."""
     stop(small(out=Path("r")), 5)
-    Path("r/metrics.csv").unlink()
+    metrics = Path("r/metrics.csv")
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[keep])) if keep else metrics.unlink()
+    left, missing = ([4, 5], "1 to 3") if keep and keep.start else ([], "1 to 5")
+    for steps in (12, 14):
+        capsys.readouterr()
+        train(parse(["--resume", "r", "--max-steps", str(steps)]))
+        told = (
+            f"WARNING: r/metrics.csv lacks steps {missing} of the {5 if steps == 12 else 12} so far. Going on without"
+        )
+        assert told in capsys.readouterr().out
+        assert [int(row["step"]) for row in rows(Path("r"))] == [*left, *range(6, steps + 1)]
+
+
+def test_metrics_that_cannot_be_read_are_set_aside(small, capsys):
+    stop(small(out=Path("r")), 5)
+    metrics = Path("r/metrics.csv")
+    metrics.write_bytes(there := metrics.read_bytes().replace(b",", b";"))  # as some spreadsheets save it
     train(parse(["--resume", "r"]))
-    assert "r/metrics.csv has 0 of the 5 steps" in capsys.readouterr().out and len(losses(Path("r"))) == 7
+    assert "of the 5 so far; what was there is r/metrics.csv.damaged. Going" in capsys.readouterr().out
+    assert Path("r/metrics.csv.damaged").read_bytes() == there and len(losses(Path("r"))) == 7
 
 
 def test_how_many_checkpoints_stay(small):

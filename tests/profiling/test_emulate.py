@@ -31,8 +31,9 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_counts_and_errors_of_a_case():
-    """A layer norm's three launches: right, and with at least the bytes that its tensors have."""
-    done = _run("--op", "layer_norm", "--case", "prime", "--dtype", "bfloat16", "float32", "--json", "-")
+    """A layer norm's launches: right, with at least the bytes that its tensors have; and the heaviest lines."""
+    command = ("--op", "layer_norm", "--case", "prime", "--dtype", "bfloat16", "float32", "--lines", "3")
+    done = _run(*command, "--json", "-")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["arch"] == "sm_90" and set(document["versions"]) == {"torch", "triton"}
@@ -51,6 +52,15 @@ def test_counts_and_errors_of_a_case():
             assert all(name.startswith(("layer_norm.py:", "standard.py:", "op.py:", "?")) for name in launch["lines"])
     half, single = (problem["launches"][0]["bytes"] for problem in document["problems"])
     assert 1.3 * half < single <= 2 * half
+    every = [
+        {name: problem[name] for name in ("op", "case", "dtype")} | {"kernel": launch["kernel"], "line": place} | line
+        for problem in document["problems"]
+        for launch in problem["launches"]
+        for place, line in launch["lines"].items()
+    ]
+    assert len(every) > 3 and all(one in every for one in document["lines"])
+    weights = sorted((line["moved"] + 128 * line["passes"] for line in every), reverse=True)
+    assert [line["moved"] + 128 * line["passes"] for line in document["lines"]] == weights[:3]
 
 
 def test_the_norms_backward_waits_for_bytes_alone():
