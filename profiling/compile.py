@@ -165,13 +165,15 @@ def compile_source(source: Source, keep: bool = False) -> dict[str, Any]:
     if "bytes spill stores" not in log:
         raise RuntimeError(f"no ptxas log came with {source.kernel} for {source.arch}")
     disassembly = _disassemble(compiled.asm["cubin"])
+    loops = hopper_loops(disassembly)
     return common | {
         "registers": _number(r"Used (\d+) registers", log),
         "spill_bytes": _number(r"(\d+) bytes spill stores", log),
         "loads": _widths(disassembly, r"(?:LDG|LDGSTS)"),
         "stores": _widths(disassembly, "STG"),
         "instructions": sass_mix(disassembly),
-        "loops": hopper_loops(disassembly),
+        "loops": [order for order, _ in loops],
+        "loop_instructions": [count for _, count in loops],
         "code_bytes": len(compiled.asm["cubin"]),
         "advisories": sorted(set(re.findall(r"\((C\d+)\)", log))),
     }

@@ -39,16 +39,21 @@ exponentials of them. local: spills."""
 
 def sass_mix(disassembly: str) -> dict[str, int]:
     """Instructions by kind in what nvdisasm prints, without those that only pad or separate (NOP, LDGDEPBAR)."""
-    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", disassembly, re.MULTILINE)
-    opcodes = [name for name in found if not name.startswith(("NOP", "LDGDEPBAR"))]
+    opcodes = _opcodes(disassembly)
     mix = _count(opcodes, _SASS)
     special = [name for name in opcodes if name.startswith("MUFU")]
     return mix | {"mufu": len(special), "ex2": sum(name.startswith("MUFU.EX2") for name in special)}
 
 
-def hopper_loops(disassembly: str) -> list[str]:
-    """What the innermost loops with wgmma (HGMMA) do in turn, as "H4 W0 E32 H4": products issued, a wait until 0 groups
-    of them are in flight, exponentials, products.
+def _opcodes(disassembly: str) -> list[str]:
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", disassembly, re.MULTILINE)
+    return [name for name in found if not name.startswith(("NOP", "LDGDEPBAR"))]
+
+
+def hopper_loops(disassembly: str) -> list[tuple[str, int]]:
+    """The innermost loops with wgmma (HGMMA): what each does in turn, and how many instructions it is.
+
+    In turn as "H4 W0 E32 H4": products issued, a wait until 0 groups of them are in flight, exponentials, products.
 
     The source's order and PTX's say nothing of this: ptxas has its own.
     """
@@ -61,8 +66,9 @@ def hopper_loops(disassembly: str) -> list[str]:
         elif (jump := re.search(r"\bBRA(?:\.\w+)* .*`\((\.L_\w+)\)", line)) and jump.group(1) in places:
             jumps.append((places[jump.group(1)], number))
     inner = [jump for jump in jumps if not any(jump[0] <= a and b <= jump[1] for a, b in jumps if (a, b) != jump)]
-    found = [_order(lines[begin:end]) for begin, end in inner]
-    return [order for order in found if "H" in order]
+    loops = [lines[begin : end + 1] for begin, end in inner]
+    found = [(_order(loop), len(_opcodes("\n".join(loop)))) for loop in loops]
+    return [(order, count) for order, count in found if "H" in order]
 
 
 def _order(lines: list[str]) -> str:

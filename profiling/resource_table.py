@@ -40,11 +40,16 @@ def print_table(table: list, versions: dict[str, str]) -> None:
         mixes.add_column(name, overflow="fold")
     for kind in KINDS:
         mixes.add_column(kind.replace("_", " "), justify="right")
-    mixes.add_column("loops with wgmma (H), its waits (W) and exp2 (E), of which in flight", overflow="fold")
+    header = "loops with wgmma (H): instructions; products, waits (W) and exp2 (E) in turn, of which in flight"
+    mixes.add_column(header, overflow="fold")
     for use in table:
         tile = " ".join(f"{name}={value}" for name, value in use.tile.items())
         counts = [str(use.instructions.get(kind, 0)) for kind in KINDS]
-        loops = [f"{order}: {found} of {total}" for order in use.loops for found, total in [overlapped(order)]]
+        loops = [
+            f"{count}; {order}: {found} of {total}"
+            for order, count in zip(use.loops, use.loop_instructions, strict=True)
+            for found, total in [overlapped(order)]
+        ]
         mixes.add_row(use.kernel, use.dtype, use.arch, tile, *counts, "\n".join(loops))
     console.print(mixes)
 

@@ -38,8 +38,8 @@ class Use:
 
     `loads` and `stores` count global memory instructions by their width in bits, `instructions` all of them by kind
     (see profiling/instructions.py), `occupancy` is what a processor holds at a time (see profiling/limits.py).
-    `tensor_memory`: columns of sm_100's, a program's. `loops`: what those with wgmma do in turn. `code_bytes`: of the
-    whole cubin.
+    `tensor_memory`: columns of sm_100's, a program's. `loops`: what those with wgmma do in turn, `loop_instructions`:
+    how many they are. `code_bytes`: of the whole cubin.
     """
 
     op: str
@@ -61,6 +61,7 @@ class Use:
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
     occupancy: dict[str, Any] = dataclasses.field(default_factory=dict)
     loops: list[str] = dataclasses.field(default_factory=list)
+    loop_instructions: list[int] = dataclasses.field(default_factory=list)
     code_bytes: int = 0
     advisories: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from parity import DTYPES, differentiate, generator_of, in_float64, name_of
 from test_attention import attention, both, draw, problem, torchs
 
+from kernels.attention import draw_seed
 from kernels.catalogue import ATTENTION
 
 
@@ -211,3 +213,44 @@ def test_dropout_survives_checkpointing(use_reentrant, device):
     lost = gradients(lambda f, *a: checkpoint(f, *a, preserve_rng_state=False, **options))
     assert all(torch.equal(one, two) for one, two in zip(plain, kept, strict=True))
     assert not any(torch.equal(one, two) for one, two in zip(plain, lost, strict=True))
+
+
+def philox(counter, seed: int) -> list[np.ndarray]:
+    """Philox-4x32-7 of four uint32 arrays, as Salmon et al. define it."""
+    a, b, c, d = (np.asarray(word, dtype=np.uint64) for word in counter)
+    low, high = seed % 2**32, seed >> 32 & 0xFFFFFFFF
+    for turn in range(7):
+        one, two = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        keys = (low + turn * 0x9E3779B9) % 2**32, (high + turn * 0xBB67AE85) % 2**32
+        a, c = two >> np.uint64(32) ^ b ^ np.uint64(keys[0]), one >> np.uint64(32) ^ d ^ np.uint64(keys[1])
+        b, d = two & np.uint64(0xFFFFFFFF), one & np.uint64(0xFFFFFFFF)
+    return [a, b, c, d]
+
+
+def test_the_philox_here_is_the_published_one():
+    """Against Random123's vectors for philox4x32 of 7 rounds."""
+    cases = [
+        ((0, 0, 0, 0), 0, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        ((2**32 - 1,) * 4, 2**64 - 1, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, "4dfccaba 190a87f0 c47362ba b6b5242a"),
+    ]
+    for counter, seed, expected in cases:
+        assert " ".join(f"{int(word):08x}" for word in philox(counter, seed)) == expected
+
+
+@pytest.mark.parametrize("k_len", [40, 200], ids=["short", "long"])
+@pytest.mark.parametrize("threshold", [1, 6554, 0x7FFF, 0x8000, 0x8001, 52429, 65535])
+def test_the_mask_is_philoxs(k_len, threshold, device):
+    """Bit for bit: 16 bits an element, kept where they reach the threshold."""
+    b, h, q_len = 2, 3, 40
+    torch.manual_seed(threshold)
+    seed = int(draw_seed(device))
+    mask = forward_mask(threshold / 2**16, threshold, device, b, h, q_len, k_len) != 0.0
+    groups, queries, heads = np.meshgrid(np.arange(k_len // 8), np.arange(q_len), np.arange(b * h), indexing="ij")
+    a, b_, c, d = philox((groups, queries, heads, np.zeros_like(heads)), seed)
+    halves = [half for word in (a, c, b_, d) for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))]
+    expected = np.stack(halves).astype(np.int64) >= threshold  # (key % 8, key // 8, query, head)
+    expected = expected.transpose(3, 2, 1, 0).reshape(b, h, q_len, k_len)
+    assert np.array_equal(mask.cpu().numpy(), expected)
+    if threshold not in (1, 65535):
+        assert 0.9 < expected.mean() / (1 - threshold / 2**16) < 1.1

@@ -56,7 +56,7 @@ def test_the_order_of_a_loop_read_by_hand():
         /*00c0*/                   MUFU.EX2 R3, R3 ;
         /*00d0*/               @P0 BRA `(.L_x_3) ;
     """
-    assert hopper_loops(listing) == ["H1 W0 E2 H2 E1"]
+    assert hopper_loops(listing) == [("H1 W0 E2 H2 E1", 9)]
     assert overlapped("H1 W0 E2 H2 E1") == (1, 3)
     assert overlapped("H8 W0 H2 E13 H1 E13 H1 E8 W0") == (34, 34)
     assert overlapped("E5 H8 W0 E32 H4") == (5, 37)  # what the turn before left in flight
