@@ -10,6 +10,8 @@ saved q, k, v, out and lse, and with delta = sum(out * dout):
 
     dv = p^T dout     dp = dout v^T     ds = p * (dp - delta)     dq = scale * ds k     dk = scale * ds^T q
 
+A gradient of lse, whose derivative by s is p, is taken from delta.
+
 Two launches, no atomics: programs that own queries write dq and delta, then programs that own keys write
 dk and dv, the heads of a group one after another. Causal: query i sees key j when j <= i + query_offset.
 Tiles that are seen whole run in a loop without masks.
@@ -97,6 +99,7 @@ def _backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
@@ -106,17 +109,18 @@ def _backward(
     """Gradients of query, key and value."""
     gradients = _empty_backward(query, key, value)
     write_gradients(
-        gradients, grad, query, key, value, out, lse, seed, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        query_offset=query_offset,
+        gradients, grad, query, key, value, out, lse, grad_lse, seed, dropout_p=dropout_p, is_causal=is_causal,
+        scale=scale, query_offset=query_offset,
     )  # fmt: skip
     return gradients
 
 
-def write_gradients(gradients, grad, query, key, value, out, lse, seed, **options):
+def write_gradients(gradients, grad, query, key, value, out, lse, grad_lse, seed, **options):
     """Those of query, key and value into `gradients`, three tensors of their shapes, in memory as they like."""
     dquery, dkey, dvalue = gradients
     tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value), "out": out}
-    tensors |= {"grad": rows_of(grad), "lse": lse, "seed": seed, "statistics": lse.new_empty((*lse.shape, 2))}
+    tensors |= {"grad": rows_of(grad), "lse": lse, "grad_lse": None if grad_lse is None else grad_lse.contiguous()}
+    tensors |= {"seed": seed, "statistics": lse.new_empty((*lse.shape, 2))}
     tensors |= {"dquery": dquery, "dkey": dkey, "dvalue": dvalue}
     run(plan_backward, tensors, **options, allow_tf32=allow_tf32(query))
 
@@ -124,12 +128,13 @@ def write_gradients(gradients, grad, query, key, value, out, lse, seed, **option
 def _save(ctx, inputs, output):
     query, key, value, seed, *ctx.options = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(query, key, value, out, lse, seed)
 
 
-def _gradients(ctx, grad, _grad_lse):
-    return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+def _gradients(ctx, grad, grad_lse):
+    *tensors, out, lse, seed = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    return *backward(grad, *tensors, out, lse, grad_lse, seed, *ctx.options), None, None, None, None, None
 
 
 forward = register("attention", _forward, lambda query, *_: _empty_forward(query), _gradients, _save)
@@ -158,7 +163,7 @@ def _forward_flops(query_shape, key_shape, value_shape, seed, dropout_p, is_caus
 
 @register_flop_formula(torch.ops.kernels.attention_backward)
 def _backward_flops(
-    grad_shape, query_shape, key_shape, value_shape, _out, lse_shape, seed, dropout_p, is_causal, scale,
+    grad_shape, query_shape, key_shape, value_shape, _out, lse_shape, _grad_lse, seed, dropout_p, is_causal, scale,
     query_offset, **_,
 ) -> int:  # fmt: skip
     return 5 * _flops(query_shape, key_shape, is_causal, query_offset)
@@ -247,8 +252,8 @@ def scaled_dot_product_attention(
     dimensions in front broadcast. Hk = H, or with enable_gqa a divisor of it. scale: 1 / sqrt(D) unless given.
     With is_causal, query i sees key j when j <= i + query_offset: 0 is PyTorch's own meaning, Tk - Tq suits a
     cache. A query that sees no key gives zeros. return_lse adds log(sum(exp(scores))), (..., H, Tq) in fp32,
-    -inf where no key is seen, not differentiable: no gradient comes back through it. The dropout mask comes from
-    PyTorch's generator on the device, dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own.
+    -inf where no key is seen, with its gradient. The dropout mask comes from PyTorch's generator on the device,
+    dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own.
 
     Raises RuntimeError or ValueError for inputs that do not fit or a scale that is not finite, where PyTorch's kernels
     differ among themselves, NotImplementedError for attn_mask, a value head of another size, D above 256 and other
@@ -321,7 +326,7 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     common = (dropout_p, options.get("is_causal", False), query.shape[-1] ** -0.5, options.get("query_offset", 0))
     with plan_only(device) as launches:
         out, lse = _forward(query, key, value, seed, *common)
-        _backward(out, query, key, value, out, lse, seed, *common)
+        _backward(out, query, key, value, out, lse, None, seed, *common)
     return launches
 
 

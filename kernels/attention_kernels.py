@@ -359,7 +359,7 @@ def _delta(out, dout, is_query):
 
 @triton.jit
 def _attention_backward_query(
-    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, seed_ptr, statistics_ptr, dquery_ptr,
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, seed_ptr, statistics_ptr, dquery_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep, keep_scale,
@@ -392,9 +392,13 @@ def _attention_backward_query(
     dout = _matrix(grad_ptr, q_len, g_stride, D, BLOCK_Q, BLOCK_D, DESCRIPTORS)
     dout = _load(dout, first, _offsets(BLOCK_Q, BLOCK_D, g_stride), g_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
     out = _load(out_ptr, first, _offsets(BLOCK_Q, BLOCK_D, o_stride), o_stride, q_len, D, BLOCK_Q, BLOCK_D, True)
-    offset = -_delta(out, dout, queries < q_len) * keep
-    shift = _load_shift(lse_ptr + head.to(tl.int64) * q_len, queries, q_len, q.dtype == tl.float32)
-    pairs = statistics_ptr + (head.to(tl.int64) * q_len + queries) * 2
+    delta = _delta(out, dout, queries < q_len)
+    rows = head.to(tl.int64) * q_len
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + rows + queries, mask=queries < q_len, other=0.0)
+    offset = -delta * keep
+    shift = _load_shift(lse_ptr + rows, queries, q_len, q.dtype == tl.float32)
+    pairs = statistics_ptr + (rows + queries) * 2
     tl.store(pairs, shift, mask=queries < q_len)
     tl.store(pairs + 1, offset, mask=queries < q_len)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)

@@ -147,9 +147,10 @@ def _kind(spec: Spec, options: dict) -> str:
 
 
 def _tile(
-    table: dict, spec: Spec, options: dict, device: Device, grouped: bool = False, walked: tuple[Spec, ...] = ()
-) -> Tile:
-    """The tile of one of the kernels that loop, and walk these (B, H, T, D)."""
+    table: dict, spec: Spec, options: dict, device: Device, walked: tuple[Spec, ...] = (), *,
+    grouped: bool = False, hopper: bool = True,
+) -> Tile:  # fmt: skip
+    """The tile of one of the kernels that loop, and walk these (B, H, T, D); `hopper`: those for Hopper will do."""
     if device.arch == "interpreter":  # its cost is per program
         return Tile(128, 128, 4, 1)
     rows = table[device.tiles]
@@ -161,7 +162,7 @@ def _tile(
         tile = Tile(*tuned)
         # those describe all heads together: a head or batch that is another one again has no stride
         apart = all(spec.stride[0] > 0 < spec.stride[1] for spec in walked)
-        if not tile.warpgroups or (device.warpgroups and apart and _describable(device, *walked)):
+        if not tile.warpgroups or (hopper and device.warpgroups and apart and _describable(device, *walked)):
             return tile
     row = next(row for row in (exact, *(kind + trait for trait in traits), kind) if row in rows)
     return Tile(*rows[row][size])
@@ -256,7 +257,7 @@ def _hopper_launch(
     of_head = cdiv(length, rows)
     programs = min(of_head * batches * heads, device.processors)
     rounds = cdiv(of_head * batches * heads, max(1, programs))
-    unused = ("seed_ptr", "threshold", "keep", "keep_scale")
+    unused = ("grad_lse_ptr", "seed_ptr", "threshold", "keep", "keep_scale")
     taken = {argument: value for argument, value in arguments.items() if argument not in unused}
     taken |= {"batches": batches, "n_key_head": specs["key"].shape[1], "tiles": of_head, "rounds": rounds}
     constexprs = _constexprs(specs, options) | {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "EVEN": even}
@@ -276,7 +277,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     options = _with_diagonal(specs, options)
     arguments["query_offset"] = options["query_offset"]
     walked = (specs["query"], specs["key"], specs["value"])
-    tile = _tile(FORWARD, specs["query"], options, device, walked=walked)
+    tile = _tile(FORWARD, specs["query"], options, device, walked)
     even = specs["key"].shape[2] % tile.block_k == 0
     if tile.warpgroups:
         name = "_attention_forward_hopper"
@@ -294,15 +295,15 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     outputs = {"dq": specs["dquery"], "dk": specs["dkey"], "dv": specs["dvalue"]}
     numbers = _numbers(specs, options)
     if short := _short_tile(SHORT_BACKWARD, specs, options, device):
-        names = ("query", "key", "value", "out", "grad", "lse", "seed", "dquery", "dkey", "dvalue")
+        names = ("query", "key", "value", "out", "grad", "lse", "grad_lse", "seed", "dquery", "dkey", "dvalue")
         arguments = pointers(specs, *names) | _strides(**inputs, o=specs["out"], g=specs["grad"], **outputs) | numbers
         return [_short_launch(_attention_short_backward, specs, options, arguments, short)]
 
     options = _with_diagonal(specs, options)
     numbers["query_offset"] = options["query_offset"]
     walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
-    tile = _tile(BACKWARD_QUERY, specs["query"], options, device, walked=walked)
-    names = ("query", "key", "value", "out", "grad", "lse", "seed", "statistics", "dquery")
+    tile = _tile(BACKWARD_QUERY, specs["query"], options, device, walked, hopper=specs["grad_lse"] is None)
+    names = ("query", "key", "value", "out", "grad", "lse", "grad_lse", "seed", "statistics", "dquery")
     strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
     arguments = pointers(specs, *names) | strides | numbers
     even = k_len % tile.block_k == 0
@@ -319,7 +320,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             tile.stages,
         )
 
-    tile = _tile(BACKWARD_KEY, specs["query"], options, device, n_head > n_key_head, walked)
+    tile = _tile(BACKWARD_KEY, specs["query"], options, device, walked, grouped=n_head > n_key_head)
     names = ("query", "key", "value", "grad", "seed", "statistics", "dkey", "dvalue")
     strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
     arguments = pointers(specs, *names) | strides | numbers

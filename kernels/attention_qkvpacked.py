@@ -51,6 +51,7 @@ def _backward(
     qkv: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
@@ -59,8 +60,8 @@ def _backward(
     """The gradient of qkv."""
     dqkv = _empty_backward(qkv)
     attention.write_gradients(
-        _parts(dqkv), grad.transpose(1, 2), *_parts(rows_of(qkv)), out.transpose(1, 2), lse, seed,
-        dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=0,
+        _parts(dqkv), grad.transpose(1, 2), *_parts(rows_of(qkv)), out.transpose(1, 2), lse, grad_lse,
+        seed, dropout_p=dropout_p, is_causal=is_causal, scale=scale, query_offset=0,
     )  # fmt: skip
     return dqkv
 
@@ -68,12 +69,13 @@ def _backward(
 def _save(ctx, inputs, output):
     qkv, seed, *ctx.options = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, out, lse, seed)
 
 
-def _gradients(ctx, grad, _grad_lse):
-    return backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+def _gradients(ctx, grad, grad_lse):
+    qkv, out, lse, seed = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    return backward(grad, qkv, out, lse, grad_lse, seed, *ctx.options), None, None, None, None
 
 
 forward = register("attention_qkvpacked", _forward, lambda qkv, *_: _empty_forward(qkv), _gradients, _save)
@@ -92,7 +94,7 @@ def _forward_flops(qkv_shape, seed, dropout_p, is_causal, scale, **_) -> int:
 
 
 @register_flop_formula(torch.ops.kernels.attention_qkvpacked_backward)
-def _backward_flops(grad_shape, qkv_shape, _out, lse_shape, seed, dropout_p, is_causal, scale, **_) -> int:
+def _backward_flops(grad_shape, qkv_shape, _out, lse_shape, _grad_lse, seed, dropout_p, is_causal, scale, **_) -> int:
     return 5 * _flops(qkv_shape, is_causal)
 
 
@@ -160,7 +162,7 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     common = (dropout_p, options.get("is_causal", False), qkv.shape[-1] ** -0.5)
     with plan_only(device) as launches:
         out, lse = _forward(qkv, seed, *common)
-        _backward(out, qkv, out, lse, seed, *common)
+        _backward(out, qkv, out, lse, None, seed, *common)
     return launches
 
 

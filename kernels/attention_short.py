@@ -90,7 +90,7 @@ def _attention_short_forward(
 
 @triton.jit
 def _attention_short_backward(
-    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, seed_ptr, dquery_ptr, dkey_ptr, dvalue_ptr,
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, seed_ptr, dquery_ptr, dkey_ptr, dvalue_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
@@ -126,8 +126,12 @@ def _attention_short_backward(
         q = _load_rows(query_ptr, q_rows, is_query, D, BLOCK_D)
         out = _load_rows(out_ptr, o_rows, is_query, D, BLOCK_D)
         dout = _load_rows(grad_ptr, g_rows, is_query, D, BLOCK_D)
-        offset = -_delta(out, dout, is_query) * keep
-        lse = tl.load(lse_ptr + head.to(tl.int64) * q_len + positions, mask=is_query, other=float("inf"))
+        delta = _delta(out, dout, is_query)
+        rows = head.to(tl.int64) * q_len + positions
+        if grad_lse_ptr is not None:
+            delta -= tl.load(grad_lse_ptr + rows, mask=is_query, other=0.0)
+        offset = -delta * keep
+        lse = tl.load(lse_ptr + rows, mask=is_query, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: p is zero
         if not PRECISE:
             lse = lse * LOG2_E

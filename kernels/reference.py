@@ -60,7 +60,9 @@ def scaled_dot_product_attention(
     output = probabilities.to(value.dtype) @ value
     if not return_lse:
         return output
-    return output, (highest + total.log()).squeeze(-1).detach().float()
+    nothing = total == 0
+    lse = highest + total.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)
+    return output, lse.squeeze(-1).float()
 
 
 def scaled_dot_product_attention_qkvpacked(

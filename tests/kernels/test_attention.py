@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from parity import DTYPES, differentiate, guarded_allocations, in_float64, name_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import op, reference
@@ -114,10 +115,69 @@ def test_lse(dtype, device):
     torch.testing.assert_close(out, attention(**inputs, is_causal=True, query_offset=-5), rtol=0.0, atol=0.0)
 
 
-def test_lse_is_not_differentiable(device):
-    inputs = {name: tensor.requires_grad_() for name, tensor in problem(device).items()}
-    out, lse = attention(**inputs, return_lse=True)
-    assert out.requires_grad and not lse.requires_grad
+def from_both_outputs(function, inputs, options, grad, grad_lse):
+    """Gradients of query, key and value: from that of the output, if there is one, and that of the log-sum-exp."""
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out, lse = function(**inputs, **options, return_lse=True)
+    outputs, grads = ((lse,), (grad_lse,)) if grad is None else ((out, lse), (grad, grad_lse))
+    return torch.autograd.grad(outputs, list(inputs.values()), grads, materialize_grads=True)
+
+
+def hold_gradient_of_lse(inputs, options, exact_options, with_output, seed=None):
+    shape, dtype = inputs["query"].shape, inputs["query"].dtype
+    grad = draw(*shape, seed=4).to(inputs["query"]) if with_output else None
+    # in memory as no lse is
+    grad_lse = draw(shape[2], *shape[:2], seed=5).to(inputs["query"].device, torch.float32).permute(1, 2, 0)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with guarded_allocations():
+        ours = from_both_outputs(attention, inputs, options, grad, grad_lse)
+    wide = None if grad is None else grad.double()
+    exactly = reference.scaled_dot_product_attention
+    truth = from_both_outputs(exactly, in_float64(inputs), exact_options, wide, grad_lse)
+    for found, exact in zip(ours, truth, strict=True):
+        error = (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-6)
+        assert error < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("with_output", [False, True], ids=["lse", "both"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"q": 40, "k": 30, "d": 24}, {"is_causal": True, "query_offset": -5}),  # five queries see nothing
+        ({"h": 4, "q": 20, "k": 30, "d": 128, "kv_heads": 2}, {"enable_gqa": True, "scale": -0.2}),
+        ({"b": 2, "q": 140, "k": 140, "d": 64}, {"is_causal": True}),
+        ({"h": 4, "q": 70, "k": 150, "d": 16, "kv_heads": 2}, {"enable_gqa": True}),
+    ],
+    ids=["short", "short-grouped", "long", "long-grouped"],
+)
+def test_the_gradient_of_lse(shape, options, dtype, with_output, device):
+    hold_gradient_of_lse(problem(device, **shape, dtype=dtype), options, options, with_output)
+
+
+class CollectCalls(TorchDispatchMode):
+    """The arguments of attention's backward op."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.kernels.attention_backward.default:
+            self.seen.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_lse_that_nothing_uses_costs_nothing(device):
+    """Its gradient is no tensor of zeros."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in problem(device, q=140, k=140).items()}
+    out, _lse = attention(**inputs, return_lse=True)
+    seen = []
+    with CollectCalls(seen):
+        out.sum().backward()
+    (arguments,) = seen
+    assert arguments[6] is None
 
 
 # ---------------------------------------------------------------- shapes

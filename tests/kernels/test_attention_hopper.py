@@ -70,6 +70,7 @@ def _planned(device: Device, dtype=torch.bfloat16, options=OPTIONS, **changed: S
     specs = {name: CONTIGUOUS._replace(dtype=dtype) for name in NAMES} | {
         "lse": lse,
         "statistics": statistics,
+        "grad_lse": None,
         "seed": None,
     }
     specs |= changed
@@ -107,6 +108,11 @@ def test_the_default_where_a_descriptor_is_not_legal(change, taken):
     assert [launch.gluon for launch in launches] == taken
     for launch, default in zip(launches, _planned(TARGETS["sm_90"], **change), strict=True):
         assert launch.gluon or launch == default
+
+
+def test_the_default_for_dq_where_lse_has_a_gradient():
+    lse = Spec(CONTIGUOUS.shape[:3], (1024, 256, 1), torch.float32, True)
+    assert [launch.gluon for launch in _planned(tuned("turns"), grad_lse=lse)] == [True, False, True]
 
 
 def test_taken_on_hopper_and_for_16_bits_without_dropout_alone():

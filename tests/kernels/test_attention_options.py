@@ -138,7 +138,7 @@ def _descriptors(device: Device, **changed: Spec) -> list[bool]:
     specs = dict.fromkeys(NAMES, CONTIGUOUS) | changed
     lse = Spec(CONTIGUOUS.shape[:3], (1024, 256, 1), torch.float32, True)
     statistics = Spec((*CONTIGUOUS.shape[:3], 2), (2048, 512, 2, 1), torch.float32, True)
-    specs |= {"lse": lse, "statistics": statistics, "seed": None}
+    specs |= {"lse": lse, "statistics": statistics, "grad_lse": None, "seed": None}
     planned = plan_forward(specs, OPTIONS, device) + plan_backward(specs, OPTIONS, device)
     assert all(launch.scratch == launch.constexprs["DESCRIPTORS"] for launch in planned)
     return [launch.constexprs["DESCRIPTORS"] for launch in planned]

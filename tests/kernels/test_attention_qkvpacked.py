@@ -88,7 +88,11 @@ def test_lse(lead, device):
     qkv = draw(*lead, 9, 3, 2, 16, device=device).requires_grad_()
     out, lse = packed(qkv, is_causal=True, return_lse=True)
     expected = of_its_parts(qkv, is_causal=True, return_lse=True)
-    assert lse.shape == (*lead, 2, 9) and lse.dtype == torch.float32 and not lse.requires_grad
+    assert lse.shape == (*lead, 2, 9) and lse.dtype == torch.float32
+    grad = draw(*lse.shape, seed=7, device=device)
+    for outputs in ((lse, expected[1]), (lse + out.sum(), expected[1] + expected[0].sum())):
+        ours, theirs = (torch.autograd.grad(output, qkv, grad, retain_graph=True)[0] for output in outputs)
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0)
     torch.testing.assert_close((out, lse), expected)
     torch.testing.assert_close(kernels.reference.scaled_dot_product_attention_qkvpacked(
         qkv.detach().double(), is_causal=True, return_lse=True)[1], lse)  # fmt: skip

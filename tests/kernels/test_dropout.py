@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from parity import DTYPES, differentiate, generator_of, in_float64, name_of
-from test_attention import attention, both, draw, problem, torchs
+from test_attention import attention, both, draw, hold_gradient_of_lse, problem, torchs
 
 from kernels.attention import draw_seed
 from kernels.catalogue import ATTENTION
@@ -64,6 +64,14 @@ def hold_one_mask(op, shape, options, dtype, device):
 )
 def test_dropout_is_one_mask_forward_and_backward(shape, options, dtype, device):
     hold_one_mask(ATTENTION, shape, options, dtype, device)
+
+
+@pytest.mark.parametrize("q", [20, 130], ids=["short", "long"])
+def test_the_log_sum_exp_and_its_gradient_know_no_dropout(q, device):
+    inputs = problem(device, b=2, h=2, q=q, k=70, d=32)
+    options = {"dropout_p": 0.5, "is_causal": True}
+    mask = dropout_mask(inputs, options, seed=11)
+    hold_gradient_of_lse(inputs, options, {"is_causal": True, "dropout_mask": mask}, with_output=True, seed=11)
 
 
 def forward_mask(p: float, seed: int, device, b=2, h=2, q=40, k=64):
