@@ -54,7 +54,7 @@ def _load_shift(lse_ptr, queries, q_len):
 
 @gluon.jit
 def _score_gradients(
-    s, dp, shift, offset, last, start, scale, v_free, waited_for, waited_phase,
+    s, dp, shift, delta, last, start, scale, v_free, waited_for, waited_phase,
     OUTSTANDING: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """ds of a tile, from products under way: s, dp and OUTSTANDING others after those."""
@@ -66,12 +66,12 @@ def _score_gradients(
     mbarrier.wait(waited_for, waited_phase)
     dp = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=[dp])
     mbarrier.arrive(v_free, count=1)
-    return p * (dp + offset[:, None])
+    return p * (dp - delta[:, None])
 
 
 @gluon.jit
 def _query_step(
-    state, q, dout, shift, offset, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for,
+    state, q, dout, shift, delta, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one, waited_for,
     waited_phase, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, A_LAYOUT: gl.constexpr,
@@ -92,7 +92,7 @@ def _query_step(
     if TURNS:
         mbarrier.arrive(next_one, count=1)
     ds = _score_gradients(
-        s, dp, shift, offset, last, tile * BLOCK_K, scale, v_empty.index(slot), waited_for, waited_phase, 1, MASKED,
+        s, dp, shift, delta, last, tile * BLOCK_K, scale, v_empty.index(slot), waited_for, waited_phase, 1, MASKED,
     )  # fmt: skip
     ds = gl.convert_layout(ds.to(q.dtype), A_LAYOUT)
     mbarrier.wait(waited_for, waited_phase)
@@ -151,14 +151,14 @@ def _compute_query(
             queries = first + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, S_LAYOUT))
             place = (batch.to(gl.int64) * n_head + head) * q_len
             last = last_seen(queries, k_len, query_offset, IS_CAUSAL)
-            offset = -_delta(
+            delta = _delta(
                 out_ptr, grad_ptr, o_strides, g_strides, batch, head, first, q_len,
                 D, BLOCK_Q, BLOCK_D, gl.SliceLayout(1, S_LAYOUT),
             )  # fmt: skip
             shift = _load_shift(lse_ptr + place, queries, q_len)
             pairs = statistics_ptr + (place + queries) * 2
             gl.store(pairs, shift, mask=queries < q_len)
-            gl.store(pairs + 1, offset, mask=queries < q_len)
+            gl.store(pairs + 1, delta, mask=queries < q_len)
             # the first tile's ds; the loops begin with the second
             slot, phase = taken % STAGES, taken // STAGES & 1
             mbarrier.wait(own_full, round & 1)
@@ -171,21 +171,21 @@ def _compute_query(
             if TURNS:
                 mbarrier.arrive(next_one, count=1)
             ds = _score_gradients(
-                s, dp, shift, offset, last, 0, exponent_scale, v_empty.index(slot), own_full, round & 1, 0, FIRST,
+                s, dp, shift, delta, last, 0, exponent_scale, v_empty.index(slot), own_full, round & 1, 0, FIRST,
             )  # fmt: skip
             dq = gl.zeros([BLOCK_Q, BLOCK_D], gl.float32, O_LAYOUT)
             state = (dq, gl.convert_layout(ds.to(q.dtype), A_LAYOUT), taken + 1)
             full = gl.maximum(full, 1)
             for tile in range(1, full):
                 state = _query_step(
-                    state, q, dout, shift, offset, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one,
+                    state, q, dout, shift, delta, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine, next_one,
                     own_full, round & 1, exponent_scale,
                     BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, False, S_LAYOUT, A_LAYOUT,
                 )  # fmt: skip
             if FIRST:
                 for tile in range(full, end):
                     state = _query_step(
-                        state, q, dout, shift, offset, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine,
+                        state, q, dout, shift, delta, last, tile, k_buffer, v_buffer, k_signals, v_signals, mine,
                         next_one, own_full, round & 1, exponent_scale,
                         BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, TURNS, True, S_LAYOUT, A_LAYOUT,
                     )  # fmt: skip
@@ -207,7 +207,7 @@ def _attention_backward_query_hopper(
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """dquery, and (shift, offset) for the other, of tiles of WARPGROUPS * BLOCK_Q queries, until none is left."""
+    """dquery, and (shift, delta) for the other, of tiles of WARPGROUPS * BLOCK_Q queries, until none is left."""
     queries = matrices(query_ptr, (q_stride_b, q_stride_h, q_stride), batches, n_head, q_len, D, BLOCK_Q, BLOCK_D)
     grads = matrices(grad_ptr, (g_stride_b, g_stride_h, g_stride), batches, n_head, q_len, D, BLOCK_Q, BLOCK_D)
     keys = matrices(key_ptr, (k_stride_b, k_stride_h, k_stride), batches, n_key_head, k_len, D, BLOCK_K, BLOCK_D)
@@ -306,7 +306,7 @@ def _key_step(
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])
     queries = tile * BLOCK_Q + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, PAIRS))[:, None]
     places = statistics_ptr + queries * 2 + gl.arange(0, 2, gl.SliceLayout(0, PAIRS))[None, :]
-    shift, offset = gl.split(gl.load(places, mask=queries < q_len, other=0.0))
+    shift, delta = gl.split(gl.load(places, mask=queries < q_len, other=0.0))
     mbarrier.wait(full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
@@ -323,8 +323,8 @@ def _key_step(
     mbarrier.wait(waited_for, waited_phase)
     dv = warpgroup_mma(a, g_buffer.index(slot).reshape([BLOCK_Q, BLOCK_D]), dv, is_async=True)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
-    offset = gl.convert_layout(offset, gl.SliceLayout(0, S_LAYOUT))
-    a = gl.convert_layout((p * (dp + offset[None, :])).to(k.dtype), A_LAYOUT)
+    delta = gl.convert_layout(delta, gl.SliceLayout(0, S_LAYOUT))
+    a = gl.convert_layout((p * (dp - delta[None, :])).to(k.dtype), A_LAYOUT)
     mbarrier.wait(waited_for, waited_phase)
     dk = warpgroup_mma(a, q_buffer.index(slot).reshape([BLOCK_Q, BLOCK_D]), dk, is_async=True)
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])

@@ -320,14 +320,14 @@ def _load_shift(lse_ptr, queries, q_len, PRECISE: tl.constexpr):
 
 @triton.jit
 def _query_gradient(
-    dq, q, dout, shift, offset, queries, last, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
+    dq, q, dout, shift, delta, queries, last, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
     k_len, scale, seed, head, threshold,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries plus what one tile of keys gives, without the factors `scale` and `keep_scale`.
 
-    ds = p * (kept * keep_scale * dp - delta) is keep_scale * p * (kept * dp + offset), offset = -delta / keep_scale.
+    ds = p * (kept * keep_scale * dp - delta) is keep_scale * p * (kept * dp - delta / keep_scale): so delta comes.
     """
     k = _load(keys, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
     v = _load(values, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
@@ -337,10 +337,8 @@ def _query_gradient(
     if MASKED:
         p = tl.where(tl.arange(0, BLOCK_K)[None, :] <= (last - start)[:, None], p, 0.0)
     if DROPOUT:
-        dp = fma(dp, _kept(seed, head, queries, start, threshold, BLOCK_K), offset[:, None])
-    else:
-        dp += offset[:, None]
-    ds = p * dp
+        dp *= _kept(seed, head, queries, start, threshold, BLOCK_K)
+    ds = p * (dp - delta[:, None])
     return dot(cast(ds, k.dtype), k, dq, PRECISION)
 
 
@@ -366,7 +364,7 @@ def _attention_backward_query(
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_Q queries of one head: their dquery, and for the other kernel their (shift, offset)."""
+    """A program owns BLOCK_Q queries of one head: their dquery, and for the other kernel their (shift, delta)."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
     head = tl.program_id(0) // tiles
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
@@ -396,24 +394,24 @@ def _attention_backward_query(
     rows = head.to(tl.int64) * q_len
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + rows + queries, mask=queries < q_len, other=0.0)
-    offset = -delta * keep
+    delta *= keep
     shift = _load_shift(lse_ptr + rows, queries, q_len, q.dtype == tl.float32)
     pairs = statistics_ptr + (rows + queries) * 2
     tl.store(pairs, shift, mask=queries < q_len)
-    tl.store(pairs + 1, offset, mask=queries < q_len)
+    tl.store(pairs + 1, delta, mask=queries < q_len)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     full, end = _key_range(first, q_len, k_len, query_offset, BLOCK_Q, BLOCK_K, IS_CAUSAL, EVEN)
     if IS_CAUSAL or EVEN:
         for start in range(0, full, BLOCK_K):
             dq = _query_gradient(
-                dq, q, dout, shift, offset, queries, last, start, keys, values, k_offsets, v_offsets, k_stride,
+                dq, q, dout, shift, delta, queries, last, start, keys, values, k_offsets, v_offsets, k_stride,
                 v_stride, k_len, exponent_scale, seed, head, threshold,
                 D, BLOCK_K, BLOCK_D, DROPOUT, PRECISION, False,
             )  # fmt: skip
     if IS_CAUSAL or not EVEN:
         for start in range(full, end, BLOCK_K):
             dq = _query_gradient(
-                dq, q, dout, shift, offset, queries, last, start, keys, values, k_offsets, v_offsets, k_stride,
+                dq, q, dout, shift, delta, queries, last, start, keys, values, k_offsets, v_offsets, k_stride,
                 v_stride, k_len, exponent_scale, seed, head, threshold,
                 D, BLOCK_K, BLOCK_D, DROPOUT, PRECISION, True,
             )  # fmt: skip
@@ -423,7 +421,7 @@ def _attention_backward_query(
 
 @triton.jit
 def _load_statistics(statistics_ptr, start, q_len, BLOCK_Q: tl.constexpr, COPIES: tl.constexpr, MASKED: tl.constexpr):
-    """(shift, offset) of the BLOCK_Q queries from `start` on, zeros beyond q_len.
+    """(shift, delta) of the BLOCK_Q queries from `start` on, zeros beyond q_len.
 
     Each number is loaded COPIES times, and one copy used. A load of fewer numbers than a program has threads counts as
     cheap for Triton, which then has each thread load whatever it will need: 16 loads, with an address each, for one.
@@ -460,7 +458,7 @@ def _key_gradients(
     queries = start + tl.arange(0, BLOCK_Q)
     q = _load(q_matrix, start, q_offsets, q_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
     dout = _load(g_matrix, start, g_offsets, g_stride, q_len, D, BLOCK_Q, BLOCK_D, MASKED_ROWS)
-    shift, offset = _load_statistics(statistics_ptr, start, q_len, BLOCK_Q, COPIES, MASKED_ROWS)
+    shift, delta = _load_statistics(statistics_ptr, start, q_len, BLOCK_Q, COPIES, MASKED_ROWS)
     zeros = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     p = _exp(dot(k, tl.trans(q), zeros, PRECISION), scale, shift[None, :], q.dtype == tl.float32)
     if MASKED:
@@ -477,11 +475,9 @@ def _key_gradients(
     if DROPOUT:
         kept = tl.trans(_kept(seed, head, queries, first, threshold, BLOCK_K))
         dropped = p * kept
-        dp = fma(dp, kept, offset[None, :])
-    else:
-        dp += offset[None, :]
+        dp *= kept
     dv = dot(cast(dropped, dout.dtype), dout, dv, PRECISION)
-    ds = p * dp
+    ds = p * (dp - delta[None, :])
     dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
     return dk, dv
 

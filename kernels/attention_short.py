@@ -4,7 +4,7 @@ There is no running maximum and no loop, and one launch gives dq, dk and dv; att
 """
 
 from kernels.attention_kernels import _delta, _exp, _kept_of_groups, _seen
-from kernels.op import LOG2_E, cast, dot, fma, tl, triton
+from kernels.op import LOG2_E, cast, dot, tl, triton
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _attention_short_backward(
         rows = head.to(tl.int64) * q_len + positions
         if grad_lse_ptr is not None:
             delta -= tl.load(grad_lse_ptr + rows, mask=is_query, other=0.0)
-        offset = -delta * keep
+        delta *= keep
         lse = tl.load(lse_ptr + rows, mask=is_query, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: p is zero
         if not PRECISE:
@@ -142,11 +142,9 @@ def _attention_short_backward(
         if DROPOUT:
             kept = _short_kept(seed, head, positions, threshold, LENGTH, BLOCK)
             dropped = p * kept
-            dp = fma(dp, kept, offset[:, None])
-        else:
-            dp += offset[:, None]
+            dp *= kept
         dv = dot(tl.trans(cast(dropped, dout.dtype)), dout, dv, PRECISION)
-        ds = cast(p * dp, q.dtype)
+        ds = cast(p * (dp - delta[:, None]), q.dtype)
         dk = dot(tl.trans(ds), q, dk, PRECISION)
         dq = dot(ds, k, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
         dq_rows = _rows_of_heads(head, positions, n_head, dq_stride_b, dq_stride_h, dq_stride)
