@@ -170,6 +170,35 @@ def test_a_kernel_that_compiles_can_run(one_of_each):
         assert use["occupancy"]["blocks"] >= 1 and 0 < use["occupancy"]["share"] <= 1, _name(use)
 
 
+LOOPS = {  # most instructions of the loops of tiles seen whole and of those with a mask; bf16, sm_90
+    "gpt2": {"forward": (310, 390), "backward_query": (260, 340), "backward_key": (290, 390)},
+    "shakespeare-dropout": {"forward": (590, 680), "backward_query": (510, 600), "backward_key": (595, 705)},
+}
+
+
+def _hold_loops(uses: list[dict], case: str) -> None:
+    found = {use["kernel"].removeprefix("_attention_"): sorted(use["loop_instructions"]) for use in uses}
+    assert found.keys() == LOOPS[case].keys()
+    for name, most in LOOPS[case].items():
+        whole, masked = found[name]
+        assert whole <= most[0] and masked <= most[1], (name, found[name])
+
+
+def test_attentions_loops_are_short(asked, one_of_each):
+    """A thread has 32 elements of a tile in each of them. Not so short where each thread loads all statistics that it
+    needs, where masks compare twice, or ptxas keeps their answers in bits."""
+    uses = [use for use in one_of_each["kernels"] if "gpt2" in use["cases"] and use["op"] == catalogue.ATTENTION.name]
+    if "sm_90" in asked[0]:  # loops are told apart by its products
+        _hold_loops([use for use in uses if use["arch"] == "sm_90"], "gpt2")
+
+
+@pytest.mark.slow
+def test_with_dropout_too():
+    """Nor where threads make random numbers that others have made, or send answers one by one."""
+    case = "shakespeare-dropout"
+    _hold_loops(_table("--arch", "sm_90", "--dtype", "bfloat16", "--case", case)["kernels"], case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
 def test_the_whole_table(arch):
