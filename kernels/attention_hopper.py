@@ -157,16 +157,19 @@ def last_seen(queries, k_len, query_offset, IS_CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def is_seen(last, start, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which of a tile's keys, from `start` on, each query sees."""
-    return gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))[None, :] <= (last - start)[:, None]
+def is_seen(s, last, start):
+    """Which of a tile's keys, from `start` on, each query sees; s is laid out as the scores are.
+
+    The keys are made anew for each tile: their places in it, which are always the same, would stay in registers.
+    """
+    return (start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout)))[None, :] <= last[:, None]
 
 
 @gluon.jit
 def _softmax(s, peak, total, last, start, scale, MASKED: gl.constexpr):
     """(p, alpha, maximum, sum) of a tile of scores: p relative to the new maximum, alpha that of what came before."""
     if MASKED:
-        s = gl.where(is_seen(last, start, s.shape[1], s.type.layout), s, float("-inf"))
+        s = gl.where(is_seen(s, last, start), s, float("-inf"))
     highest = gl.maximum(peak, gl.max(s, axis=1) * scale)
     base = highest
     if MASKED:  # a query that has seen no key yet must not get inf - inf

@@ -61,7 +61,7 @@ def _score_gradients(
     s = warpgroup_mma_wait(num_outstanding=OUTSTANDING + 1, deps=[s])
     p = gl.exp2(s * scale + shift[:, None])
     if MASKED:
-        p = gl.where(is_seen(last, start, s.shape[1], s.type.layout), p, 0.0)
+        p = gl.where(is_seen(s, last, start), p, 0.0)
     # over long ago; without something here that it may not pass, ptxas moves the next wait to before the exponentials
     mbarrier.wait(waited_for, waited_phase)
     dp = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=[dp])
