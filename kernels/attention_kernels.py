@@ -83,6 +83,19 @@ def _last_seen(queries, k_len, query_offset, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _sees(last, start, BLOCK_K: tl.constexpr):
+    """[len(last), BLOCK_K]: whether each query sees a key of the tile at `start`.
+
+    The places of keys in a tile are the same for every tile, and stay in registers; those of more than 64 are too many.
+    """
+    places = tl.arange(0, BLOCK_K)[None, :]
+    if BLOCK_K > 64:
+        return start + places <= last[:, None]
+    else:
+        return places <= (last - start)[:, None]
+
+
+@triton.jit
 def _product(a, b: tl.constexpr):
     """(upper, lower) 32 bits of a * b, by one instruction where tl.philox takes two."""
     product = a.to(tl.uint64) * b
@@ -186,7 +199,7 @@ def _softmax(
 ):  # fmt: skip
     """(p, alpha, maximum, sum) of a tile of scores: p relative to the new maximum, alpha that of what came before."""
     if MASKED:
-        s = tl.where(tl.arange(0, s.shape[1])[None, :] <= (last - start)[:, None], s, float("-inf"))
+        s = tl.where(_sees(last, start, s.shape[1]), s, float("-inf"))
     highest = tl.maximum(peak, tl.max(s, axis=1) * scale)
     base = highest
     if MASKED:  # a query that has seen no key yet must not get inf - inf
@@ -335,7 +348,7 @@ def _query_gradient(
     p = _exp(dot(q, tl.trans(k), zeros, PRECISION), scale, shift[:, None], q.dtype == tl.float32)
     dp = dot(dout, tl.trans(v), zeros, PRECISION)
     if MASKED:
-        p = tl.where(tl.arange(0, BLOCK_K)[None, :] <= (last - start)[:, None], p, 0.0)
+        p = tl.where(_sees(last, start, BLOCK_K), p, 0.0)
     if DROPOUT:
         dp *= _kept(seed, head, queries, start, threshold, BLOCK_K)
     ds = p * (dp - delta[:, None])
