@@ -304,9 +304,10 @@ def _key_step(
     slot = taken % STAGES
     # one query to a thread: as the scores have them, a thread would load, and keep addresses for, a quarter of them
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [4, 1], [1, 0])
-    queries = tile * BLOCK_Q + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, PAIRS))[:, None]
-    places = statistics_ptr + queries * 2 + gl.arange(0, 2, gl.SliceLayout(0, PAIRS))[None, :]
-    shift, delta = gl.split(gl.load(places, mask=queries < q_len, other=0.0))
+    queries = gl.arange(0, BLOCK_Q, gl.SliceLayout(1, PAIRS))[:, None]
+    places = statistics_ptr + tile.to(gl.int64) * (BLOCK_Q * 2) + queries * 2
+    places += gl.arange(0, 2, gl.SliceLayout(0, PAIRS))[None, :]
+    shift, delta = gl.split(gl.load(places, mask=tile * BLOCK_Q + queries < q_len, other=0.0))
     mbarrier.wait(full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)

@@ -65,15 +65,6 @@ def _store(head_ptr, start, offsets, stride, n_rows, tile, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def _seen(queries, keys, q_len, k_len, query_offset, IS_CAUSAL: tl.constexpr):
-    """Whether a query sees a key; the arguments broadcast."""
-    seen = (keys < k_len) & (queries < q_len)
-    if IS_CAUSAL:
-        seen = seen & (keys <= queries + query_offset)
-    return seen
-
-
-@triton.jit
 def _last_seen(queries, k_len, query_offset, IS_CAUSAL: tl.constexpr):
     """The last key that each query sees, below zero where it sees none: one comparison an element, for all tiles."""
     if IS_CAUSAL:
@@ -439,8 +430,9 @@ def _load_statistics(statistics_ptr, start, q_len, BLOCK_Q: tl.constexpr, COPIES
     Each number is loaded COPIES times, and one copy used. A load of fewer numbers than a program has threads counts as
     cheap for Triton, which then has each thread load whatever it will need: 16 loads, with an address each, for one.
     """
+    statistics_ptr += tl.cast(start, tl.int64) * 2
     queries = tl.arange(0, BLOCK_Q)[None, :, None]
-    places = statistics_ptr + start * 2 + tl.zeros([COPIES, 1, 1], tl.int32) + queries * 2 + tl.arange(0, 2)[None, None]
+    places = statistics_ptr + tl.zeros([COPIES, 1, 1], tl.int32) + queries * 2 + tl.arange(0, 2)[None, None]
     if MASKED:
         pairs = tl.load(places, mask=start + queries < q_len, other=0.0)
     else:

@@ -3,7 +3,7 @@
 There is no running maximum and no loop, and one launch gives dq, dk and dv; attention.py has the mathematics.
 """
 
-from kernels.attention_kernels import _delta, _exp, _kept_of_groups, _seen
+from kernels.attention_kernels import _delta, _exp, _kept_of_groups, _last_seen
 from kernels.op import LOG2_E, cast, dot, tl, triton
 
 
@@ -32,8 +32,8 @@ def _store_rows(base_ptr, offsets, valid, tile, D: tl.constexpr, BLOCK_D: tl.con
 @triton.jit
 def _short_seen(slots, positions, q_len, k_len, query_offset, IS_CAUSAL: tl.constexpr):
     """[BLOCK, BLOCK]: whether a query sees a key; each stands at a position of the head in its slot."""
-    seen = _seen(positions[:, None], positions[None, :], q_len, k_len, query_offset, IS_CAUSAL)
-    return seen & (slots[:, None] == slots[None, :])
+    last = tl.where(positions < q_len, _last_seen(positions, k_len, query_offset, IS_CAUSAL), -1)
+    return (positions[None, :] <= last[:, None]) & (slots[:, None] == slots[None, :])
 
 
 @triton.jit
