@@ -120,10 +120,10 @@ def _compare_halves(words, threshold):
 
 
 @triton.jit
-def _kept_of_groups(seed, heads, queries, groups, threshold, BLOCK_K: tl.constexpr):
-    """[rows, BLOCK_K]: 1.0 where dropout keeps; heads and queries [rows, 1], groups of 8 keys [1, BLOCK_K // 8].
+def _kept_of_groups(seed, heads, queries, groups, threshold, keep_scale, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K]: keep_scale where dropout keeps, else 0.
 
-    The eight answers of a group are bits of one number when they go to the threads that hold the scores.
+    heads and queries [rows, 1], groups of 8 keys [1, BLOCK_K // 8]. The eight answers of a group are bits of one number when they go to the threads that hold the scores.
     """
     zeros = tl.zeros([queries.shape[0], BLOCK_K // 8], tl.int32)
     a, b, c, d = _philox(seed, zeros + groups, zeros + queries, zeros + heads, zeros)
@@ -137,14 +137,14 @@ def _kept_of_groups(seed, heads, queries, groups, threshold, BLOCK_K: tl.constex
     keys = tl.arange(0, 8)
     bit = (0x8000 >> (keys // 2)) << (keys % 2 * 16)
     kept = bits.to(tl.int32)[:, :, None] & bit[None, None, :]
-    return tl.where(tl.reshape(kept, [queries.shape[0], BLOCK_K]) != 0, 1.0, 0.0)
+    return tl.where(tl.reshape(kept, [queries.shape[0], BLOCK_K]) != 0, keep_scale, 0.0)
 
 
 @triton.jit
-def _kept(seed, head, queries, first_key, threshold, BLOCK_K: tl.constexpr):
-    """[len(queries), BLOCK_K] of one head: 1.0 where dropout keeps an element; first_key is a multiple of 8."""
+def _kept(seed, head, queries, first_key, threshold, keep_scale, BLOCK_K: tl.constexpr):
+    """[len(queries), BLOCK_K] of one head: keep_scale where dropout keeps, else 0; first_key is a multiple of 8."""
     groups = first_key // 8 + tl.arange(0, BLOCK_K // 8)
-    return _kept_of_groups(seed, head, queries[:, None], groups[None, :], threshold, BLOCK_K)
+    return _kept_of_groups(seed, head, queries[:, None], groups[None, :], threshold, keep_scale, BLOCK_K)
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def _softmax(
     alpha = _exp(peak, 1.0, -base, PRECISE)
     total = total * alpha + tl.sum(p, axis=1)
     if DROPOUT:
-        p *= _kept(seed, head, queries, start, threshold, s.shape[1])
+        p *= _kept(seed, head, queries, start, threshold, 1.0, s.shape[1])  # keep_scale comes at the end
     return p, alpha, highest, total
 
 
@@ -325,14 +325,11 @@ def _load_shift(lse_ptr, queries, q_len, PRECISE: tl.constexpr):
 @triton.jit
 def _query_gradient(
     dq, q, dout, shift, delta, queries, last, start, keys, values, k_offsets, v_offsets, k_stride, v_stride,
-    k_len, scale, seed, head, threshold,
+    k_len, scale, seed, head, threshold, keep_scale,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries plus what one tile of keys gives, without the factors `scale` and `keep_scale`.
-
-    ds = p * (kept * keep_scale * dp - delta) is keep_scale * p * (kept * dp - delta / keep_scale): so delta comes.
-    """
+    """dq of a tile of queries plus what one tile of keys gives, without the factor `scale`."""
     k = _load(keys, start, k_offsets, k_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
     v = _load(values, start, v_offsets, v_stride, k_len, D, BLOCK_K, BLOCK_D, MASKED)
     zeros = tl.zeros([q.shape[0], BLOCK_K], tl.float32)
@@ -341,7 +338,7 @@ def _query_gradient(
     if MASKED:
         p = tl.where(_sees(last, start, BLOCK_K), p, 0.0)
     if DROPOUT:
-        dp *= _kept(seed, head, queries, start, threshold, BLOCK_K)
+        dp *= _kept(seed, head, queries, start, threshold, keep_scale, BLOCK_K)
     ds = p * (dp - delta[:, None])
     return dot(cast(ds, k.dtype), k, dq, PRECISION)
 
@@ -364,7 +361,7 @@ def _attention_backward_query(
     query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, seed_ptr, statistics_ptr, dquery_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
-    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep, keep_scale,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -398,7 +395,6 @@ def _attention_backward_query(
     rows = head.to(tl.int64) * q_len
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + rows + queries, mask=queries < q_len, other=0.0)
-    delta *= keep
     shift = _load_shift(lse_ptr + rows, queries, q_len, q.dtype == tl.float32)
     pairs = statistics_ptr + (rows + queries) * 2
     tl.store(pairs, shift, mask=queries < q_len)
@@ -409,18 +405,17 @@ def _attention_backward_query(
         for start in range(0, full, BLOCK_K):
             dq = _query_gradient(
                 dq, q, dout, shift, delta, queries, last, start, keys, values, k_offsets, v_offsets, k_stride,
-                v_stride, k_len, exponent_scale, seed, head, threshold,
+                v_stride, k_len, exponent_scale, seed, head, threshold, keep_scale,
                 D, BLOCK_K, BLOCK_D, DROPOUT, PRECISION, False,
             )  # fmt: skip
     if IS_CAUSAL or not EVEN:
         for start in range(full, end, BLOCK_K):
             dq = _query_gradient(
                 dq, q, dout, shift, delta, queries, last, start, keys, values, k_offsets, v_offsets, k_stride,
-                v_stride, k_len, exponent_scale, seed, head, threshold,
+                v_stride, k_len, exponent_scale, seed, head, threshold, keep_scale,
                 D, BLOCK_K, BLOCK_D, DROPOUT, PRECISION, True,
             )  # fmt: skip
-    dq *= scale * keep_scale
-    _store(dquery_ptr, first, _offsets(BLOCK_Q, BLOCK_D, dq_stride), dq_stride, q_len, dq, D, BLOCK_Q, BLOCK_D)
+    _store(dquery_ptr, first, _offsets(BLOCK_Q, BLOCK_D, dq_stride), dq_stride, q_len, dq * scale, D, BLOCK_Q, BLOCK_D)
 
 
 @triton.jit
@@ -450,12 +445,12 @@ def _load_statistics(statistics_ptr, start, q_len, BLOCK_Q: tl.constexpr, COPIES
 @triton.jit
 def _key_gradients(
     dk, dv, k, v, keys, first, start, q_matrix, g_matrix, statistics_ptr, q_offsets, g_offsets, q_stride, g_stride,
-    q_len, query_offset, scale, seed, head, threshold,
+    q_len, query_offset, scale, seed, head, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     COPIES: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, MASKED_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys plus what one tile of queries gives, factors left out as in _query_gradient.
+    """dk (without the factor `scale`) and dv of a tile of keys plus what one tile of queries gives.
 
     Scores stand transposed, keys as rows, so that p^T and ds^T enter their products from registers. A query beyond
     q_len is zeros, and so are its dout and its ds; a key beyond k_len only spoils its own row, which is not stored.
@@ -478,7 +473,7 @@ def _key_gradients(
     dp = dot(v, tl.trans(dout), zeros, PRECISION)
     dropped = p
     if DROPOUT:
-        kept = tl.trans(_kept(seed, head, queries, first, threshold, BLOCK_K))
+        kept = tl.trans(_kept(seed, head, queries, first, threshold, keep_scale, BLOCK_K))
         dropped = p * kept
         dp *= kept
     dv = dot(cast(dropped, dout.dtype), dout, dv, PRECISION)
@@ -492,7 +487,7 @@ def _attention_backward_key(
     query_ptr, key_ptr, value_ptr, grad_ptr, seed_ptr, statistics_ptr, dkey_ptr, dvalue_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     g_stride_b, g_stride_h, g_stride, dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
-    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep, keep_scale,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
     COPIES: tl.constexpr,
@@ -536,7 +531,7 @@ def _attention_backward_key(
                 dk, dv = _key_gradients(
                     dk, dv, k, v, keys, first, lowest + step * BLOCK_Q, q_matrix, g_matrix,
                     head_statistics_ptr, q_offsets, g_offsets, q_stride, g_stride,
-                    q_len, query_offset, exponent_scale, seed, head, threshold,
+                    q_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
                     D, BLOCK_Q, BLOCK_K, BLOCK_D, COPIES, EVEN, DROPOUT, PRECISION, True, True,
                 )  # fmt: skip
             lowest += BLOCK_K
@@ -544,13 +539,13 @@ def _attention_backward_key(
             dk, dv = _key_gradients(
                 dk, dv, k, v, keys, first, start, q_matrix, g_matrix, head_statistics_ptr,
                 q_offsets, g_offsets, q_stride, g_stride,
-                q_len, query_offset, exponent_scale, seed, head, threshold,
+                q_len, query_offset, exponent_scale, seed, head, threshold, keep_scale,
                 D, BLOCK_Q, BLOCK_K, BLOCK_D, COPIES, EVEN, DROPOUT, PRECISION, False, not EVEN,
             )  # fmt: skip
     dk_offsets = _offsets(BLOCK_K, BLOCK_D, dk_stride)
     dv_offsets = _offsets(BLOCK_K, BLOCK_D, dv_stride)
-    _store(dkey_ptr, first, dk_offsets, dk_stride, k_len, dk * (scale * keep_scale), D, BLOCK_K, BLOCK_D)
-    _store(dvalue_ptr, first, dv_offsets, dv_stride, k_len, dv * keep_scale, D, BLOCK_K, BLOCK_D)
+    _store(dkey_ptr, first, dk_offsets, dk_stride, k_len, dk * scale, D, BLOCK_K, BLOCK_D)
+    _store(dvalue_ptr, first, dv_offsets, dv_stride, k_len, dv, D, BLOCK_K, BLOCK_D)
 
 
 # Short sequences: all queries and keys of a head fit one tile, so several heads share a program, there is no loop over

@@ -206,7 +206,6 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
         "exponent_scale": options["scale"] * (1.0 if specs["query"].dtype == torch.float32 else math.log2(math.e)),
         "scale": options["scale"],
         "threshold": threshold,
-        "keep": 1.0 - threshold / 65536,
         "keep_scale": 65536 / (65536 - threshold) if threshold < 65536 else 0.0,
     }
 
@@ -257,7 +256,7 @@ def _hopper_launch(
     of_head = cdiv(length, rows)
     programs = min(of_head * batches * heads, device.processors)
     rounds = cdiv(of_head * batches * heads, max(1, programs))
-    unused = ("grad_lse_ptr", "seed_ptr", "threshold", "keep", "keep_scale")
+    unused = ("grad_lse_ptr", "seed_ptr", "threshold", "keep_scale")
     taken = {argument: value for argument, value in arguments.items() if argument not in unused}
     taken |= {"batches": batches, "n_key_head": specs["key"].shape[1], "tiles": of_head, "rounds": rounds}
     constexprs = _constexprs(specs, options) | {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "EVEN": even}
@@ -269,7 +268,7 @@ def _hopper_launch(
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
     numbers = _numbers(specs, options)
-    del numbers["scale"], numbers["keep"]
+    del numbers["scale"]
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
     arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
     if short := _short_tile(SHORT_FORWARD, specs, options, device):

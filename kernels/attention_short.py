@@ -37,10 +37,10 @@ def _short_seen(slots, positions, q_len, k_len, query_offset, IS_CAUSAL: tl.cons
 
 
 @triton.jit
-def _short_kept(seed, heads, positions, threshold, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK]: 1.0 where dropout keeps, as in _kept; the keys are those of the query's own head."""
+def _short_kept(seed, heads, positions, threshold, keep_scale, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK]: keep_scale where dropout keeps, as in _kept; the keys are those of the query's own head."""
     groups = (tl.arange(0, BLOCK // 8) % (LENGTH // 8))[None, :]
-    return _kept_of_groups(seed, heads[:, None], positions[:, None], groups, threshold, BLOCK)
+    return _kept_of_groups(seed, heads[:, None], positions[:, None], groups, threshold, keep_scale, BLOCK)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _attention_short_forward(
         p = _exp(s, exponent_scale, -tl.where(peak == float("-inf"), 0.0, peak)[:, None], PRECISE)
         total = tl.sum(p, axis=1)
         if DROPOUT:
-            p *= _short_kept(seed, head, positions, threshold, LENGTH, BLOCK)
+            p *= _short_kept(seed, head, positions, threshold, 1.0, LENGTH, BLOCK)  # keep_scale comes at the end
         out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
         total = tl.where(peak == float("-inf"), 1.0, total)
         out *= (keep_scale / total)[:, None]
@@ -94,7 +94,7 @@ def _attention_short_backward(
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
     o_stride_b, o_stride_h, o_stride, g_stride_b, g_stride_h, g_stride, dq_stride_b, dq_stride_h, dq_stride,
     dk_stride_b, dk_stride_h, dk_stride, dv_stride_b, dv_stride_h, dv_stride,
-    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep, keep_scale, key_heads,
+    n_head, group, q_len, k_len, query_offset, exponent_scale, scale, threshold, keep_scale, key_heads,
     D: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,6 @@ def _attention_short_backward(
         rows = head.to(tl.int64) * q_len + positions
         if grad_lse_ptr is not None:
             delta -= tl.load(grad_lse_ptr + rows, mask=is_query, other=0.0)
-        delta *= keep
         lse = tl.load(lse_ptr + rows, mask=is_query, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees no key: p is zero
         if not PRECISE:
@@ -140,7 +139,7 @@ def _attention_short_backward(
         dp = dot(dout, tl.trans(v), zeros, PRECISION)
         dropped = p
         if DROPOUT:
-            kept = _short_kept(seed, head, positions, threshold, LENGTH, BLOCK)
+            kept = _short_kept(seed, head, positions, threshold, keep_scale, LENGTH, BLOCK)
             dropped = p * kept
             dp *= kept
         dv = dot(tl.trans(cast(dropped, dout.dtype)), dout, dv, PRECISION)
@@ -148,8 +147,8 @@ def _attention_short_backward(
         dk = dot(tl.trans(ds), q, dk, PRECISION)
         dq = dot(ds, k, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
         dq_rows = _rows_of_heads(head, positions, n_head, dq_stride_b, dq_stride_h, dq_stride)
-        _store_rows(dquery_ptr, dq_rows, is_query, dq * (scale * keep_scale), D, BLOCK_D)
+        _store_rows(dquery_ptr, dq_rows, is_query, dq * scale, D, BLOCK_D)
     dk_rows = _rows_of_heads(key_head, positions, n_key_head, dk_stride_b, dk_stride_h, dk_stride)
     dv_rows = _rows_of_heads(key_head, positions, n_key_head, dv_stride_b, dv_stride_h, dv_stride)
-    _store_rows(dkey_ptr, dk_rows, is_key, dk * (scale * keep_scale), D, BLOCK_D)
-    _store_rows(dvalue_ptr, dv_rows, is_key, dv * keep_scale, D, BLOCK_D)
+    _store_rows(dkey_ptr, dk_rows, is_key, dk * scale, D, BLOCK_D)
+    _store_rows(dvalue_ptr, dv_rows, is_key, dv, D, BLOCK_D)

@@ -123,11 +123,11 @@ def from_both_outputs(function, inputs, options, grad, grad_lse):
     return torch.autograd.grad(outputs, list(inputs.values()), grads, materialize_grads=True)
 
 
-def hold_gradient_of_lse(inputs, options, exact_options, with_output, seed=None):
+def hold_gradient_of_lse(inputs, options, exact_options, with_output, seed=None, factor=1.0):
     shape, dtype = inputs["query"].shape, inputs["query"].dtype
     grad = draw(*shape, seed=4).to(inputs["query"]) if with_output else None
     # in memory as no lse is
-    grad_lse = draw(shape[2], *shape[:2], seed=5).to(inputs["query"].device, torch.float32).permute(1, 2, 0)
+    grad_lse = draw(shape[2], *shape[:2], seed=5).to(inputs["query"].device, torch.float32).permute(1, 2, 0) * factor
     if seed is not None:
         torch.manual_seed(seed)
     with guarded_allocations():

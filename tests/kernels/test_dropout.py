@@ -66,12 +66,22 @@ def test_dropout_is_one_mask_forward_and_backward(shape, options, dtype, device)
     hold_one_mask(ATTENTION, shape, options, dtype, device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("q", [20, 130], ids=["short", "long"])
-def test_the_log_sum_exp_and_its_gradient_know_no_dropout(q, device):
-    inputs = problem(device, b=2, h=2, q=q, k=70, d=32)
+def test_the_log_sum_exp_and_its_gradient_know_no_dropout(q, dtype, device):
+    inputs = problem(device, b=2, h=2, q=q, k=70, d=32, dtype=dtype)
     options = {"dropout_p": 0.5, "is_causal": True}
     mask = dropout_mask(inputs, options, seed=11)
     hold_gradient_of_lse(inputs, options, {"is_causal": True, "dropout_mask": mask}, with_output=True, seed=11)
+
+
+@pytest.mark.parametrize("p", [0.99, 1.0])
+@pytest.mark.parametrize("q", [60, 400], ids=["short", "long"])
+def test_a_gradient_of_lse_is_as_exact_whatever_is_dropped(q, p, device):
+    """Small gradients in fp16: those of the scores must not be rounded before they are divided by what is kept."""
+    inputs = problem(device, h=1, q=q, k=q, d=32, dtype=torch.float16)
+    for factor in (1.0, 2.0**-9):
+        hold_gradient_of_lse(inputs, {"dropout_p": p}, {}, with_output=False, seed=11, factor=factor)
 
 
 def forward_mask(p: float, seed: int, device, b=2, h=2, q=40, k=64):
