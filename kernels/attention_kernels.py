@@ -123,7 +123,8 @@ def _compare_halves(words, threshold):
 def _kept_of_groups(seed, heads, queries, groups, threshold, keep_scale, BLOCK_K: tl.constexpr):
     """[rows, BLOCK_K]: keep_scale where dropout keeps, else 0.
 
-    heads and queries [rows, 1], groups of 8 keys [1, BLOCK_K // 8]. The eight answers of a group are bits of one number when they go to the threads that hold the scores.
+    heads and queries [rows, 1], groups of 8 keys [1, BLOCK_K // 8]. The eight answers of a group are bits of one number
+    when they go to the threads that hold the scores.
     """
     zeros = tl.zeros([queries.shape[0], BLOCK_K // 8], tl.int32)
     a, b, c, d = _philox(seed, zeros + groups, zeros + queries, zeros + heads, zeros)

@@ -236,6 +236,11 @@ def _tile_constexprs(tile: Tile, even: bool, device: Device, *walked: Spec) -> d
     return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "EVEN": even, "DESCRIPTORS": descriptors}
 
 
+def _copies(tile: Tile, device: Device) -> int:
+    """How often each of the statistics is loaded, see _load_statistics; four times spills where it is not Hopper."""
+    return min(4 if device.tiles == "sm_90" else 2, max(1, 32 * tile.warps // (2 * tile.block_q)))
+
+
 def _short_launch(kernel, specs: Specs, options: dict, arguments: dict, short: tuple[int, int, int]) -> Launch:
     length, block, warps = short
     key_heads = specs["key"].shape[0] * specs["key"].shape[1]
@@ -333,7 +338,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             arguments,
             _constexprs(specs, options)
             | _tile_constexprs(tile, even, device, *walked)
-            | {"COPIES": min(4, max(1, 32 * tile.warps // (2 * tile.block_q)))},
+            | {"COPIES": _copies(tile, device)},
             tile.warps,
             tile.stages,
         )
