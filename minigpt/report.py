@@ -30,17 +30,18 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Metrics:
     """The file metrics.csv; `step` keeps the rows up to that one and continues after it (0: from the start).
 
-    `missing` names the steps that were not there, "" for none. `aside` is a copy of a file that lacks steps and has
-    other lines than rows, else None. Raises UserError when a file cannot be written.
+    `missing` names the steps that were not there, "" for none. `aside` is a copy of a file with other lines than rows,
+    else None; a last line without its end, as a kill leaves it, is one only where steps are missing. Raises UserError
+    when a file cannot be written.
     """
 
     def __init__(self, path: Path, step: int = 0):
         self.path = path
         self.aside: Path | None = None
         with writing(path):
-            rows, damaged = _rows(path, step) if step and path.is_file() else ([], False)
+            rows, damaged, cut = _rows(path, step) if step and path.is_file() else ([], False, False)
             self.missing = _gaps([int(row["step"]) for row in rows], step)
-            if damaged and self.missing:
+            if damaged or (cut and self.missing):
                 self.aside = path.with_name(f"{path.name}.damaged")
                 shutil.copyfile(path, self.aside)
             table = io.StringIO()
@@ -70,16 +71,15 @@ class Metrics:
             self._file.close()
 
 
-def _rows(path: Path, step: int) -> tuple[list[dict[str, str]], bool]:
-    """The whole rows of steps up to `step` in a metrics.csv, in order, and whether it has other lines than rows.
-
-    A line without its end is none: its last number may be cut off.
+def _rows(path: Path, step: int) -> tuple[list[dict[str, str]], bool, bool]:
+    """The whole rows of steps up to `step` in a metrics.csv, in order; whether it has other lines; and one without an
+    end, which is no row, as its last number may be cut off.
     """
     *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
     header = lines[0].split(",") if lines else []
     names = header if "step" in header else COLUMNS
     kept: list[dict[str, str]] = []
-    damaged, last = bool(rest), 0
+    damaged, last = False, 0
     for line in lines[1:] if names is header else lines:
         values = line.split(",")
         row = dict(zip(names, values, strict=False))
@@ -93,7 +93,7 @@ def _rows(path: Path, step: int) -> tuple[list[dict[str, str]], bool]:
         elif number <= step:
             kept.append(row)
             last = number
-    return kept, damaged
+    return kept, damaged, bool(rest)
 
 
 def _gaps(steps: list[int], last: int) -> str:
@@ -200,12 +200,13 @@ class Display:
             yield
         self._bar = None
 
-    def update(self, step: int, loss: float, rate: float, mfu: float | None, memory: int | None) -> None:
+    def update(self, step: int, loss: float, rate: float | None, mfu: float | None, memory: int | None) -> None:
         """Show that `step` steps are done, the latest loss (nats per token) and the speed (tokens per second).
 
-        With the MFU (percent) and the most memory in use so far (bytes), where they are known.
+        With the MFU (percent) and the most memory in use so far (bytes). What is not known is left out.
         """
-        shown = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        shown = f"loss {loss:.4f}"
+        shown += "" if rate is None else f"  {rate:,.0f} tokens/s"
         shown += "" if mfu is None else f"  MFU {mfu:.1f}%"
         shown += "" if memory is None else f"  {memory / 1e9:.1f} GB"
         if self._bar is not None:

@@ -41,11 +41,17 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
         session.warn(session.ops.warning)
     if found and (why := resume.why_not_exact(found.state["surroundings"], session.surroundings)):
         session.warn(f"WARNING: from here on not bit-exact with the run that was never stopped: {why}")
-    if session.metrics and session.metrics.missing:
+    if session.metrics and (missing := session.metrics.missing):
         aside = f"; what was there is {session.metrics.aside}" if session.metrics.aside else ""
         session.warn(
-            f"WARNING: {session.metrics.path} lacks steps {session.metrics.missing} of the {session.progress.step} so "
-            f"far{aside}. Going on without them: the curves will not show them, all else is as it was"
+            f"WARNING: {session.metrics.path} lacks step{'' if missing.isdigit() else 's'} {missing} of the "
+            f"{session.progress.step} so far{aside}. Going on without: the curves will not show what is missing, all "
+            "else is as it was"
+        )
+    elif session.metrics and session.metrics.aside:
+        session.warn(
+            f"WARNING: {session.metrics.path} had lines that are no rows of it, which it no longer has; "
+            f"{session.metrics.aside} is how it was"
         )
 
 
@@ -123,8 +129,11 @@ def _speed(session: "Session", rate: float | None) -> str:
     done, since = session.progress.step, session.progress.speed_from
     if rate is None:
         return f"{done} steps, none of them timed on what this runs on"
-    part = f"; the {done - since} after step {since}, which the speed is of," if since else ""
-    return f"{done} steps{part} in {session.clock.seconds:.1f} s, {rate:,.0f} tokens/s, evaluation and saving left out"
+    after = f" after step {since}" if since else ""
+    return (
+        f"{done} steps; {rate:,.0f} tokens/s{after}, {session.clock.tokens:,} tokens in {session.clock.seconds:.1f} s: "
+        "evaluation, saving and the first step of each session left out"
+    )
 
 
 def _whole_model(session: "Session") -> GPT:

@@ -128,7 +128,7 @@ class Session:
         while progress.step < config.max_steps:
             self.measures.add(self._step(progress.step))
             progress.step += 1
-            if progress.step == first + 1 < config.max_steps:
+            if progress.step == first + 1 and config.max_steps > 1:
                 # The first step compiles kernels and warms the caches up: it does not count in the speed.
                 self.clock.start()
                 since = progress.step
@@ -254,7 +254,7 @@ class Session:
         if due := self._evaluation_is_due():
             result = self.evaluate(self.config.eval_tokens)
             rows[-1] |= {"val_loss": result.loss, "perplexity": result.perplexity}
-        self._report(rows, self.clock.rate)
+        self._report(rows, self.clock.rate if self.clock.tokens else None)
         if due:
             mark = ""
             if result.loss < (math.inf if progress.best_val_loss is None else progress.best_val_loss):
@@ -291,11 +291,12 @@ class Session:
             rows.append({"step": self.reported, "train_loss": loss, "grad_norm": norm, "learning_rate": rate})
         return rows
 
-    def _report(self, rows: list[dict[str, float]], rate: float) -> None:
-        """Write rows down, and show the last one."""
+    def _report(self, rows: list[dict[str, float]], rate: float | None) -> None:
+        """Write rows down, and show the last one; no rate where no step has been timed yet."""
         if not rows:
             return
-        rows[-1]["tokens_per_second"] = rate
+        if rate is not None:
+            rows[-1]["tokens_per_second"] = rate
         if self.metrics:
             self.metrics.write(rows)
         for watcher in self.watchers:
@@ -307,8 +308,9 @@ class Session:
             if self.progress.initial_loss is None:
                 self.progress.initial_loss = losses[0]
         self.display.update(
-            self.progress.step, rows[-1]["train_loss"], rate, self.mfu(rate), utilization.peak_memory(self.device)
-        )
+            self.progress.step, rows[-1]["train_loss"], rate, None if rate is None else self.mfu(rate),
+            utilization.peak_memory(self.device),
+        )  # fmt: skip
 
     def draw(self) -> None:
         """Draw the curves of the run as far as it is."""

@@ -88,7 +88,7 @@ def test_rows_around_damage_stay(five, damage, lost):
     assert five.read_bytes() == b"".join(line for line in lines if not lost or not line.startswith(lost.encode()))
     assert metrics.missing == lost
     aside = five.with_name("metrics.csv.damaged")
-    assert metrics.aside == (aside if lost else None) and (not lost or aside.read_bytes() == there)
+    assert metrics.aside == aside and aside.read_bytes() == there
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,21 @@ def test_a_speed_is_of_one_backend_and_device(small, capsys, monkeypatch, argume
     assert progress["train_tokens"] == steps * 4 * 16
     assert summary["tokens_per_second"] == round(progress["train_tokens"] / progress["train_seconds"], 1)
     assert (summary["tokens_per_second"] < 1.0) is (speed_from == 0)
-    assert ("the 5 after step 5, which the speed is of, in" in capsys.readouterr().out) is (speed_from == 5)
+    assert ("tokens/s after step 5, 256 tokens in" in capsys.readouterr().out) is (speed_from == 5)
     again = train(parse(["--resume", "r", "--max-steps", "15"]))  # on what it was on last
     assert again["speed_from_step"] == speed_from
+
+
+def test_sessions_of_one_step_time_nothing(small, capsys):
+    """Each of them compiles and warms up: what was told of the run before stays."""
+    before = train(small(out=Path("r"), max_steps=10))
+    for steps in ("11", "12"):
+        again = train(parse(["--resume", "r", "--max-steps", steps]))
+        assert again["tokens_per_second"] == before["tokens_per_second"]
+    capsys.readouterr()
+    other = train(parse(["--resume", "r", "--max-steps", "13", "--kernels", "eager"]))
+    assert other["tokens_per_second"] is None and "none of them timed" in capsys.readouterr().out
+    assert rows(Path("r"))[-1]["tokens_per_second"] == ""
 
 
 def test_what_may_change_a_speed(small):
@@ -276,6 +288,25 @@ def test_metrics_that_cannot_be_read_are_set_aside(small, capsys):
     train(parse(["--resume", "r"]))
     assert "of the 5 so far; what was there is r/metrics.csv.damaged. Going" in capsys.readouterr().out
     assert Path("r/metrics.csv.damaged").read_bytes() == there and len(losses(Path("r"))) == 7
+
+
+def test_lines_of_somebody_elses_are_set_aside_and_told(small, capsys):
+    stop(small(out=Path("r")), 5)
+    with Path("r/metrics.csv").open("a") as file:
+        file.write("notes by hand: the rate is too high here\n")
+    train(parse(["--resume", "r"]))
+    assert (
+        "had lines that are no rows of it, which it no longer has; r/metrics.csv.damaged is" in capsys.readouterr().out
+    )
+    assert "notes by hand" in Path("r/metrics.csv.damaged").read_text() and len(losses(Path("r"))) == 12
+
+
+def test_a_kill_while_a_row_was_written_is_no_damage(small, capsys):
+    stop(small(out=Path("r")), 5)
+    with Path("r/metrics.csv").open("a") as file:
+        file.write("6,2.1")
+    train(parse(["--resume", "r"]))
+    assert "metrics.csv" not in capsys.readouterr().out and not Path("r/metrics.csv.damaged").exists()
 
 
 def test_how_many_checkpoints_stay(small):
