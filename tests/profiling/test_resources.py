@@ -29,14 +29,10 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"
 ROOT = Path(__file__).resolve().parents[2]
 EXCEPTIONS = {  # bytes, by version of Triton, kernel, architecture and case
     "3.6.0": {
-        ("_attention_forward", "sm_100", "gpt2"): 16,
-        ("_attention_backward_key", "sm_100", "d64-chunk-all"): 20,
-        ("_attention_backward_key", "sm_100", "d64-ragged-grouped"): 368,
-        ("_attention_backward_key", "sm_100", "d128-chunk"): 40,
-        ("_attention_backward_key", "sm_80", "d128-short-all"): 8,
-        ("_attention_backward_key", "sm_80", "d64-ragged-dropout"): 8,
-        ("_attention_backward_key", "sm_80", "d128-grouped-dropout"): 8,
-        ("_attention_backward_key", "sm_89", "d64-ragged-dropout"): 4,
+        ("_attention_backward_key", "sm_90", "d64-ragged-dropout"): 12,
+        ("_attention_backward_key", "sm_80", "d128-short-all"): 16,
+        ("_attention_backward_key", "sm_80", "d128-grouped-dropout"): 16,
+        ("_attention_backward_key", "sm_100", "d64-ragged-grouped"): 64,
     }
 }
 TENSOR_CORE = {
@@ -172,7 +168,7 @@ def test_a_kernel_that_compiles_can_run(one_of_each):
 
 LOOPS = {  # most instructions of the loops of tiles seen whole and of those with a mask; bf16, sm_90
     "gpt2": {"forward": (310, 390), "backward_query": (260, 340), "backward_key": (290, 390)},
-    "shakespeare-dropout": {"forward": (590, 680), "backward_query": (510, 600), "backward_key": (595, 705)},
+    "shakespeare-dropout": {"forward": (590, 680), "backward_query": (510, 600), "backward_key": (600, 765)},
 }
 
 
