@@ -118,10 +118,11 @@ class Clock:
         self._started = time.perf_counter()
 
     def stop(self, tokens: int) -> None:
-        """Add the time since `start`, and the `tokens` trained on meanwhile."""
+        """Add the time since `start`, and the `tokens` trained on meanwhile; without any, nothing."""
         self._wait()
-        self.seconds += time.perf_counter() - self._started
-        self.tokens += tokens
+        if tokens:
+            self.seconds += time.perf_counter() - self._started
+            self.tokens += tokens
 
     @property
     def rate(self) -> float:
