@@ -20,7 +20,7 @@ import torch
 from benchmarks import machine
 from benchmarks.problems import DTYPES
 from kernels import tiles
-from kernels.device import TARGETS, Device
+from kernels.device import TARGETS, Device, target
 from kernels.op import Case, Op, next_power_of_2
 
 
@@ -219,8 +219,8 @@ def _compile_all(chosen: list[Candidate], arch: str, workers: int, keep: bool) -
     for candidate in chosen:
         op, case = case_of(candidate.entry)
         inputs = op.inputs(case, DTYPES[candidate.entry.dtype], "meta")
-        ordinary = {resources.source_of(x, arch) for x in op.plan(inputs, case.options, TARGETS[arch])}
-        launches = op.plan(inputs, case.options, candidate.device(TARGETS[arch]))
+        ordinary = {resources.source_of(x, arch) for x in op.plan(inputs, case.options, target(arch))}
+        launches = op.plan(inputs, case.options, candidate.device(target(arch)))
         sources = {resources.source_of(launch, arch): launch for launch in launches}
         own = [source for source in sources if source not in ordinary or not candidate.numbers]
         parts[candidate.name] = own
@@ -229,7 +229,7 @@ def _compile_all(chosen: list[Candidate], arch: str, workers: int, keep: bool) -
             found.setdefault(source, resources.Use(
                 op=op.name, dtype=candidate.entry.dtype, arch=arch, kernel=launch.name, cases=[case.name], tile={},
                 num_warps=launch.num_warps, num_stages=launch.num_stages,
-                shared_memory_limit=TARGETS[arch].shared_memory,
+                shared_memory_limit=target(arch).shared_memory,
             ))  # fmt: skip
     resources.measure(found, workers, keep)
     outcome = {}

@@ -68,11 +68,11 @@ def _one_process(
 def _main(name: str, numbers: str, arch: str) -> None:
     from benchmarks import sweep, tune
     from benchmarks.problems import Checker
-    from kernels.device import TARGETS, facts
+    from kernels.device import facts, target
 
     entry = next(entry for entry in sweep.entries() if entry.name == name)
     here = machine.here()
-    base = facts(here.torch_device) if here.type == "cuda" else TARGETS[arch]
+    base = facts(here.torch_device) if here.type == "cuda" else target(arch)
     checker = Checker(tune.problem_of(entry, dry=here.type != "cuda"))
     print(READY, flush=True)
     for one in json.loads(numbers):

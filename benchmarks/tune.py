@@ -113,7 +113,7 @@ def compiled(
     def begin(entry: Entry) -> Future[dict[str, str]] | None:
         new = [candidate for candidate in tried[entry.name] if candidate.name not in partial.known["compiled"]]
         keep = not arguments.dry_run
-        return beside.submit(sweep.compiled, new, base.tiles, arguments.workers, keep) if new else None
+        return beside.submit(sweep.compiled, new, base.arch, arguments.workers, keep) if new else None
 
     with ThreadPoolExecutor(1) as beside:
         begun = begin(chosen[0]) if chosen else None
@@ -133,7 +133,7 @@ def survivors(entry: Entry, tried: list[Candidate], base: Device, partial: Parti
             print(f"  {list(candidate.numbers) or 'default'}: {why}", flush=True)
     unknown = [candidate for candidate in fit if candidate.name not in known["judged"]]
     apart = [candidate for candidate in unknown if sweep.in_gluon(candidate, base)]
-    for name, why in trial.outcomes(entry, apart, base.tiles):
+    for name, why in trial.outcomes(entry, apart, base.arch):
         partial.enter("judged", {name: why})
     unknown = [candidate for candidate in unknown if candidate not in apart]
     if unknown:

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,7 +87,7 @@ class Device:
     @property
     def tiles(self) -> str:
         """The architecture whose row of a tile table to take."""
-        if self.arch in TARGETS or self.arch == "interpreter":
+        if self.arch in ("sm_80", "interpreter"):
             return self.arch
         if self.arch.startswith("gfx"):
             return "gfx942"
@@ -109,11 +109,19 @@ class Device:
 
 TARGETS = {
     "sm_80": Device("sm_80", 108, 163 * 1024),
+    "sm_86": Device("sm_86", 82, 99 * 1024),
     "sm_89": Device("sm_89", 128, 99 * 1024),
     "sm_90": Device("sm_90", 132, 227 * 1024),
     "sm_100": Device("sm_100", 148, 227 * 1024),
+    "sm_120": Device("sm_120", 170, 99 * 1024),
     "gfx942": Device("gfx942", 304, 64 * 1024),
 }
+
+
+def target(arch: str) -> Device:
+    """What to compile for `arch` by: one of TARGETS, or for any other the one whose tiles it takes."""
+    return TARGETS.get(arch) or replace(TARGETS[Device(arch, 0, 0).tiles], arch=arch)
+
 
 INTERPRETER = Device("interpreter", 4, 1 << 40)
 

@@ -25,6 +25,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "NVIDIA A100 80GB PCIe": _A100,
     "NVIDIA L4": {"bfloat16": 121.0, "float16": 121.0, "tf32": 60.0, "float32": 30.3},
     "NVIDIA L40S": {"bfloat16": 362.0, "float16": 362.0, "tf32": 183.0, "float32": 91.6},
+    "NVIDIA GeForce RTX 5090": {"bfloat16": 209.5, "float16": 209.5, "tf32": 104.8, "float32": 104.8},
     "NVIDIA GeForce RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
     "NVIDIA GeForce RTX 3090": {"bfloat16": 71.0, "float16": 71.0, "tf32": 35.6, "float32": 35.6},
 }

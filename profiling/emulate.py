@@ -25,7 +25,7 @@ import torch
 
 from profiling.compile import why_not_compiled
 from profiling.emulator.driver import ARCHS
-from profiling.limits import PRODUCTS
+from profiling.limits import PEAKS, PRODUCTS
 from profiling.outputs import check_folders, wide_console
 from profiling.resources import add_tile_to, trial_of
 
@@ -35,7 +35,7 @@ KINDS = {  # what an instruction begins with -> its kind in the table
 }  # fmt: skip
 
 
-PRODUCTS_OF = {"sm_80": "A100 SXM 80 GB", "sm_89": "GeForce RTX 4090", "sm_90": "H200 SXM"}
+PRODUCTS_OF = {arch: PEAKS[arch].product for arch in ARCHS} | {"sm_90": "H200 SXM"}
 
 
 def summary(name: str, machine, counts, arch: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ them and from an op's own count of operations and bytes: no GPU has run anything
 
 from typing import Any, NamedTuple
 
+from kernels.device import target
+
 
 class Processor(NamedTuple):
     """One streaming multiprocessor, or compute unit. Bytes for memory; registers of 32 bits.
@@ -24,11 +26,19 @@ class Processor(NamedTuple):
 
 PROCESSORS = {
     "sm_80": Processor(64, 32, 65536, 164 * 1024, 1024, 128, 8),
+    "sm_86": Processor(48, 16, 65536, 100 * 1024, 1024, 128, 8),
     "sm_89": Processor(48, 24, 65536, 100 * 1024, 1024, 128, 8),
     "sm_90": Processor(64, 32, 65536, 228 * 1024, 1024, 128, 8),
     "sm_100": Processor(64, 32, 65536, 228 * 1024, 1024, 128, 8),
+    "sm_120": Processor(48, 24, 65536, 100 * 1024, 1024, 128, 8),
     "gfx942": Processor(32, 16, 4 * 512 * 64, 64 * 1024, 0, 512, 8),
 }
+
+
+def _known(table: dict[str, Any], arch: str) -> Any:
+    """The architecture's, or where there is none that of the one whose tiles it takes."""
+    return table[arch if arch in table else target(arch).tiles]
+
 
 TENSOR_MEMORY = 512
 """Columns of tensor memory in a processor of sm_100."""
@@ -40,7 +50,7 @@ def occupancy(arch: str, registers: int, shared_memory: int, num_warps: int, ten
     `registers` a thread; `shared_memory` in bytes, `num_warps` and `tensor_memory` in columns a program. Zero programs:
     it cannot run there.
     """
-    p = PROCESSORS[arch]
+    p = _known(PROCESSORS, arch)
     lanes = 64 if arch.startswith("gfx") else 32
     rounded = -(-max(registers, 1) // p.register_unit) * p.register_unit
     # a warp's registers lie in one of the processor's four parts
@@ -78,9 +88,11 @@ class Peaks(NamedTuple):
 
 PEAKS = {
     "sm_80": Peaks("A100 SXM 80 GB", {"bfloat16": 312, "float16": 312, "float32": 156}, 19.5, 2039, 609),
+    "sm_86": Peaks("GeForce RTX 3090", {"bfloat16": 71.0, "float16": 71.0, "float32": 35.6}, 35.6, 936, 556),
     "sm_89": Peaks("GeForce RTX 4090", {"bfloat16": 165.2, "float16": 165.2, "float32": 82.6}, 82.6, 1008, 1290),
     "sm_90": Peaks("H100 SXM", {"bfloat16": 989.4, "float16": 989.4, "float32": 494.7}, 66.9, 3350, 1045),
     "sm_100": Peaks("B200", {"bfloat16": 2250, "float16": 2250, "float32": 1125}, 75, 8000),
+    "sm_120": Peaks("GeForce RTX 5090", {"bfloat16": 209.5, "float16": 209.5, "float32": 104.8}, 104.8, 1792, 1637),
     "gfx942": Peaks("MI300X", {"bfloat16": 1307.4, "float16": 1307.4, "float32": 653.7}, 163.4, 5300),
 }
 
@@ -94,7 +106,7 @@ def roofline(arch: str, dtype: str, flops: int, moved: int, tensor_cores: bool) 
 
     `tensor_cores`: the operations are matrix products that run there, in `dtype`.
     """
-    peaks = PEAKS[arch]
+    peaks = _known(PEAKS, arch)
     rate = peaks.tensor[dtype] if tensor_cores else peaks.fp32
     computing, moving = flops / rate / 1e6, moved / peaks.bandwidth / 1e3
     return {

@@ -104,7 +104,7 @@ def uses(
                                 tile={name: _plain(value) for name, value in launch.constexprs.items()},
                                 num_warps=launch.num_warps,
                                 num_stages=launch.num_stages,
-                                shared_memory_limit=TARGETS[arch].shared_memory,
+                                shared_memory_limit=planned_for.shared_memory,
                             ),
                         )
                         # a kernel that another op launches too is one row: the first op's
@@ -250,12 +250,7 @@ def _gpu_here(arguments: argparse.Namespace):
         raise UserError("--here has its architecture and its tiles: leave out --arch, --tile and --store")
     if not torch.cuda.is_available():
         raise UserError("--here is for a machine with a GPU; without one, name an architecture: --arch sm_90")
-    here = facts(torch.device("cuda", torch.cuda.current_device()))
-    if here.arch != here.tiles:
-        raise UserError(
-            f"--here does not know {here.arch}, which takes the tiles of {here.tiles}: use --arch {here.tiles}"
-        )
-    return here
+    return facts(torch.device("cuda", torch.cuda.current_device()))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -276,10 +271,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("compiling kernels needs Triton, which is not installed: pip install triton")
     ops = {op.name: op for op in catalogue.OPS}
     here = _gpu_here(arguments) if arguments.here else None
-    archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch or [here.tiles if here else "sm_90"]
+    archs = list(TARGETS) if arguments.arch == ["all"] else arguments.arch or [here.arch if here else "sm_90"]
     chosen = [ops[name] for name in arguments.op if name in ops] or list(ops.values())
     cases = dict.fromkeys(case.name for op in chosen for case in getattr(op, arguments.cases))
-    for what, asked, there in (("op", arguments.op, ops), ("arch", archs, TARGETS), ("case", arguments.case, cases)):
+    targets = [here.arch] if here else TARGETS
+    for what, asked, there in (("op", arguments.op, ops), ("arch", archs, targets), ("case", arguments.case, cases)):
         unknown = [name for name in asked if name not in there]
         if unknown:
             raise UserError(f"unknown {what} {', '.join(unknown)}: choose from {', '.join(there)}")

@@ -168,14 +168,26 @@ _OF_FLOATS = frozenset({"rn", "approx", "full", "ftz", "sat", "relu", "NaN"})
 _OF_INTEGERS = frozenset({"lo", "hi", "wide", "relu"})
 
 
+def _reader(kind: str) -> Callable:
+    """The fp32 numbers of 16 bits each."""
+    return from_bf16 if kind.startswith("bf16") else lambda bits: bits.view(np.float16).astype(np.float32)
+
+
+def _with_pairs(function: Callable) -> Callable:
+    """A function of fp32 for two in a register of 64 bits."""
+
+    def of_bits(*arguments):
+        shape = np.broadcast(*arguments).shape
+        pairs = [np.broadcast_to(a, shape).copy().view(np.float32) for a in arguments]
+        return function(*pairs).view(np.uint64)
+
+    return of_bits
+
+
 def _with_halves(function: Callable, kind: str) -> Callable:
     """A function of fp32 for operands of 16 bits, one or two in a register: computed longer, rounded once."""
-    packed = kind.endswith("x2")
-    if kind.startswith("bf16"):
-        read, write = from_bf16, to_bf16
-    else:
-        read = lambda bits: bits.view(np.float16).astype(np.float32)  # noqa: E731
-        write = lambda numbers: numbers.astype(np.float16).view(np.uint16)  # noqa: E731
+    packed, read = kind.endswith("x2"), _reader(kind)
+    write = to_bf16 if kind.startswith("bf16") else lambda numbers: numbers.astype(np.float16).view(np.uint16)
 
     def of_bits(*arguments):
         if packed:
@@ -195,6 +207,9 @@ def _float(parts: tuple[str, ...], kind: str) -> Callable | None:
     if "NaN" in parts:
         whole, choose = {"min": (_smaller, np.minimum), "max": (_larger, np.maximum)}[parts[0]]
         function = lambda a, b: whole(a, b, choose)  # noqa: E731
+    if parts[0] in ("min", "max"):  # of two numbers or, from sm_100 on, of three
+        of_two = function
+        function = lambda *a: functools.reduce(of_two, a)  # noqa: E731
     if "relu" in parts:
         before = function
         function = lambda *a: np.maximum(before(*a), np.float32(0))  # noqa: E731
@@ -250,11 +265,17 @@ def function_of(parts: tuple[str, ...]) -> tuple[Callable, tuple[np.dtype, ...]]
         return (lambda a, b, p: np.where(p, a, b)), (dtype, dtype, TYPES["pred"])
     if verb == "mov" and not modifiers:
         return (lambda a: a), (dtype,)
+    if parts[-2:] in (("f32", "f16"), ("f32", "bf16")) and verb in ("add", "sub", "fma"):  # fp32 but what comes first
+        function, read, short = _float(parts[:-2], "f32"), _reader(kind), 2 if verb == "fma" else 1
+        mixed = lambda *a: function(*map(read, a[:short]), *a[short:])  # noqa: E731
+        return (mixed, (TYPES["b16"],) * short + (TYPES["f32"],)) if modifiers <= {"rn", "sat", "f32"} else None
     if kind in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2") and verb in _FLOATS:
         if not modifiers <= _OF_FLOATS:
             return None
         function = _float(parts, kind)
         return function and (function, (dtype if kind != "f16" else TYPES["b16"],))
+    if kind == "f32x2" and verb in ("add", "sub", "mul", "fma") and modifiers <= {"rn", "ftz"}:
+        return _with_pairs(_float(parts, "f32")), (dtype,)
     if kind == "pred" and verb in ("and", "or", "xor", "not") and not modifiers:
         return np.logical_not if verb == "not" else _INTEGERS[verb], (dtype,)
     return _integer(parts, dtype) if modifiers <= _OF_INTEGERS and dtype.kind in "iu" else None

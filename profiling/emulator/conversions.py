@@ -10,6 +10,7 @@ TYPES = {
     "b32": np.dtype("u4"), "u32": np.dtype("u4"), "s32": np.dtype("i4"), "f32": np.dtype("f4"), "tf32": np.dtype("u4"),
     "f16x2": np.dtype("u4"), "bf16x2": np.dtype("u4"),
     "b64": np.dtype("u8"), "u64": np.dtype("u8"), "s64": np.dtype("i8"), "f64": np.dtype("f8"),
+    "f32x2": np.dtype("u8"),
 }  # fmt: skip
 _TINY = np.finfo(np.float32).tiny
 

@@ -14,7 +14,7 @@ from profiling.emulator import ptx
 from profiling.emulator.machine import Counts, Machine
 from profiling.emulator.memory import Global, Region
 
-ARCHS = ("sm_80", "sm_89", "sm_90")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 
 class Emulated:

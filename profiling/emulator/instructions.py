@@ -96,9 +96,12 @@ def _packed(instruction, machine):
         return unpack
     part = np.dtype(f"u{whole.itemsize // len(source)}")
     sources, target = [machine.place(register, part) for register in source], machine.place(to, whole)
+    # LLVM packs a number that it uses beside one that nobody wrote and nobody reads; NaN, if somebody does
+    unwritten = np.full(1, -1).astype(part)
 
     def pack(run, mask):
-        columns = np.broadcast_arrays(*[run.R[number].view(part) for number in sources])
+        registers = [run.R[number] for number in sources]
+        columns = np.broadcast_arrays(*[unwritten if one is None else one.view(part) for one in registers])
         run.write(target, np.stack(columns, 1).view(f"u{whole.itemsize}")[:, 0], mask)
 
     return pack

@@ -154,6 +154,15 @@ for what in json.loads(sys.argv[1]):
 """
 
 
+def test_candidates_are_compiled_for_the_gpu_and_not_for_its_kin(tmp_path, monkeypatch):
+    base, asked = replace(BASE, arch="sm_121"), []
+    monkeypatch.setattr(sweep, "candidates", lambda entry, device: [Candidate(entry)])
+    monkeypatch.setattr(sweep, "compiled", lambda chosen, arch, workers, keep: asked.append(arch) or {})
+    options = argparse.Namespace(quick=False, dry_run=True, workers=1)
+    assert len(list(tune.compiled([NORM], base, tune.Partial(tmp_path / "p.json"), options))) == 1
+    assert asked == ["sm_121"]
+
+
 def test_what_hangs_or_dies_is_that_candidates_fault_alone(monkeypatch):
     said = ["", "hangs", "wrong: so", "dies", "dies", "", "hangs"]
     tried = [Candidate(NORM, (1, 1 << place)) for place in range(len(said))]

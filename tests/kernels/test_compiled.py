@@ -74,12 +74,12 @@ def test_some_of_everything():
 def test_a_target_that_cannot_be_emulated():
     done = emulated("sm_91", QUICK[0])
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    says = "ERROR: KERNELS_EMULATE=sm_91: no GPU of sm_91 can be emulated: choose from sm_80, sm_89, sm_90"
+    says = "ERROR: KERNELS_EMULATE=sm_91: no GPU of sm_91 can be emulated: choose from sm_80, sm_86, sm_89, sm_90, sm_120"
     assert says in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_89"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_86", "sm_89", "sm_120"])
 def test_parity_of_every_case(arch):
     assert passed(emulated(arch, PARITY, slow=True)) == len(DTYPES) * sum(len(op.cases) for op in catalogue.OPS)
 

@@ -150,11 +150,15 @@ def test_without_triton(said):
     ("arch", "tiles"),
     [
         ("sm_80", "sm_80"), ("sm_86", "sm_89"), ("sm_89", "sm_89"), ("sm_90", "sm_90"), ("sm_100", "sm_100"),
-        ("sm_103", "sm_100"), ("sm_120", "sm_89"), ("gfx90a", "gfx942"), ("gfx942", "gfx942"), ("gfx950", "gfx942"),
+        ("sm_103", "sm_100"), ("sm_120", "sm_89"), ("sm_121", "sm_89"), ("gfx90a", "gfx942"), ("gfx942", "gfx942"),
+        ("gfx950", "gfx942"),
     ],
 )  # fmt: skip
-def test_every_architecture_has_a_row_of_tiles(arch, tiles):
+def test_every_architecture_has_a_row_of_tiles_and_is_compiled_for_itself(arch, tiles):
     assert devices.Device(arch, 100, 99 * 1024).tiles == tiles
+    target = devices.target(arch)
+    assert target.arch == arch and target.tiles == tiles
+    assert target.shared_memory == devices.TARGETS[arch if arch in devices.TARGETS else tiles].shared_memory
 
 
 def test_why_not_names_the_device():

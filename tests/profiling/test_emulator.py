@@ -209,6 +209,19 @@ def test_packing_and_unpacking():
     assert found[0::2].tolist() == [0x56781234] * 32 and found[1::2].tolist() == [t + 1 for t in range(32)]
 
 
+def test_what_nobody_wrote_is_nan_beside_what_somebody_did():
+    found = np.zeros((32, 2), np.float32)
+    body = """
+    mad.wide.u32 %rd9, %r1, 8, %rd1;
+    mov.b32 %r2, 0f3F800000;
+    mov.b64 %rd10, {%r2, %r3};
+    add.rn.f32x2 %rd10, %rd10, %rd10;
+    st.global.b64 [%rd9], %rd10;
+    """
+    launch(body, found)
+    assert (found[:, 0] == 2.0).all() and np.isnan(found[:, 1]).all()
+
+
 def test_constants_are_as_wide_as_what_takes_them():
     ones = np.ones(32, np.uint64)
     np.testing.assert_array_equal(compute("add.s64", "i8", ones, -3), np.full(32, -2))

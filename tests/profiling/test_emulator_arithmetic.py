@@ -245,6 +245,38 @@ def test_least_and_greatest_of_nan_and_zeros():
         )
 
 
+@pytest.mark.parametrize("verb", ["min", "max"])
+@pytest.mark.parametrize("nan", ["", ".NaN"])
+def test_least_and_greatest_of_three(verb, nan):
+    a, b = float_pairs()
+    c = np.roll(b, 5)
+    two = f"{verb}{nan}.f32"
+    same_floats(compute(two, "f4", a, b, c), compute(two, "f4", compute(two, "f4", a, b), c))
+
+
+@pytest.mark.parametrize("flush", ["", ".ftz"])
+def test_two_floats_in_a_register(flush):
+    a, b = float_pairs()
+    a, b = a[: len(a) // 2 * 2], b[: len(a) // 2 * 2]
+    pairs = [np.ascontiguousarray(one).view(np.uint64) for one in (a, b, np.roll(a, 4))]
+    for verb, count in (("add", 2), ("sub", 2), ("mul", 2), ("fma.rn", 3)):
+        found = compute(f"{verb}{flush}.f32x2", "u8", *pairs[:count]).view(np.float32)
+        same_floats(found, compute(f"{verb}{flush}.f32", "f4", *(pair.view(np.float32) for pair in pairs[:count])))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_halves_and_floats_in_one_instruction(kind, dtype):
+    """The halves are exact in fp32; what follows is an instruction of fp32."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(500, generator=generator).to(dtype) for _ in range(2))
+    c = torch.randn(500, generator=generator).numpy()
+    short = [t.view(torch.uint16).numpy() for t in (a, b)]
+    long = [t.float().numpy() for t in (a, b)]
+    for instruction, count in (("add.rn", 1), ("sub.rn", 1), ("add.rn.sat", 1), ("fma.rn", 2)):
+        found = compute(f"{instruction}.f32.{kind}", "f4", *short[:count], c)
+        np.testing.assert_array_equal(found, compute(f"{instruction}.f32", "f4", *long[:count], c))
+
+
 def rounded(number: Fraction, digits: int) -> Fraction:
     """To so many binary digits, ties to even."""
     if number == 0:

@@ -73,6 +73,8 @@ def test_the_order_of_a_loop_read_by_hand():
         ("sm_90", 32, 114 * 1024, 4, 1, ["shared memory"]),
         ("sm_90", 16, 0, 1, 32, ["blocks"]),
         ("sm_89", 32, 0, 8, 6, ["warps"]),
+        ("sm_86", 16, 0, 1, 16, ["blocks"]),
+        ("sm_120", 32, 99 * 1024, 4, 1, ["shared memory"]),
         ("gfx942", 128, 0, 4, 4, ["registers"]),  # 512 / 128 waves in each of four parts
         ("gfx942", 32, 40 * 1024, 4, 1, ["shared memory"]),
     ],
@@ -81,6 +83,11 @@ def test_occupancy_by_hand(arch, registers, shared, warps, blocks, limited_by):
     found = occupancy(arch, registers, shared, warps)
     assert found["blocks"] == blocks and found["limited_by"] == limited_by
     assert found["warps"] == blocks * warps and found["share"] == blocks * warps / PROCESSORS[arch].warps
+
+
+def test_an_unknown_architecture_has_the_limits_of_its_kin():
+    assert occupancy("sm_121", 32, 0, 8) == occupancy("sm_89", 32, 0, 8)
+    assert roofline("sm_103", "bfloat16", 1, 1, True) == roofline("sm_100", "bfloat16", 1, 1, True)
 
 
 def test_tensor_memory_limits_occupancy_too():

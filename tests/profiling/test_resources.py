@@ -37,9 +37,11 @@ EXCEPTIONS = {  # bytes, by version of Triton, kernel, architecture and case
 }
 TENSOR_CORE = {
     "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
     "sm_89": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
 SERIALISED = {"C7511", "C7512", "C7515"}  # ptxas: a wait after every wgmma
@@ -391,18 +393,37 @@ def test_a_launch_finds_what_was_kept(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_86"])
-def test_here_means_this_gpu(arch, monkeypatch):
-    gpu = dataclasses.replace(TARGETS["sm_90"], arch=arch, name="a GPU")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("kernels.device.facts", lambda device: gpu)
-    arguments = argparse.Namespace(arch=None, tile=[], store=False)
-    if arch == "sm_90":
-        assert resources._gpu_here(arguments) is gpu
-    else:
-        with pytest.raises(UserError, match="does not know sm_86, which takes the tiles of sm_89"):
-            resources._gpu_here(arguments)
+HERE = """
+import dataclasses
+import torch
+from kernels import device
+from profiling import __main__
+
+gpu = dataclasses.replace(device.TARGETS["sm_100"], arch="sm_103", name="a GPU", shared_memory=70_000)
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
+device.facts = lambda device: gpu
+what = "resources --here --op scaled_dot_product_attention --case gpt2 --dtype bfloat16 --workers 1 --json -"
+arguments = __main__.parser().parse_args(what.split())
+arguments.run(arguments)
+"""
+
+
+def test_here_means_this_gpu(tmp_path):
+    """Also one that is no target: compiled for itself, by its own limits, with the tiles of its kin."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", HERE], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout, done.stderr
+    document = json.loads(done.stdout)
+    assert {(use["arch"], use["shared_memory_limit"], use["error"]) for use in document["kernels"]} == {
+        ("sm_103", 70_000, "")
+    }
+    compiled = [json.loads(path.read_text()) for path in tmp_path.rglob("_attention_*.json")]
+    targets = [kernel["target"]["arch"] for kernel in compiled if "target" in kernel]
+    assert targets == [103] * len(document["kernels"])
+    assert {use["occupancy"]["blocks"] > 0 for use in document["kernels"]} == {True}
+    assert {row["product"] for row in document["rooflines"]} == {"B200"}
 
 
 def test_here_without_a_gpu_is_refused(monkeypatch):
