@@ -74,7 +74,9 @@ def test_some_of_everything():
 def test_a_target_that_cannot_be_emulated():
     done = emulated("sm_91", QUICK[0])
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    says = "ERROR: KERNELS_EMULATE=sm_91: no GPU of sm_91 can be emulated: choose from sm_80, sm_86, sm_89, sm_90, sm_120"
+    says = (
+        "ERROR: KERNELS_EMULATE=sm_91: no GPU of sm_91 can be emulated: choose from sm_80, sm_86, sm_89, sm_90, sm_120"
+    )
     assert says in done.stderr and "Traceback" not in done.stderr
 
 

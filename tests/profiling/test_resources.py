@@ -7,7 +7,6 @@ with.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
