@@ -117,7 +117,8 @@ BACKWARD_KEY["sm_100"]["half-dropout-grouped"] = BACKWARD_KEY["sm_90"]["half-dro
 
 
 # (BLOCK, warps) of the kernels for short sequences, by kind of product and padded head size: the longest sequence must
-# fit BLOCK. Where a tile of 64 spills there is a smaller one, or none, and the kernels that loop take over.
+# fit BLOCK, and shorter ones have fewer warps. Where a tile of 64 spills there is a smaller one, or none, and the
+# kernels that loop take over.
 SHORT_FORWARD = {
     "half": {64: (64, 4), 128: (64, 8)},
     "tf32": {64: (32, 4)},
@@ -131,14 +132,14 @@ SHORT_BACKWARD = {
 
 
 def _short_tile(table: dict, specs: Specs, options: dict, device: Device) -> tuple[int, int, int] | None:
-    """(LENGTH, BLOCK, warps) where all queries and keys of a head fit one tile, else None."""
+    """(LENGTH, BLOCK, warps) where all queries and keys of a head fit one tile, else None; BLOCK // LENGTH heads do."""
     longest = max(specs["query"].shape[2], specs["key"].shape[2])
     length = max(16, next_power_of_2(longest))
     if device.arch == "interpreter":  # its cost is per program
         return (length, 128, 4) if length <= 64 else None
     sizes = table[_kind(specs["query"], options)]
     block, warps = sizes.get(max(64, next_power_of_2(specs["query"].shape[-1])), (0, 0))
-    return (length, block, warps) if length <= block else None
+    return (length, length, max(1, warps * length // block)) if length <= block else None
 
 
 def _kind(spec: Spec, options: dict) -> str:

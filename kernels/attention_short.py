@@ -1,4 +1,4 @@
-"""Attention's kernels for short sequences: a tile holds all queries and keys of a head, or of several heads.
+"""Attention's kernels for short sequences: a tile holds all queries and keys of a head, in the interpreter of several.
 
 There is no running maximum and no loop, and one launch gives dq, dk and dv; attention.py has the mathematics.
 """
@@ -44,6 +44,18 @@ def _short_kept(seed, heads, positions, threshold, keep_scale, LENGTH: tl.conste
 
 
 @triton.jit
+def _dot_by_heads(a, b, acc, slots, LENGTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b, where a is zero between one head and another: of b a head sees its own rows, be the others NaN."""
+    product = dot(a, b, acc, PRECISION)
+    if LENGTH < BLOCK:
+        if tl.sum(tl.sum(b.to(tl.float32) * 0.0, axis=1), axis=0) != 0.0:  # something is NaN, or infinite
+            for slot in range(0, BLOCK // LENGTH):
+                own = (slots == slot)[:, None]
+                product = tl.where(own, dot(a, tl.where(own, b, 0.0), acc, PRECISION), product)
+    return product
+
+
+@triton.jit
 def _attention_short_forward(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, seed_ptr,
     q_stride_b, q_stride_h, q_stride, k_stride_b, k_stride_h, k_stride, v_stride_b, v_stride_h, v_stride,
@@ -79,7 +91,8 @@ def _attention_short_forward(
         total = tl.sum(p, axis=1)
         if DROPOUT:
             p *= _short_kept(seed, head, positions, threshold, 1.0, LENGTH, BLOCK)  # keep_scale comes at the end
-        out = dot(cast(p, v.dtype), v, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
+        out = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        out = _dot_by_heads(cast(p, v.dtype), v, out, slots, LENGTH, BLOCK, PRECISION)
         total = tl.where(peak == float("-inf"), 1.0, total)
         out *= (keep_scale / total)[:, None]
         o_rows = _rows_of_heads(head, positions, n_head, o_stride_b, o_stride_h, o_stride)
@@ -142,10 +155,14 @@ def _attention_short_backward(
             kept = _short_kept(seed, head, positions, threshold, keep_scale, LENGTH, BLOCK)
             dropped = p * kept
             dp *= kept
-        dv = dot(tl.trans(cast(dropped, dout.dtype)), dout, dv, PRECISION)
-        ds = cast(p * (dp - delta[:, None]), q.dtype)
-        dk = dot(tl.trans(ds), q, dk, PRECISION)
-        dq = dot(ds, k, tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
+        dv = _dot_by_heads(tl.trans(cast(dropped, dout.dtype)), dout, dv, slots, LENGTH, BLOCK, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if LENGTH < BLOCK:  # between heads p is zero, and dp may be NaN
+            ds = tl.where(slots[:, None] == slots[None, :], ds, 0.0)
+        ds = cast(ds, q.dtype)
+        dk = _dot_by_heads(tl.trans(ds), q, dk, slots, LENGTH, BLOCK, PRECISION)
+        dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        dq = _dot_by_heads(ds, k, dq, slots, LENGTH, BLOCK, PRECISION)
         dq_rows = _rows_of_heads(head, positions, n_head, dq_stride_b, dq_stride_h, dq_stride)
         _store_rows(dquery_ptr, dq_rows, is_query, dq * scale, D, BLOCK_D)
     dk_rows = _rows_of_heads(key_head, positions, n_key_head, dk_stride_b, dk_stride_h, dk_stride)

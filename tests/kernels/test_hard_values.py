@@ -287,3 +287,31 @@ def _problems() -> list:
 @pytest.mark.parametrize(("op", "case", "dtype", "hard"), _problems())
 def test_hard_values(op, case, dtype, hard, device):
     hold_hard_values(op, case, dtype, device, hard)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "enable_gqa": True}, {"dropout_p": 0.3}], ids=str)
+@pytest.mark.parametrize("length", [8, 31, 60])
+def test_a_head_does_not_see_what_another_one_has(length, options, value, device):
+    """Not even where several share a tile: 0 * NaN between them would be NaN. The other heads are the same bits."""
+    heads = 4 if options.get("enable_gqa") else 2
+    shapes = {"query": (3, heads, length, 16), "key": (3, 2, length, 16), "value": (3, 2, length, 16)}
+    case = Case("heads", shapes, options)
+    op = catalogue.ATTENTION
+    good = op.inputs(case, torch.float16, device, seed=1)
+    grad = torch.randn(shapes["query"], generator=torch.Generator().manual_seed(2)).to(torch.float16).to(device)
+
+    def run(inputs, grad):
+        torch.manual_seed(3)
+        return differentiate(op.public, op, inputs, options, grad)
+
+    right = run(good, grad)
+    for where in (*good, "grad"):
+        inputs, given = {name: tensor.clone() for name, tensor in good.items()}, grad.clone()
+        spoilt = given if where == "grad" else inputs[where]
+        spoilt[1, -1, length // 2, 3] = value
+        for quantity, found in run(inputs, given).items():
+            same = (found == right[quantity]).flatten(2).all(-1)
+            touched = torch.zeros_like(same)
+            touched[1, same.shape[1] // 2 :] = True  # key head 1, and its query heads
+            assert (same | touched).all(), f"{quantity}, where {where} has {value}"
