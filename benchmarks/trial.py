@@ -16,16 +16,24 @@ from benchmarks import machine
 from benchmarks.sweep import Candidate, Entry
 
 READY = "ready"
+BEGINNING = 120.0  # seconds for a child's imports, its problem and the truth
+MOST_ENDLESS = 2
 
 
-def outcomes(entry: Entry, candidates: list[Candidate], arch: str, seconds: float = 60.0) -> Iterator[tuple[str, str]]:
+def outcomes(entry: Entry, candidates: list[Candidate], arch: str, seconds: float = 15.0) -> Iterator[tuple[str, str]]:
     """(name, what is wrong or "") of each candidate. One that takes longer than `seconds` is stopped and its process
-    with it, and another one goes on with the next."""
-    left = list(candidates)
+    with it, and another one goes on with the next; after MOST_ENDLESS of them the rest is not tried."""
+    left, endless = list(candidates), 0
     while left:
         for name, why in _one_process(entry, left, arch, seconds):
             yield name, why
-            left = left[1:]
+            left, endless = left[1:], endless + why.startswith(_ENDLESS)
+        if endless == MOST_ENDLESS:
+            yield from ((candidate.name, f"not tried: {endless} of its kind did not end") for candidate in left)
+            return
+
+
+_ENDLESS = "did not end"
 
 
 def _command(entry: Entry, candidates: list[Candidate], arch: str) -> list[str]:
@@ -51,18 +59,25 @@ def _one_process(
         ready = False
         for candidate in candidates:
             try:
-                while (line := lines.get(timeout=seconds if ready else 10 * seconds)) == READY:
+                while (line := lines.get(timeout=seconds if ready else BEGINNING)) == READY:
                     ready = True
             except queue.Empty:
-                yield candidate.name, f"did not end within {seconds:.0f} s"
+                yield candidate.name, f"{_ENDLESS} within {seconds if ready else BEGINNING:.0f} s"
                 return
             if not line:
                 yield candidate.name, f"its process ended with status {child.wait()}"
                 return
-            yield candidate.name, json.loads(line)
+            yield candidate.name, (why := json.loads(line))
+            if _costs_the_gpu(why):
+                return
     finally:
         child.kill()
         child.wait()
+
+
+def _costs_the_gpu(why: str) -> bool:
+    """Whether everything else would fail in the process that said so, and not by its own fault."""
+    return "CUDA" in why
 
 
 def _main(name: str, numbers: str, arch: str) -> None:
@@ -78,7 +93,7 @@ def _main(name: str, numbers: str, arch: str) -> None:
     for one in json.loads(numbers):
         why = tune.judge(Candidate(entry, tuple(one)), base, checker)
         print(json.dumps(why), flush=True)
-        if "CUDA" in why:  # after such an error everything else fails in this process
+        if _costs_the_gpu(why):
             os._exit(1)
 
 

@@ -90,15 +90,17 @@ def _checked(tiles: object, where: str) -> Table:
                     kind = "a number" if any_whole else "a power of two"
                     allowed = "0 or 1" if (low, high) == (0, 1) else f"{kind} from {low} to {high}"
                     raise ValueError(f"{where}: {what} of {slot} {key} must be {allowed}, not {number!r}")
-            if wrong := _wrong_for_hopper(slot, key, dict(zip(names, numbers, strict=True))):
+            if wrong := _wrong_together(slot, key, dict(zip(names, numbers, strict=True))):
                 raise ValueError(f"{where}: {slot} {key} is {list(numbers)}: {wrong}")
             checked.setdefault(slot, {})[key] = tuple(numbers)
     return checked
 
 
-def _wrong_for_hopper(slot: str, key: str, numbers: dict[str, int]) -> str:
-    """Why these are not numbers for a kernel of kernels/attention_hopper*.py; "" if they are, or for another."""
+def _wrong_together(slot: str, key: str, numbers: dict[str, int]) -> str:
+    """Why numbers that are right one by one are not together, most of them for kernels/attention_hopper*.py; or ""."""
     if not numbers.get("WARPGROUPS"):
+        if slot == "attention.backward_key" and numbers["BLOCK_Q"] > numbers["BLOCK_K"]:
+            return "BLOCK_Q must be at most BLOCK_K: the diagonal is walked in whole tiles of queries"
         return "TURNS are between WARPGROUPS" if numbers.get("TURNS") else ""
     many = (2, 3) if slot == "attention.forward" else (2,)
     if numbers["WARPGROUPS"] not in many:

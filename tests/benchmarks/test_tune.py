@@ -79,7 +79,7 @@ def test_candidates_are_compiled_by_the_libraries_of_this_process(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setenv("PYTHONPATH", "/libraries")
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep.subprocess, "Popen", run)
     with pytest.raises(InterruptedError):
         sweep.compiled([Candidate(NORM)], "sm_90", 1)
     assert seen == [f"{machine.ROOT}:/libraries"]
@@ -151,6 +151,8 @@ for what in json.loads(sys.argv[1]):
     if what == "dies":
         os._exit(3)
     print(json.dumps(what), flush=True)
+    if "CUDA" in what:
+        os._exit(1)
 """
 
 
@@ -163,8 +165,14 @@ def test_candidates_are_compiled_for_the_gpu_and_not_for_its_kin(tmp_path, monke
     assert asked == ["sm_121"]
 
 
+def test_a_compiler_that_does_not_end_holds_up_one_entry_alone(monkeypatch):
+    monkeypatch.setattr(sweep, "COMPILING", 0.2)
+    tried = [Candidate(NORM), Candidate(NORM, (2, 4))]
+    assert sweep.compiled(tried, "sm_90", 1) == {one.name: "not compiled within 0 s" for one in tried}
+
+
 def test_what_hangs_or_dies_is_that_candidates_fault_alone(monkeypatch):
-    said = ["", "hangs", "wrong: so", "dies", "dies", "", "hangs"]
+    said = ["", "CUDA error", "", "hangs", "wrong: so", "CUDA error", "dies", "dies", "", "hangs", "", "wrong: so"]
     tried = [Candidate(NORM, (1, 1 << place)) for place in range(len(said))]
     by_name = dict(zip((candidate.name for candidate in tried), said, strict=True))
 
@@ -174,8 +182,13 @@ def test_what_hangs_or_dies_is_that_candidates_fault_alone(monkeypatch):
     monkeypatch.setattr(trial, "_command", command)
     found = dict(trial.outcomes(NORM, tried, "sm_90", seconds=3.0))
     assert list(found) == list(by_name)
-    late, ended = "did not end within 3 s", "its process ended with status 3"
-    assert list(found.values()) == ["", late, "wrong: so", ended, ended, "", late]
+    late, ended, no = (
+        "did not end within 3 s",
+        "its process ended with status 3",
+        "not tried: 2 of its kind did not end",
+    )
+    error = "CUDA error"
+    assert list(found.values()) == ["", error, "", late, "wrong: so", error, ended, ended, "", late, no, no]
 
 
 def test_candidates_in_gluon_are_judged_apart(tmp_path, monkeypatch):

@@ -125,6 +125,9 @@ BAD = {
     "WARPGROUPS must be 0 or 2 or 3": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 1, 0, 1]}}, {}),
     "must be a number from 0 to 3, not 4": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 4, 0, 1]}}, {}),
     "num_stages must be at least 2 here": ({"attention.backward_query": {"half/64": [64, 64, 4, 1, 1, 2, 0]}}, {}),
+    "half/64 is [64, 32, 4, 2, 0, 0, 0]: BLOCK_Q must be at most BLOCK_K": (
+        {"attention.backward_key": {"half/64": [64, 32, 4, 2, 0, 0, 0]}}, {},
+    ),
     "TURNS are between WARPGROUPS": ({"attention.forward": {"half/64": [64, 64, 4, 2, 1, 0, 1, 1]}}, {}),
     "for fp16 and bf16 without dropout": ({"attention.forward": {"half-dropout/64": [64, 64, 4, 2, 1, 2, 0, 1]}}, {}),
 }  # fmt: skip
