@@ -157,14 +157,19 @@ def measure(
     """
     rows, trainings = trained(settings, rungs, device, steps, keep)
     timers = {name: StepTimer(training) for name, training in trainings.items()}
-    samples, failed = timing.interleaved(timers, rounds, seconds=240.0)
+
+    def enter(samples: dict[str, list[float]]) -> None:
+        for row in rows:
+            if taken := samples.get(row["configuration"]):
+                enter_speed(row, taken, trainings[row["configuration"]])
+                row |= noise.waited(timers[row["configuration"]])
+        keep(rows)
+
+    samples, failed = timing.interleaved(timers, rounds, seconds=240.0, news=enter)
+    enter(samples)
     for row in rows:
-        name = row["configuration"]
-        if name in failed:
-            row |= failure(failed[name])
-        elif name in samples:
-            enter_speed(row, samples[name], trainings[name])
-            row |= noise.waited(timers[name])
+        if row["configuration"] in failed:
+            row |= failure(failed[row["configuration"]])
     return rows
 
 
@@ -195,8 +200,8 @@ def trained(
 
 
 def enter_speed(row: dict[str, Any], samples_ms: list[float], training: Training) -> None:
-    """Make a row that waits for its times one that has them."""
-    row.pop("reason")
+    """Make a row that waits for its times one that has them, or has more of them now."""
+    row.pop("reason", None)
     row |= speed(samples_ms, training.tokens_per_step)
     flops = flops_per_token(training.model, training.batches.window)
     mfu = mfu_percent(row["tokens_per_second"], flops, device_name(training.device), training.dtype)

@@ -1,9 +1,11 @@
-"""A checkout of nanoGPT, run as it is and in turns with our ladder: the same model, batch, context and precision.
+"""A checkout of nanoGPT, run as it is and in turns with our ladder: the same model, vocabulary and biases too, the same
+batch, context and precision.
 
 nanoGPT prints the time of each iteration, batch and loss included and evaluation excluded; our steps are timed with the
 loss fetched after each, as nanoGPT does. The first iterations of each turn do not count.
 """
 
+import pickle
 import re
 import subprocess
 import sys
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks import ladder, noise, timing
+from minigpt import corpora
 from minigpt.config import TrainConfig, pick_dtype
 from minigpt.errors import UserError
+from minigpt.tokenizers import CharTokenizer
 
 DATA = "shakespeare_char"
 DROPPED = 5
@@ -37,14 +41,26 @@ def check(folder: Path) -> None:
         )
 
 
-def command(settings: TrainConfig, device: torch.device, iterations: int, out: Path) -> list[str]:
-    """nanoGPT's own training program, set to our model and batch; compiled on a GPU, where that is its best."""
+def lay_out(folder: Path, vocabulary: int, data: Path) -> None:
+    """Make `data` a dataset of nanoGPT's: its tokens, in a vocabulary as large as ours, for a last layer as wide."""
+    data.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (data / name).symlink_to((folder / "data" / DATA / name).resolve())
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocabulary}))
+
+
+def command(settings: TrainConfig, device: torch.device, iterations: int, data: Path, out: Path) -> list[str]:
+    """nanoGPT's own training program, set to our model and batch; compiled on a GPU, where that is its best.
+
+    `data` is an absolute path: nanoGPT joins it to its own folder's.
+    """
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     flags = {
         "device": device.type,
         "compile": device.type == "cuda",
         "dtype": dtype[pick_dtype(settings.dtype, device)],
         "out_dir": out,
+        "dataset": data,
         "eval_interval": 100000,
         "eval_iters": 1,
         "log_interval": 1,
@@ -57,6 +73,7 @@ def command(settings: TrainConfig, device: torch.device, iterations: int, out: P
         "max_iters": iterations,
         "lr_decay_iters": 2000,
         "dropout": settings.dropout,
+        "bias": settings.bias,
     }
     return [sys.executable, "train.py", "config/train_shakespeare_char.py", *(f"--{k}={v}" for k, v in flags.items())]
 
@@ -67,9 +84,12 @@ def parse(output: str) -> list[float]:
 
 
 def _theirs(folder: Path, settings: TrainConfig, device: torch.device, iterations: int) -> list[float]:
-    with tempfile.TemporaryDirectory() as out:
+    characters = CharTokenizer.from_text(corpora.load(settings.data).text).vocab_size
+    with tempfile.TemporaryDirectory() as own:
+        out, data = Path(own) / "out", Path(own) / "data"
+        lay_out(folder, settings.model_config(characters).vocab_size, data)
         done = subprocess.run(
-            command(settings, device, iterations, Path(out)), cwd=folder, capture_output=True, text=True, timeout=900
+            command(settings, device, iterations, data, out), cwd=folder, capture_output=True, text=True, timeout=900
         )
     times = parse(done.stdout)
     if done.returncode or not times:
@@ -111,7 +131,8 @@ def measure(
     theirs: dict[str, Any] = {"preset": settings.preset, "configuration": name, "dtype": dtype}
     rows.insert(0, theirs | {"status": "untimed", "reason": "the run ended before this was timed"})
     ours = {rung: _Turns(training) for rung, training in trainings.items()}
-    turns, iterations = (2, 20) if quick else (4, 60)
+    turns, iterations = (2, 40) if quick else (4, 60)
+    tokens = settings.batch_size * settings.block_size * settings.grad_accumulation
     samples: dict[str, list[float]] = {name: [], **{rung: [] for rung in trainings}}
     failed: dict[str, Exception] = {}
     for turn in range(turns):
@@ -126,17 +147,16 @@ def measure(
             except Exception as error:  # one that fails must not end the others
                 failed[variant] = error
             print(f"turn {turn + 1} of {turns}: {variant}", flush=True)
-    tokens = settings.batch_size * settings.block_size * settings.grad_accumulation
-    for row in rows:
-        variant = row["configuration"]
-        if variant in failed:
-            row |= ladder.failure(failed[variant])
-        elif variant in trainings:
-            ladder.enter_speed(row, samples[variant], trainings[variant])
-            row |= noise.waited(ours[variant])
-        elif variant == name:
-            row.pop("reason")
-            row |= ladder.speed(samples[name], tokens) | {"note": "its own train.py, as it is", "mfu_percent": None}
+            row = next(row for row in rows if row["configuration"] == variant)
+            if variant in failed:
+                row |= ladder.failure(failed[variant])
+            elif variant == name:
+                row.pop("reason", None)
+                row |= ladder.speed(samples[name], tokens) | {"note": "its own train.py, as it is", "mfu_percent": None}
+            else:
+                ladder.enter_speed(row, samples[variant], trainings[variant])
+                row |= noise.waited(ours[variant])
+            keep(rows)
     return rows
 
 

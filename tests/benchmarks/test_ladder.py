@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ladder, machine, nanogpt
-from minigpt import backends, config
+from benchmarks import ladder, machine, nanogpt, timing
+from minigpt import backends, config, corpora
 from minigpt.errors import UserError
+from minigpt.tokenizers import CharTokenizer
 
 CPU = torch.device("cpu")
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 2, "data": "pydocs"}
@@ -68,6 +69,16 @@ def test_rows_of_a_run_on_a_cpu(monkeypatch):
     assert rows[1]["p20_tokens_per_second"] <= rows[1]["tokens_per_second"] <= rows[1]["p80_tokens_per_second"]
 
 
+def test_rows_have_speeds_before_all_is_timed(monkeypatch):
+    """A run that is ended leaves what it has."""
+    monkeypatch.setattr(timing, "NEWS_SECONDS", 0.0)
+    news = []
+    keep = lambda rows: news.append([len(row.get("samples_ms", [])) for row in rows])  # noqa: E731
+    rungs = ladder.chosen(["eager", "torch"])
+    rows = ladder.measure(config.preset("tiny", **SMALL), rungs, CPU, steps=2, rounds=6, keep=keep)
+    assert [2, 2] in news and news[-1] == [6, 6] and all(r["status"] == "ok" for r in rows)
+
+
 def test_a_rung_that_breaks_is_a_row(monkeypatch):
     monkeypatch.setattr(ladder.Training, "step", lambda self: 1 / 0)
     (found,) = ladder.measure(config.preset("tiny", **SMALL), [ladder.Rung("torch")], CPU, 2, 6)
@@ -97,30 +108,49 @@ def checkout(folder: Path, train: str = "", prepared: bool = True) -> Path:
     data = folder / "data" / "shakespeare_char"
     data.mkdir(parents=True)
     for name in ("train.bin", "val.bin", "meta.pkl") if prepared else ():
-        (data / name).write_text("")
+        (data / name).write_text(f"the tokens of {name}")
     return folder
 
 
 PROGRAM = """
-import sys
+import os, pickle, sys
 settings = dict(word[2:].split("=") for word in sys.argv[2:])
 assert settings["device"] == "cpu" and settings["compile"] == "False" and settings["dtype"] == "float32"
+data = os.path.join("data", settings["dataset"])
+assert open(os.path.join(data, "train.bin")).read() == "the tokens of train.bin"
+vocabulary = pickle.load(open(os.path.join(data, "meta.pkl"), "rb"))["vocab_size"]
+assert (vocabulary, settings["bias"]) == (VOCABULARY, "BIAS"), (vocabulary, settings["bias"])
 print("step 0: train loss 4.1, val loss 4.2")
 for i in range(int(settings["max_iters"]) + 1):
     print(f"iter {i}: loss 3.9, time {900.0 if i < 5 else 40.5}ms, mfu -100.00%")
 """
 
 
-def _beside(folder, rungs=("torch",)):
-    settings = config.preset("shakespeare-cpu", **SMALL, block_size=16)
-    return nanogpt.measure(folder, settings, ladder.chosen(list(rungs)), CPU, steps=2, quick=True)
+def _beside(folder, rungs=("torch",), keep=lambda rows: None, **changes):
+    settings = config.preset("shakespeare-cpu", **SMALL, block_size=16, **changes)
+    return nanogpt.measure(folder, settings, ladder.chosen(list(rungs)), CPU, steps=2, quick=True, keep=keep)
+
+
+@pytest.mark.parametrize(("vocabulary", "bias"), [(0, False), (300, True)])
+def test_nanogpt_has_our_vocabulary_and_our_biases(vocabulary, bias, tmp_path):
+    """A last layer of 65 classes beside one of 50,304 would be another model."""
+    width = vocabulary or CharTokenizer.from_text(corpora.load("pydocs").text).vocab_size
+    program = PROGRAM.replace("VOCABULARY", str(width)).replace("BIAS", str(bias))
+    theirs, _ = _beside(checkout(tmp_path / "nano", program), vocab_size=vocabulary, bias=bias)
+    assert theirs["status"] == "ok", theirs
 
 
 def test_nanogpt_is_run_and_read_beside_the_ladder(tmp_path, capsys):
-    rows = _beside(checkout(tmp_path / "nano", PROGRAM), ["eager", "torch", "triton"])
+    news = []
+    program = PROGRAM.replace("VOCABULARY", "vocabulary").replace('"BIAS"', 'settings["bias"]')
+    rows = _beside(
+        checkout(tmp_path / "nano", program), ["eager", "torch", "triton"],
+        lambda rows: news.append([len(row.get("samples_ms", [])) for row in rows]),
+    )  # fmt: skip
     assert [r["configuration"] for r in rows] == ["nanoGPT", "eager", "torch", "triton"]
-    assert rows[0]["samples_ms"] == [40.5] * 32 and rows[0]["tokens_per_step"] == 32
-    assert [len(r.get("samples_ms", [])) for r in rows] == [32, 32, 32, 0] and rows[3]["status"] == "skipped"
+    assert rows[0]["samples_ms"] == [40.5] * 72 and rows[0]["tokens_per_step"] == 32
+    assert [len(r.get("samples_ms", [])) for r in rows] == [72, 72, 72, 0] and rows[3]["status"] == "skipped"
+    assert [36, 36, 0, 0] in news, "what a run that is ended leaves behind"
     assert "last_loss" in rows[1] and "loss_apart" in rows[1]
     turns = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("turn")]
     assert turns == ["nanoGPT", "eager", "torch", "torch", "eager", "nanoGPT"]
