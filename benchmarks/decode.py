@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         for batch in batches:
             shape = replace(settings.model_config(CHARACTERS), block_size=block)
             made = functools.partial(GPT, shape, backends.resolve("torch", here.torch_device))
-            rows = measure(made, preset, batch, kinds, here.torch_device, rounds, document["ceilings"]["copy_gbps"])
+            rows = measure(made, preset, batch, kinds, here.torch_device, rounds, document["ceilings"].get("copy_gbps"))
             document["rows"] += rows
             results.save(document, path)
             for row in rows:
@@ -116,7 +116,7 @@ def configurations(kernels: list[str]) -> list[Configuration]:
 
 def measure(
     made: Callable[[], GPT], preset: str, batch: int, kinds: list[Configuration], device: torch.device, rounds: int,
-    copy_gbps: float,
+    copy_gbps: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one model and batch: the tokens of every configuration first, then the times of those that agree.
 
@@ -225,8 +225,8 @@ def _steps(model: GPT, kind: Configuration, prompts: list, device: torch.device,
     return generation.steps(model, prompts, cache=kind.cache, cuda_graph=kind.cuda_graph, **options)
 
 
-def bandwidth(model: GPT, batch: int, milliseconds: float, copy_gbps: float) -> dict[str, float]:
-    """What a step has to read, on the average of a block that fills, as GB/s and as a share of a copy's.
+def bandwidth(model: GPT, batch: int, milliseconds: float, copy_gbps: float | None) -> dict[str, float]:
+    """What a step has to read, on the average of a block that fills, as GB/s and, if known, as a share of a copy's.
 
     Every weight of a product or a norm once for the whole batch, and of each row the keys and values that are filled;
     of the embeddings only a row is read, which does not count.
@@ -236,5 +236,6 @@ def bandwidth(model: GPT, batch: int, milliseconds: float, copy_gbps: float) -> 
     weights = sum(p.nbytes for name, p in model.named_parameters() if name not in embeddings)
     cache = 2 * shape.n_layer * shape.n_embd * weight.itemsize * batch * (1 + shape.block_size) / 2
     gbps = (weights + cache) / milliseconds / 1e6
-    found = {"weight_bytes": weights, "cache_bytes": cache, "gbps": gbps, "copy_percent": 100 * gbps / copy_gbps}
+    found = {"weight_bytes": weights, "cache_bytes": cache, "gbps": gbps}
+    found |= {"copy_percent": 100 * gbps / copy_gbps} if copy_gbps else {}
     return {name: float(f"{value:.5g}") for name, value in found.items()}

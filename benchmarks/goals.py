@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, problems, report, results, suite
+from kernels.op import Op
 from minigpt.errors import UserError
 
 PAGE = machine.ROOT / "docs" / "performance.md"
@@ -88,14 +89,17 @@ class Goal:
 def faster(
     text: str, bound: float, ops: Sequence[str], cases: Sequence[str], passes: Sequence[str], peers: Sequence[str]
 ) -> Bar:
-    """The time of the fastest of `peers` over ours."""
+    """The time of the fastest of `peers` over ours. One whose calls wait for the device has no graph, and that wait in
+    its time."""
 
     def find(rows: Rows) -> dict[str, float]:
         found = {}
         for op, case, which, ours in _ours(rows, ops, cases, passes):
-            times = [row["median_ms"] for peer in peers if (row := rows.kernel(op, case, which, peer))]
-            if times:
-                found[_label(ops, op, case, which)] = min(times) / ours["median_ms"]
+            theirs = [row for peer in peers if (row := rows.kernel(op, case, which, peer))]
+            if theirs:
+                best = min(theirs, key=lambda row: row["median_ms"])
+                waits = "" if best.get("method") == ours.get("method") else ", waiting for the device included"
+                found[_label(ops, op, case, which) + waits] = best["median_ms"] / ours["median_ms"]
         return found
 
     return Bar(text, bound, find, len(ops) * len(cases) * len(passes))
@@ -166,6 +170,10 @@ def _start(rows: Rows) -> dict[str, float]:
 _SDPA = ("torch", "torch-flash", "torch-cudnn")
 _HEADS, _DROPPED = ("shakespeare", "gpt2"), ("shakespeare-dropout", "gpt2-dropout")
 _BOTH_NORMS = ("layer_norm", "add_layer_norm")
+_CASES = {
+    ATTENTION: (*LENGTHS, *_HEADS, *_DROPPED), **dict.fromkeys(_BOTH_NORMS, NORMS), "cross_entropy": LOSSES,
+    "linear_cross_entropy": ("gpt2",), "decode_attention": CACHES,
+}  # fmt: skip
 
 GOALS = (
     Goal(
@@ -220,7 +228,7 @@ GOALS = (
     ),
     Goal(
         "decode_attention, 1 and 64 rows, caches of 1k to 16k",
-        (faster("1.0 x SDPA", 1.0, ["decode_attention"], CACHES, ["forward"], ["torch"]),),
+        (faster("1.0 x the best of SDPA", 1.0, ["decode_attention"], CACHES, ["forward"], _SDPA),),
         share("85% of bandwidth", 85, ["decode_attention"], CACHES, ["forward"]),
     ),
     Goal(
@@ -242,6 +250,11 @@ GOALS = (
         Bar("5 s", 5.0, _start, at_most=True, form="{:.1f} s"),
     ),
 )  # fmt: skip
+
+
+def cases(op: Op) -> tuple[str, ...]:
+    """The names of an op's cases that the goals are about."""
+    return _CASES.get(op.name, ())
 
 
 # ---------------------------------------------------------------- the command
@@ -308,7 +321,7 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
     ceilings = {"copy_gbps": peaks.bandwidth, f"matmul_tflops_{DTYPE}": peaks.tensor[DTYPE]}
     origin = f"published peaks of an {PUBLISHED}"
     for document in documents:
-        if document["kind"] == "kernels" and f"matmul_tflops_{DTYPE}" in document["ceilings"]:
+        if document["kind"] == "kernels" and set(ceilings) <= set(document["ceilings"]):
             ceilings, origin = document["ceilings"], f"ceilings measured on {document['machine']['name']}"
     yield (
         f"Floors in microseconds, bf16: the fewest bytes at {ceilings['copy_gbps']:,.0f} GB/s or the operations at "
@@ -317,13 +330,9 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "| op | case | shape | forward | backward |"
     yield "|---|---|---|---|---|"
-    wanted = {
-        ATTENTION: (*LENGTHS, *_HEADS), **dict.fromkeys(_BOTH_NORMS, NORMS), "cross_entropy": LOSSES,
-        "linear_cross_entropy": ("gpt2",), "decode_attention": CACHES,
-    }  # fmt: skip
     for op in problems.ops_named([]):
         known = {case.name: case for case in problems.all_cases(op, True, False)}
-        for name in wanted.get(op.name, ()):
+        for name in cases(op):
             case = known[name]
             inputs = op.inputs(case, problems.DTYPES[DTYPE], "meta")
             costs = [cost for cost in op.cost(inputs, case.options) if cost]

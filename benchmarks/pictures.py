@@ -45,7 +45,7 @@ def draw(document: dict[str, Any], path: Path) -> list[Path]:
             drawn.append(_save(_times(document, mine), path, f"{op}-{dtype}"))
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             mine = [row for row in rows if row["dtype"] == dtype and row["tflops"] > 0 and row["intensity"] > 0]
-            if mine and document["ceilings"].get(f"matmul_tflops_{dtype}"):
+            if mine and {"copy_gbps", f"matmul_tflops_{dtype}"} <= set(document["ceilings"]):
                 drawn.append(_save(_roofline(document, mine, dtype), path, f"roofline-{dtype}"))
     return drawn
 

@@ -118,9 +118,14 @@ class Problem:
         return tensors
 
     def _draw_gradients(self, seed: int) -> None:
+        """Normal numbers; of a scalar what a loss is given by backward(), but for the second draw, which tells who
+        takes no notice of it: with 1 some peers leave out a pass over their gradients, and that is how they are used.
+        """
         generator = torch.Generator(self.device).manual_seed(seed + 1000)
         for gradient in self.gradients:
             gradient.copy_(torch.randn(gradient.shape, generator=generator, device=self.device))
+            if not gradient.dim() and seed != SEEDS[1]:
+                gradient.fill_(1.0)
 
     def redraw(self, seed: int) -> None:
         """Other inputs and incoming gradients, at the same addresses."""

@@ -7,6 +7,7 @@ that nothing here needs a peer.
 
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels.device
-from benchmarks.problems import Call, Problem
+from benchmarks.problems import SEEDS, Call, Problem
 from kernels.op import Op
 from minigpt.errors import UserError
 
 ATTENTION = "scaled_dot_product_attention"
 QKVPACKED = "scaled_dot_product_attention_qkvpacked"
+DECODE = "decode_attention"
+LARGEST_SCORES = 2 << 30  # bytes: with more of them plain arithmetic crowds out whoever is timed beside it
 
 
 class Unavailable(Exception):
@@ -109,18 +112,28 @@ def _ours(problem: Problem) -> Call:
 
 @provider("eager")
 def _eager(problem: Problem) -> Call:
+    _small_scores(problem)
     return problem.op.reference
+
+
+def _small_scores(problem: Problem) -> None:
+    if problem.op.name == ATTENTION:
+        size = math.prod(problem.case.shapes["query"][:-1]) * problem.case.shapes["key"][-2] * problem.dtype.itemsize
+        if size > LARGEST_SCORES:
+            raise Unavailable(f"its scores would take {size / 1e9:.0f} GB")
 
 
 @provider("torch")
 def _torch(problem: Problem) -> Call:
     if problem.op.torch is None:
         raise Unavailable(f"this PyTorch has no {problem.op.name}")
-    return _with_offset(problem) if problem.op.name == ATTENTION else problem.op.torch
+    return _sdpa(problem) if problem.op.name in (ATTENTION, DECODE) else problem.op.torch
 
 
-def _with_offset(problem: Problem) -> Call:
-    """PyTorch's attention, with a mask made beforehand where the diagonal is shifted: it has no query_offset."""
+def _sdpa(problem: Problem) -> Call:
+    """PyTorch's attention with no mask where it needs none, and one made beforehand for a shifted diagonal."""
+    if problem.op.name == DECODE:
+        return _over_full_caches if _full(problem) else problem.op.torch
     offset = problem.case.options.get("query_offset", 0)
     if not (offset and problem.case.options.get("is_causal")):
         return problem.op.torch
@@ -133,8 +146,23 @@ def _with_offset(problem: Problem) -> Call:
     return attention
 
 
-def _sdpa(problem: Problem, backend: SDPBackend) -> Call:
-    attention = _with_offset(problem)
+def _over_full_caches(query, key_cache, value_cache, lengths, **options):
+    return torch.nn.functional.scaled_dot_product_attention(query, key_cache, value_cache, **options)
+
+
+def _full(problem: Problem) -> bool:
+    """Whether the caches of decode_attention are full, whatever seed their lengths are drawn with."""
+    shape, slots = problem.case.shapes["lengths"], problem.case.shapes["key_cache"][2]
+    drawn = (problem.op.draw("lengths", shape, problem.case, torch.Generator().manual_seed(seed)) for seed in SEEDS)
+    return all(bool((lengths == slots).all()) for lengths in drawn)
+
+
+def _by_one_backend(problem: Problem, backend: SDPBackend) -> Call:
+    _half_only(problem)
+    _refuse(problem, "query_offset")
+    if problem.op.name == DECODE and not _full(problem):
+        raise Unavailable("it has no mask of lengths")
+    attention = _sdpa(problem)
 
     def restricted(**arguments):
         with sdpa_kernel(backend):
@@ -143,18 +171,14 @@ def _sdpa(problem: Problem, backend: SDPBackend) -> Call:
     return restricted
 
 
-@provider("torch-flash", ATTENTION, gpu_only=True)
+@provider("torch-flash", ATTENTION, DECODE, gpu_only=True)
 def _torch_flash(problem: Problem) -> Call:
-    _half_only(problem)
-    _refuse(problem, "query_offset")
-    return _sdpa(problem, SDPBackend.FLASH_ATTENTION)
+    return _by_one_backend(problem, SDPBackend.FLASH_ATTENTION)
 
 
-@provider("torch-cudnn", ATTENTION, gpu_only=True)
+@provider("torch-cudnn", ATTENTION, DECODE, gpu_only=True)
 def _torch_cudnn(problem: Problem) -> Call:
-    _half_only(problem)
-    _refuse(problem, "query_offset")
-    return _sdpa(problem, SDPBackend.CUDNN_ATTENTION)
+    return _by_one_backend(problem, SDPBackend.CUDNN_ATTENTION)
 
 
 @provider("torch-chunked", "linear_cross_entropy")
@@ -167,7 +191,8 @@ def _torch_chunked(problem: Problem) -> Call:
 
 
 def _compiled(function: Callable) -> Callable:
-    torch._functorch.config.donated_buffer = False  # backward alone is timed with its graph kept
+    functorch = importlib.import_module("torch._functorch.config")  # which torch does not import by itself
+    functorch.donated_buffer = False  # backward alone is timed with its graph kept
     return torch.compile(function, dynamic=False)
 
 
@@ -179,6 +204,7 @@ def forget_compilations() -> None:
 
 @provider("compile")
 def _compile(problem: Problem) -> Call:
+    _small_scores(problem)
     return _compiled(problem.op.reference)
 
 

@@ -1,10 +1,10 @@
 """`python -m benchmarks all --stage N`: what a run on a GPU does, step by step, in the minutes that there are.
 
-1  versions; one kernel forward and backward, stop if wrong; every plan compiled; parity; the losses of short trainings;
-   quick kernel benchmarks; the memory of one step of gpt2
-2  parity; the tile sweep
-3  the kernels of real sizes compiled; parity; every kernel benchmark; the ladder, beside nanoGPT if told where;
-   generation; a cold start; traces
+1  versions; every op once, stop if all are wrong; the kernels of real sizes compiled; parity; the losses of short
+   trainings; quick kernel benchmarks; the memory of one step of gpt2
+2  parity; the tile sweep, into kernels/tiles, from where it goes on and what stage 3 measures
+3  the kernels of real sizes compiled; every kernel benchmark, what the goals name first; the ladder, beside nanoGPT if
+   told where; generation; a cold start; parity; traces
 
 Each step is a process of its own with a time limit, its share of the minutes that are left, so that a step that takes
 too long leaves the later ones theirs; a step that fails ends nothing but itself. What there is is packed
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, results
+from kernels import tiles
 from minigpt.errors import UserError, writing
 
 PACK_SECONDS = 15.0  # between packings while a step runs
@@ -86,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             work,
             archive,
             arguments.minutes * 60 - RESERVE_SECONDS,
+            also=tiles.FOLDER if arguments.stage == 2 and on_gpu else None,
         )
     print(summary(outcomes))
     print(f"packed: {archive}")
@@ -99,7 +101,7 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
         return Step(name, [sys.executable, "-m", "benchmarks", *arguments, "--out", str(work / "results")], seconds)
 
     def parity(seconds: float, choice: str) -> Step:
-        tests = ["tests/kernels/test_parity.py", "-q", "-x", "-p", "no:cacheprovider"]
+        tests = ["tests/kernels/test_parity.py", "-q", "--maxfail", "20" if on_gpu else "1", "-p", "no:cacheprovider"]
         small = "small or one_row or characters"
         chosen = ["-k", choice if on_gpu else f"({small}) and float32"]
         if on_gpu and importlib.util.find_spec("xdist"):  # hundreds of kernels are compiled: one core takes too long
@@ -109,9 +111,9 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
     python = [sys.executable, "-m"]
     versions = Step("versions", [*python, "benchmarks.versions"], 60)
     first = Step("one-kernel", [*python, "benchmarks.first_kernel"], 120, vital=True)
+    whole = [*python, "profiling", "resources", "--here", "--dtype", "bfloat16", "--json", str(work / "resources.json")]
     if stage == 1:
-        where = ["--here"] if on_gpu else ["--arch", "sm_90"]
-        compiling = [*python, "profiling", "resources", *where, "--json", str(work / "resources.json")]
+        small = [*python, "profiling", "resources", "--op", "layer_norm", "--dtype", "float32"]
         preset, steps = ("shakespeare", "100") if on_gpu else ("tiny", "3")
         rungs = ["torch", "triton"] if on_gpu else ["eager", "torch"]
         losses = ["--preset", preset, "--steps", steps, "--rounds", "6", "--rung", *rungs]
@@ -120,37 +122,34 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
         return [
             versions,
             first,
-            Step("compile", compiling if on_gpu else [*compiling, "--op", "layer_norm", "--dtype", "float32"], 150),
+            Step("compile", whole if on_gpu else small, 100),
             parity(150, "float32 or bfloat16"),
             ours("losses", 120, "train", "--quick", *losses),
             ours("kernels", 180, "kernels", "--quick", *([] if on_gpu else _REHEARSED)),
             Step("memory", [*python, "profiling", "memory", *memory], 120),
         ]
     if stage == 2:
-        tiles = ["--out", str(work / "tiles"), *([] if on_gpu else ["--dry-run", "--quick"])]
+        where = [] if on_gpu else ["--out", str(work / "tiles"), "--dry-run", "--quick"]
         return [
             versions,
             first,
-            parity(180, "float32 or bfloat16"),
-            Step("tune", [*python, "benchmarks", "tune", *tiles], 420),
+            parity(100, "float32 or bfloat16"),
+            Step("tune", [*python, "benchmarks", "tune", *where], 420),
         ]
-    preset = ["--preset", "shakespeare"] if on_gpu else ["--quick", "--preset", "tiny", "--rung", "eager", "torch"]
-    more = [] if on_gpu else ["--steps", "3", "--rounds", "6"]
-    beside = ["--nanogpt", str(nanogpt.resolve())] if nanogpt and on_gpu else []
-    cold = ["--rung", "triton", *(["--rounds", "2"] if on_gpu else ["--rounds", "1", "--preset", "tiny"])]
-    compiled = [Step("compile", [*python, "profiling", "resources", "--here", "--dtype", "bfloat16"], 60)]
+    rungs = ["torch", "torch+compile", "triton", "triton+compile+graph"] if on_gpu else ["eager", "torch"]
+    ladder = ["train", "--quick", "--rung", *rungs, *([] if on_gpu else ["--steps", "3", "--rounds", "6"])]
+    ladder += ["--nanogpt", str(nanogpt.resolve())] if nanogpt and on_gpu else []
     steps = [
         versions,
         first,
-        *(compiled if on_gpu else []),
-        parity(120, "bfloat16"),
-        ours("kernels", 330, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
-        ours("ladder", 240, "train", *preset, *more, *beside),
-        ours("decode", 120, "decode", "--quick", *([] if on_gpu else ["--preset", "tiny", "--block", "16"])),
+        *([Step("compile", whole, 50)] if on_gpu else []),
+        ours("kernels", 220, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
+        ours("ladder", 130, *ladder, "--preset", "shakespeare" if on_gpu else "tiny"),
+        *([ours("ladder-gpt2", 110, *ladder, "--preset", "gpt2")] if on_gpu else []),
+        ours("decode", 40, "decode", "--quick", *([] if on_gpu else ["--preset", "tiny", "--block", "16"])),
+        ours("start", 40, "start", "--rung", "triton", "--rounds", "1", *([] if on_gpu else ["--preset", "tiny"])),
+        parity(40, "bfloat16"),
     ]
-    if on_gpu:
-        steps.append(ours("ladder-gpt2", 240, "train", "--preset", "gpt2", "--quick", *beside))
-    steps.append(ours("start", 90, "start", *cold))
     traced = ["--preset", "gpt2" if on_gpu else "tiny", "--batch-size", "8", "--steps", "2"]
     for backend in ("torch", "triton"):
         command = [
@@ -163,7 +162,7 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
             "--out",
             str(work / f"trace-{backend}"),
         ]
-        steps.append(Step(f"trace-{backend}", command, 90))
+        steps.append(Step(f"trace-{backend}", command, 30))
     return steps
 
 
@@ -175,9 +174,13 @@ _REHEARSED = ["--provider", "triton", "eager", "torch", "--rounds", "6"]
 
 
 def follow(
-    steps: list[Step], work: Path, archive: Path, seconds: float, say: Callable[[str], None] = print
-) -> list[Outcome]:
-    """Run the steps within `seconds` altogether, keeping `archive` up to date; how each ended."""
+    steps: list[Step], work: Path, archive: Path, seconds: float, say: Callable[[str], None] = print,
+    also: Path | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Run the steps within `seconds` altogether, keeping `archive` up to date; how each ended.
+
+    The archive has what is in `work` and, in a folder of that name, in `also`.
+    """
     began = time.monotonic()
     outcomes: list[Outcome] = []
     stopped = ""
@@ -188,13 +191,13 @@ def follow(
         else:
             limit = _limit(step, steps[number:], left)
             say(f"{number} of {len(steps)}: {step.name}, at most {limit:.0f} s")
-            outcome = _run_step(step, number, limit, work, lambda: pack(work, archive))
+            outcome = _run_step(step, number, limit, work, lambda: pack(work, archive, also))
             outcomes.append(outcome)
             say(f"  {outcome.status} after {outcome.seconds:.1f} s{': ' * bool(outcome.reason)}{outcome.reason}")
             if step.vital and outcome.status != "ok":
                 stopped = f"{step.name} did not pass, and nothing after it would mean anything"
         _note(work, outcomes)
-        pack(work, archive)
+        pack(work, archive, also)
     return outcomes
 
 
@@ -263,19 +266,22 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
 
-def pack(work: Path, archive: Path) -> None:
-    """Pack all of `work` into `archive`, which is never there by halves."""
+def pack(work: Path, archive: Path, also: Path | None = None) -> None:
+    """Pack all of `work`, and the folder `also`, into `archive`, which is never there by halves."""
     draft = archive.with_name(archive.name + ".writing")
     with writing(archive):
         with tarfile.open(draft, "w:gz", compresslevel=6) as tar:
-            for path in sorted(work.rglob("*")):
+            files = [(path, path.relative_to(work)) for path in sorted(work.rglob("*"))]
+            if also:
+                files += [(path, path.relative_to(also.parent)) for path in sorted(also.rglob("*"))]
+            for path, name in files:
                 # what is being written now may be gone or of another size in a moment
                 if path.is_file() and not path.name.endswith((".writing", ".probe")):
                     try:
                         content = path.read_bytes()
                     except FileNotFoundError:
                         continue
-                    _add(tar, str(path.relative_to(work)), content)
+                    _add(tar, str(name), content)
         os.replace(draft, archive)
 
 

@@ -8,7 +8,8 @@ kernels, which the interpreter runs there, are checked and not timed.
 import argparse
 import contextlib
 import gc
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import machine, noise, problems, providers, report, results, tim
 from benchmarks.noise import AGAIN
 from benchmarks.problems import DTYPES, PEER_FACTOR, Checker, Problem, Wrong
 from benchmarks.providers import Provider, Unavailable
+from kernels.op import Case, Op
 from minigpt.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
@@ -57,19 +59,30 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{here.name}: {len(ops)} ops, {len(who)} providers; results go to {path}", flush=True)
     document["ceilings"] = timing.ceilings(here.torch_device, dtypes, arguments.quick)
     rounds = arguments.rounds or (12 if arguments.quick else 40)
-    queue = {op.name: list(problems.all_cases(op, here.type == "cuda", arguments.quick)) for op in ops}
-    # the most important case of every op comes before the second of any: a run may end early
-    for place in range(max(map(len, queue.values()))):
-        for op in ops:
-            for case in queue[op.name][place : place + 1]:
-                for dtype in dtypes:
-                    fit = providers.fit_for(op, who, bool(arguments.provider))
-                    rows = measure(op, case, dtype, fit, document["ceilings"], rounds)
-                    document["rows"] += rows
-                    results.save(document, path)
-                    _say(rows)
+    for op, case in in_order(ops, here.type == "cuda", arguments.quick):
+        for dtype in dtypes:
+            fit = providers.fit_for(op, who, bool(arguments.provider))
+            rows = measure(op, case, dtype, fit, document["ceilings"], rounds)
+            document["rows"] += rows
+            results.save(document, path)
+            _say(rows)
     report.publish(document, path)
     return int(any(row["provider"] == "triton" and row["status"] in ("wrong", "error") for row in document["rows"]))
+
+
+def in_order(ops: Sequence[Op], on_gpu: bool, quick: bool) -> list[tuple[Op, Case]]:
+    """What to measure, as a run may end early: what the goals name, then the most important case of every op before
+    the second of any."""
+    from benchmarks import goals
+
+    found = []
+    for named in (True, False):
+        queue = [
+            [(op, case) for case in problems.all_cases(op, on_gpu, quick) if (case.name in goals.cases(op)) == named]
+            for op in ops
+        ]
+        found += [turn for turns in itertools.zip_longest(*queue) for turn in turns if turn]
+    return found
 
 
 def _say(rows: list[dict[str, Any]]) -> None:

@@ -221,12 +221,29 @@ def test_a_sample_that_leaves_work_behind_is_no_sample(late, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + (0.02 if late else 1e-5)))
+    monkeypatch.setattr(timing, "_idle_seconds", lambda: 1e-5)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if late:
         with pytest.raises(timing.Late):
             timing._elapsed(start, end)
     else:
         assert timing._elapsed(start, end) == 2.0
+
+
+def test_a_driver_that_is_slow_leaves_nothing_behind(monkeypatch):
+    """Waiting for an idle device takes 0.5 ms here, and no longer after a sample."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + 5e-4))
+    timing._idle_seconds.cache_clear()
+    try:
+        assert timing._elapsed(*(torch.cuda.Event(enable_timing=True) for _ in range(2))) == 2.0
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + 5e-3))
+        with pytest.raises(timing.Late):
+            timing._elapsed(*(torch.cuda.Event(enable_timing=True) for _ in range(2)))
+    finally:
+        timing._idle_seconds.cache_clear()
 
 
 class _Replayed:

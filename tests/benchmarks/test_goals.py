@@ -47,7 +47,20 @@ def test_every_case_that_a_bar_names_is_benchmarked():
     wanted = {(goals.ATTENTION, case) for case in (*goals.LENGTHS, *goals._HEADS, *goals._DROPPED)}
     wanted |= {(op, case) for op in goals._BOTH_NORMS for case in goals.NORMS}
     wanted |= {("cross_entropy", case) for case in goals.LOSSES} | {("decode_attention", c) for c in goals.CACHES}
-    assert wanted | {("linear_cross_entropy", "gpt2")} <= known
+    wanted |= {("linear_cross_entropy", "gpt2")}
+    assert wanted <= known and wanted == {(op.name, name) for op in problems.ops_named([]) for name in goals.cases(op)}
+
+
+def test_what_the_goals_name_is_measured_first():
+    """A run may end early. Nothing is left out, and among the first ten every op has its turn."""
+    from benchmarks import problems, suite
+
+    ops = problems.ops_named([])
+    turns = [(op.name, case.name) for op, case in suite.in_order(ops, True, False)]
+    named = [turn for turn in turns if turn[1] in goals.cases(next(op for op in ops if op.name == turn[0]))]
+    assert turns[: len(named)] == named
+    assert sorted(turns) == sorted((op.name, case.name) for op in ops for case in problems.all_cases(op, True, False))
+    assert {op for op, _ in turns[:10]} == {op for op, _ in named}
 
 
 def test_the_worst_case_and_the_best_peer_count():

@@ -77,9 +77,22 @@ def test_what_a_step_writes_is_packed_while_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "PACK_SECONDS", 0.2)
     seen = []
     pack = stages.pack
-    monkeypatch.setattr(stages, "pack", lambda work, archive: (pack(work, archive), seen.append(time.monotonic())))
+    monkeypatch.setattr(
+        stages, "pack", lambda work, archive, also: (pack(work, archive), seen.append(time.monotonic()))
+    )
     follow([step("slow", "import time; time.sleep(1.5)")], tmp_path)
     assert len(seen) >= 3
+
+
+def test_another_folder_is_packed_too(tmp_path):
+    """What a sweep knows is where the next one goes on from, and in the archive."""
+    tables, archive = tmp_path / "tiles", tmp_path / "stage.tar.gz"
+    (tmp_path / "work").mkdir()
+    tables.mkdir()
+    (tables / "acme.partial").write_text("{}")
+    stages.follow([step("none", "pass")], tmp_path / "work", archive, 60.0, say=lambda line: None, also=tables)
+    with tarfile.open(archive) as tar:
+        assert {"steps.json", "tiles/acme.partial"} <= set(tar.getnames())
 
 
 @pytest.mark.slow
