@@ -135,12 +135,11 @@ def copy(
                     tma.async_copy_global_to_shared(own[which], rows, own_full, own_buffers[which].index(i))
             for tile in range(gl.maximum(end, 1)):
                 slot, phase = copied % STAGES, copied // STAGES & 1
-                rows = [batch, head // group, tile * BLOCK_K, 0]
+                # where nothing is seen, zeros from beyond the end: 0 times infinity is NaN
+                rows = [batch, head // group, gl.where(end > 0, tile * BLOCK_K, k_len), 0]
                 mbarrier.wait(k_empty.index(slot), phase ^ 1)
                 mbarrier.expect(k_full.index(slot), keys.block_type.nbytes)
                 tma.async_copy_global_to_shared(keys, rows, k_full.index(slot), k_buffer.index(slot))
-                # where nothing is seen, zeros from beyond the end: 0 times an infinite value is NaN
-                rows = [batch, head // group, gl.where(end > 0, tile * BLOCK_K, k_len), 0]
                 mbarrier.wait(v_empty.index(slot), phase ^ 1)
                 mbarrier.expect(v_full.index(slot), values.block_type.nbytes)
                 tma.async_copy_global_to_shared(values, rows, v_full.index(slot), v_buffer.index(slot))

@@ -190,14 +190,18 @@ def test_log_sum_exp_is_that_of_the_other_kernel(which, device, loops):
 @pytest.mark.parametrize("which", ["turns", pytest.param("three", marks=pytest.mark.slow)])
 def test_infinite_values(which, device, loops):
     """A tile that sees no key has nothing to multiply: 0 times infinity would be NaN. One that is seen is infinite."""
-    rows = FORWARD_NUMBERS[which][0] * FORWARD_NUMBERS[which][5]
+    rows, rows_of_dq = (numbers[which][0] * numbers[which][5] for numbers in (FORWARD_NUMBERS, QUERY_NUMBERS))
     shapes = {"query": (1, 1, rows + 100, 64), "key": (1, 1, 65, 64), "value": (1, 1, 65, 64)}
     case = BACK._replace(shapes=shapes, options={"is_causal": True, "query_offset": -rows - 9})
     inputs = inputs_of(ATTENTION, case, torch.bfloat16, device)
     inputs["value"][:] = math.inf
+    inputs["key"][:] = math.inf
+    inputs["query"].requires_grad_()
     with plan_for(tuned(which)):
         out = ATTENTION.public(**inputs, **case.options)
-    assert (out[:, :, :rows] == 0.0).all()
+        out[:, :, :rows].sum().backward()
+    blind = rows // rows_of_dq * rows_of_dq  # queries of tiles in which none sees a key
+    assert (out[:, :, :rows] == 0.0).all() and (inputs["query"].grad[:, :, :blind] == 0.0).all()
     inputs = inputs_of(ATTENTION, EVEN, torch.bfloat16, device)
     inputs["value"][0, 0, 3, 5] = math.inf
     with plan_for(tuned(which)):
