@@ -408,7 +408,7 @@ def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Ten
 def _empty_forward(logits, reduction, out_dtype):
     loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
     lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
-    return loss, lse, logits.new_empty(() if reduction == "mean" else (0,), dtype=torch.float32)
+    return loss, lse, logits.new_empty(2 if reduction == "mean" else 0, dtype=torch.float32)
 
 
 def _forward(
@@ -420,10 +420,10 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), what "mean"
-    divides by, fp32 ().
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and for "mean" the
+    sums of losses and of the targets' weights, fp32 (2,), else an empty tensor.
 
-    With another reduction there is nothing to divide by, and the last is empty.
+    The sums are one result, as compiled code asserts that results are aligned: the second, alone, would not be.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
@@ -437,11 +437,12 @@ def _forward(
         return losses[0].to(out_dtype), lse, losses.new_empty(0)
     if reduction == "sum":
         return losses[0].sum().to(out_dtype), lse, losses.new_empty(0)
-    total, divisor = losses.sum(1).unbind()
+    sums = losses.sum(1)
+    total, divisor = sums.unbind()
     loss = total / divisor
     if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
         loss = torch.where(divisor == 0.0, torch.nan, loss)
-    return loss.to(out_dtype), lse, divisor
+    return loss.to(out_dtype), lse, sums
 
 
 def _empty_backward(logits):
@@ -454,7 +455,7 @@ def _backward(
     target: torch.Tensor,
     weight: torch.Tensor | None,
     lse: torch.Tensor,
-    divisor: torch.Tensor,
+    sums: torch.Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -463,20 +464,20 @@ def _backward(
     dlogits = _empty_backward(logits)
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
-    tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits}
+    tensors |= {"divisor": sums[1] if reduction == "mean" else None, "dlogits": dlogits}
     run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     return dlogits
 
 
 def _save(ctx, inputs, output):
     logits, target, weight, ignore_index, reduction, label_smoothing, _ = inputs
-    _, lse, divisor = output
-    ctx.mark_non_differentiable(lse, divisor)
+    _, lse, sums = output
+    ctx.mark_non_differentiable(lse, sums)
     ctx.options = (ignore_index, reduction, label_smoothing)
-    ctx.save_for_backward(logits, target, weight, lse, divisor)
+    ctx.save_for_backward(logits, target, weight, lse, sums)
 
 
-def _gradients(ctx, grad, _grad_lse, _grad_divisor):
+def _gradients(ctx, grad, _grad_lse, _grad_sums):
     dlogits = backward(grad, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
     return dlogits, None, None, None, None, None, None
 
@@ -593,8 +594,8 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     logits = logits.reshape(-1, logits.shape[-1])
     common = (options.get("ignore_index", -100), options.get("reduction", "mean"), options.get("label_smoothing", 0.0))
     with plan_only(device) as launches:
-        loss, lse, divisor = _forward(logits, target.reshape(-1), inputs.get("weight"), *common, logits.dtype)
-        _backward(loss, logits, target.reshape(-1), inputs.get("weight"), lse, divisor, *common)
+        loss, lse, sums = _forward(logits, target.reshape(-1), inputs.get("weight"), *common, logits.dtype)
+        _backward(loss, logits, target.reshape(-1), inputs.get("weight"), lse, sums, *common)
     return launches
 
 

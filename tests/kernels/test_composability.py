@@ -10,6 +10,7 @@ from test_parity import each_differentiable_op, laid_out
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import kernels
@@ -22,16 +23,17 @@ each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the calls of our custom ops."""
+    """Notes the calls of our custom ops: (function, arguments, keywords, result)."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
         if function.namespace == "kernels":
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            self.calls.append((function, args, kwargs or {}, result))
+        return result
 
 
 def _problem(op, device, dtype=torch.float32):
@@ -46,7 +48,7 @@ def test_every_registered_op_passes_opcheck(op, device):
     with _Calls() as noted:
         differentiate(op.public, op, inputs, options, grad)
     assert len(noted.calls) == 1 + bool(op.differentiable), "one boundary forward, one backward"
-    for place, (function, args, kwargs) in enumerate(noted.calls):
+    for place, (function, args, kwargs, _) in enumerate(noted.calls):
         # only forward has a formula: a second derivative raises
         wants = place == 0 and bool(op.differentiable)
         args = [
@@ -69,6 +71,22 @@ def test_fake_tensors_have_the_real_strides(op, layout, device):
     for quantity, value in real.items():
         told = fake[quantity]
         assert (told.shape, told.stride(), told.dtype) == (value.shape, value.stride(), value.dtype), quantity
+
+
+@each_op
+def test_ops_return_what_their_fakes_say(op, device):
+    """Of every case: compiled code reads results at the fakes' strides, and on a GPU asserts that they are aligned."""
+    for case in op.cases:
+        inputs = inputs_of(op, case, torch.bfloat16, device)
+        with _Calls() as noted:
+            differentiate(op.public, op, inputs, case.options, incoming(op, inputs, case.options))
+        for function, args, kwargs, result in noted.calls:
+            with FakeTensorMode() as mode:
+                fake = function(*tree_map_only(torch.Tensor, mode.from_tensor, args), **kwargs)
+            for place, (real, told) in enumerate(zip(as_tuple(result), as_tuple(fake), strict=True)):
+                facts = [(one.shape, one.stride(), one.storage_offset(), one.dtype) for one in (real, told)]
+                where = f"{case.name}: result {place} of {function}"
+                assert facts[0] == facts[1] and real.storage_offset() == 0, f"{where} is {facts[0]}, not {facts[1]}"
 
 
 @each_op
@@ -132,6 +150,20 @@ def test_compiled_whole_it_is_eager(backend, dtype, device):
         floor = torch.finfo(dtype).eps * exact.square().mean().sqrt()
         for measure in (lambda error: error.abs().max(), lambda error: error.square().mean().sqrt()):
             assert measure(one.double() - exact) <= 2 * measure(other.double() - exact) + floor
+
+
+@each_op
+def test_inductor_finds_every_result_aligned(op, device, monkeypatch):
+    """It asserts so of an op's results where the inputs are, which by itself it supposes on a GPU alone."""
+    monkeypatch.setattr("torch._inductor.graph.should_assume_input_aligned", lambda _: True)
+    case = laid_out(op)
+    inputs = inputs_of(op, case, torch.float32, device)
+    options = case.options | ({"reduction": "mean"} if "reduction" in case.options else {})
+    grad = incoming(op, inputs, options)
+    compiled = torch.compile(op.public, fullgraph=True, backend="inductor")
+    eager, ours = (differentiate(function, op, inputs, options, grad) for function in (op.public, compiled))
+    for quantity, value in eager.items():
+        torch.testing.assert_close(ours[quantity], value, msg=quantity)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -296,7 +328,7 @@ def test_flops_are_those_of_the_cost_formula(op, device):
             first = counter.get_total_flops()
             if backward is not None:
                 torch.autograd.backward(outputs, tuple(map(torch.empty_like, outputs)))
-        registered = [function for function, _, _ in noted.calls if function._overloadpacket in flop_registry]
+        registered = [function for function, *_ in noted.calls if function._overloadpacket in flop_registry]
         both = forward.flops + (backward.flops if backward is not None else 0)
         assert (first, counter.get_total_flops()) == ((forward.flops, both) if registered else (0, 0)), case.name
         assert len(registered) in (0, 1 + bool(op.differentiable)), "a formula for one direction only"
