@@ -563,7 +563,7 @@ def linear_cross_entropy(
         rows, linear_weight, labels, linear_bias, weight, int(ignore_index), reduction, float(label_smoothing),
         dtype, out_dtype, needs,
     )[0]  # fmt: skip
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
 # ---------------------------------------------------------------- catalogue

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
+from parity import DTYPES, LAYOUTS, as_tuple, case_of, differentiate, incoming, inputs_of, name_of, on_each
 from test_parity import each_differentiable_op, laid_out
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -95,6 +95,55 @@ def test_meta_tensors(op):
     grad = on_each(lambda tensor: tensor.to("meta"), grad)
     result = differentiate(op.public, op, {n: t.to("meta") for n, t in inputs.items()}, options, grad)
     assert all(value.is_meta for value in result.values())
+
+
+# ---------------------------------------------------------------- in place
+
+
+def _modified(tensor):
+    """In place, and so that the gradient of what was there is not what it was."""
+    tensor *= 1.5
+    tensor[..., :1] = 0.25
+    return tensor
+
+
+@each_op
+def test_results_are_nobodys_views(op, device):
+    """PyTorch's own are not: a view made in a function, or without gradients, cannot be modified in place."""
+    case = case_of(op, "none") if "cross_entropy" in op.name else laid_out(op)  # losses of one dimension
+    inputs, options = inputs_of(op, case, torch.float32, device), case.options
+    leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        without = as_tuple(op.public(**leaves, **options))
+    for output in (*without, *as_tuple(op.public(**leaves, **options)), *as_tuple(op.public(**inputs, **options))):
+        assert not output._is_view()
+    for output in without:
+        output += torch.ones_like(output).requires_grad_()
+        assert output.requires_grad
+
+
+@each_differentiable_op
+def test_results_modified_in_place(op, device):
+    """As PyTorch has it: gradients of what became of them, or where backward needs what was there, an error."""
+    inputs, options, grad = _problem(op, device)
+    kept = {"scaled_dot_product_attention": [0], "scaled_dot_product_attention_qkvpacked": [0], "add_layer_norm": [1]}
+    for place, name in enumerate(op.outputs):
+
+        def changed(*args, function, place=place, **options):
+            outputs = list(as_tuple(function(*args, **options)))
+            outputs[place] = _modified(outputs[place])
+            return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+        if place in kept.get(op.name, []):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                differentiate(partial(changed, function=op.public), op, inputs, options, grad)
+            continue
+        ours, theirs = (
+            differentiate(partial(changed, function=function), op, inputs, options, grad)
+            for function in (op.public, op.torch)
+        )
+        for quantity, exact in theirs.items():
+            torch.testing.assert_close(ours[quantity], exact, rtol=1e-4, atol=1e-4, msg=f"{name}: {quantity}")
 
 
 # ---------------------------------------------------------------- torch.compile
