@@ -401,6 +401,12 @@ def check_targets(name: str, target: torch.Tensor, n_classes: int, ignore_index:
         raise IndexError(f"{name}: target {wrong} is out of bounds for {n_classes} classes")
 
 
+def check_weight(name: str, weight: torch.Tensor | None) -> None:
+    """RuntimeError for class weights that should have a gradient: the ops have none for them, nor has PyTorch."""
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: not differentiable with respect to weight; pass weight.detach()")
+
+
 def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
     return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
 
@@ -528,6 +534,7 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
         )
     if weight is not None and weight.dtype not in DTYPES:
         raise NotImplementedError(f"cross_entropy: weight is {weight.dtype}; the kernel has float32, float16, bfloat16")
+    check_weight("cross_entropy", weight)
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
@@ -552,7 +559,8 @@ def cross_entropy(
 
     A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
-    do not fit, NotImplementedError for probability targets and other dtypes.
+    do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets and
+    other dtypes.
     """
     refuse_transforms("cross_entropy", input, weight)
     if size_average is not None or reduce is not None:
@@ -566,7 +574,7 @@ def cross_entropy(
         logits = logits.reshape(target.numel(), logits.shape[-1])
         labels = target.reshape(-1)
     out_dtype = torch.float32 if autocast_dtype(input.device) else input.dtype
-    weight = None if weight is None else weight.detach().contiguous()
+    weight = None if weight is None else weight.contiguous()
     labels = labels.to(torch.int64).contiguous()
     loss = forward(logits, labels, weight, int(ignore_index), reduction, float(label_smoothing), out_dtype)[0]
     return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss

@@ -35,6 +35,7 @@ from kernels.cross_entropy import (
     CHECK_TARGETS,
     DTYPES,
     check_targets,
+    check_weight,
     lanes,
     logit_gradients,
     long_row_sums,
@@ -506,6 +507,7 @@ def _check(input, linear_weight, target, linear_bias, weight, ignore_index, redu
                 f"{name}: {what} must have one element for each of the {n_classes} classes, got shape "
                 f"{list(tensor.shape)}"
             )
+    check_weight(name, weight)
     if target.shape != input.shape[:-1]:
         raise (ValueError if input.dim() > 1 and target.shape[:1] != input.shape[:1] else RuntimeError)(
             f"{name}: input {list(input.shape)} needs a target of shape {list(input.shape[:-1])}, "
@@ -543,7 +545,8 @@ def linear_cross_entropy(
 
     A target outside [0, V) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes, dtypes and options that
-    do not fit, NotImplementedError for probability targets, K-dimensional weights, options and other dtypes.
+    do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets,
+    K-dimensional linear weights, options and other dtypes.
     """
     refuse_transforms("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     if options is not None:
@@ -556,7 +559,7 @@ def linear_cross_entropy(
     out_dtype, dtype = (input.dtype, input.dtype) if dtype is None else (torch.float32, dtype)
     learns = torch.is_grad_enabled() and reduction != "none"
     needs = [learns and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, linear_bias)]
-    weight = None if weight is None else weight.detach().contiguous()
+    weight = None if weight is None else weight.contiguous()
     labels = target.reshape(-1).to(torch.int64).contiguous()
     rows = input.reshape(labels.shape[0], input.shape[-1])
     loss = forward(
