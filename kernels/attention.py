@@ -118,6 +118,9 @@ def _backward(
 def write_gradients(gradients, grad, query, key, value, out, lse, grad_lse, seed, **options):
     """Those of query, key and value into `gradients`, three tensors of their shapes, in memory as they like."""
     dquery, dkey, dvalue = gradients
+    if not query.shape[1]:  # no query head comes to any key
+        dkey.zero_()
+        dvalue.zero_()
     tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value), "out": out}
     tensors |= {"grad": rows_of(grad), "lse": lse, "grad_lse": None if grad_lse is None else grad_lse.contiguous()}
     tensors |= {"seed": seed, "statistics": lse.new_empty((*lse.shape, 2))}

@@ -103,6 +103,17 @@ def test_groups_are_repeated_heads(heads, device):
 # ---------------------------------------------------------------- lse
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [9, 70])  # of the kernels for short sequences, and of those that loop
+@pytest.mark.parametrize("key_heads", [1, 3])
+def test_keys_without_a_query_head_have_no_gradient(key_heads, length, is_causal, device):
+    """Zero and not what memory held; and nothing is launched, as kernels cannot divide by a group of none."""
+    inputs = problem(device, b=2, h=0, q=length, k=length, kv_heads=key_heads)
+    with op.count_launches() as launched:
+        agree(inputs, {"is_causal": is_causal, "enable_gqa": True})
+    assert not launched
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_lse(dtype, device):
     inputs = problem(device, q=40, k=30, d=24, dtype=dtype)
