@@ -411,6 +411,14 @@ def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Ten
     return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
 
 
+def mean(total: torch.Tensor, divisor: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float):
+    """The sum of the losses over the sum of the targets' weights, NaN where that is zero."""
+    loss = total / divisor
+    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
+        loss = torch.where(divisor == 0.0, torch.nan, loss)
+    return loss
+
+
 def _empty_forward(logits, reduction, out_dtype):
     loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
     lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
@@ -444,11 +452,7 @@ def _forward(
     if reduction == "sum":
         return losses[0].sum().to(out_dtype), lse, losses.new_empty(0)
     sums = losses.sum(1)
-    total, divisor = sums.unbind()
-    loss = total / divisor
-    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
-        loss = torch.where(divisor == 0.0, torch.nan, loss)
-    return loss.to(out_dtype), lse, sums
+    return mean(*sums.unbind(), weight, label_smoothing).to(out_dtype), lse, sums
 
 
 def _empty_backward(logits):

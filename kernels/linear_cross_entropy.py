@@ -39,6 +39,7 @@ from kernels.cross_entropy import (
     lanes,
     logit_gradients,
     long_row_sums,
+    mean,
     numbers,
     row_losses,
     row_scales,
@@ -315,12 +316,10 @@ def _forward(
         if any(needs):
             gradients.add(logits, rows, x, w)
 
-    if none:
-        loss = losses.to(out_dtype)
-    else:
-        total = losses.sum()
-        loss = (total / divisor if reduction == "mean" else total).to(out_dtype)
-    return loss, lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
+    loss = losses if none else losses.sum()
+    if reduction == "mean":
+        loss = mean(loss, divisor, weight, label_smoothing)
+    return loss.to(out_dtype), lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
 
 
 def _fake_forward(
@@ -537,7 +536,7 @@ def linear_cross_entropy(
     input (..., H), linear_weight (V, H), linear_bias (V,) of one dtype, fp32, fp16 or bf16; int64 targets (...);
     class weights (V,) of any of these dtypes -> the mean or sum, or with reduction="none" the losses in target's
     shape, in input's dtype. Under autocast the products have its dtype, the loss is fp32, and gradients have the dtypes
-    of what they belong to. "mean" divides by the sum of the targets' weights, and is NaN where every target is ignored.
+    of what they belong to. "mean" divides by the sum of the targets' weights, and is NaN where that is zero.
     The signature is that of `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13): ignore_index=None is -100.
 
     Softmax, losses and the gradients of weight and bias are summed in fp32. With "mean" and "sum" gradients are made in

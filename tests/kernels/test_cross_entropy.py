@@ -158,6 +158,11 @@ def test_weights_of_zero(reduction, smoothing, device):
     agree(x, target, weight=weight, reduction=reduction, label_smoothing=smoothing)
     target[1] = -100
     agree(x, target, weight=weight, reduction=reduction, label_smoothing=smoothing)
+    ours, theirs = (
+        function(x, target, weight, reduction=reduction, label_smoothing=smoothing)
+        for function in (kernels.reference.cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -150,11 +150,15 @@ def test_everything_ignored(reduction, smoothing, chunked, device):
     agree(x, w, target, bias, reduction=reduction, label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_classes_that_weigh_nothing(reduction, device):
+def test_classes_that_weigh_nothing(reduction, smoothing, device):
+    """Once for some targets, once for all, where mean divides by zero, and once for every class."""
     x, w, target, bias = problem(9, n_classes=5, device=device)
-    agree(x, w, target, bias, weight=torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5], device=device), reduction=reduction)
-    agree(x, w, torch.zeros_like(target), bias, weight=torch.zeros(5, device=device), reduction=reduction)
+    weight, options = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5], device=device), {"label_smoothing": smoothing}
+    agree(x, w, target, bias, weight=weight, reduction=reduction, **options)
+    agree(x, w, target % 2 * 2, bias, weight=weight, reduction=reduction, **options)
+    agree(x, w, torch.zeros_like(target), bias, weight=torch.zeros(5, device=device), reduction=reduction, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
