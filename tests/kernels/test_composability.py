@@ -9,6 +9,7 @@ from parity import DTYPES, LAYOUTS, as_tuple, case_of, differentiate, incoming, 
 from test_parity import each_differentiable_op, laid_out
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -244,6 +245,20 @@ def test_one_graph_serves_every_length(device):
         inputs = _chain_inputs(device, t=t)
         torch.testing.assert_close(compiled(*inputs), _chain(*inputs))
     assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
+
+
+@pytest.mark.parametrize("form", ["a number", "a tuple"])
+def test_traced_with_a_symbolic_normalized_shape(form, device):
+    """What x.shape[-1] is while make_fx, export or the compiler trace; the graph then serves other sizes."""
+
+    def norms(x):
+        shape = x.shape[-1] if form == "a number" else (x.shape[-1],)
+        return kernels.layer_norm(x, shape), *kernels.add_layer_norm(x, x, shape)
+
+    graph = make_fx(norms, tracing_mode="symbolic")(torch.ones(3, 8, device=device))
+    x = torch.randn(5, 13, generator=torch.Generator().manual_seed(0)).to(device)
+    for traced, eager in zip(graph(x), norms(x), strict=True):
+        assert torch.equal(traced, eager)
 
 
 # ---------------------------------------------------------------- torch.func
