@@ -263,7 +263,7 @@ def _cross_entropy_forward(
 
 @triton.jit
 def _cross_entropy_backward(
-    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, sums_ptr, dlogits_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -279,8 +279,8 @@ def _cross_entropy_backward(
 
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
-    if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr)
+    if sums_ptr is not None:
+        divisor = tl.load(sums_ptr + 1)
         grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
     peak = tl.load(lse_ptr + 2 * rows, mask=in_rows, other=0.0)
     log_total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=0.0)
@@ -375,7 +375,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "backward")
-    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
+    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "sums", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}
     width = specs["logits"].stride[0] if options.get("padded") else n_classes
@@ -474,7 +474,7 @@ def _backward(
     dlogits = _empty_backward(logits)
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
-    tensors |= {"divisor": sums[1] if reduction == "mean" else None, "dlogits": dlogits}
+    tensors |= {"sums": sums if reduction == "mean" else None, "dlogits": dlogits}
     run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     return dlogits
 
