@@ -118,6 +118,9 @@ def _backward(
 def write_gradients(gradients, grad, query, key, value, out, lse, grad_lse, seed, **options):
     """Those of query, key and value into `gradients`, three tensors of their shapes, in memory as they like."""
     dquery, dkey, dvalue = gradients
+    if not query.shape[1]:  # no query head comes to any key
+        dkey.zero_()
+        dvalue.zero_()
     tensors = {"query": rows_of(query), "key": rows_of(key), "value": rows_of(value), "out": out}
     tensors |= {"grad": rows_of(grad), "lse": lse, "grad_lse": None if grad_lse is None else grad_lse.contiguous()}
     tensors |= {"seed": seed, "statistics": lse.new_empty((*lse.shape, 2))}
@@ -173,6 +176,7 @@ def _backward_flops(
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
+SMALLEST = torch.finfo(torch.float32).tiny  # a scale below may be zero in the kernels, and -inf times that is NaN
 
 
 def check_common(op, name, tensor, dropout_p, scale):
@@ -189,6 +193,12 @@ def check_common(op, name, tensor, dropout_p, scale):
         check_number(op, "scale", scale, finite=True)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+
+
+def scale_of(scale: float | None, size: int) -> float:
+    """The scale for heads of `size`, 1 / sqrt(size) unless given; 0, which no kernel takes, for one next to it."""
+    scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
+    return 0.0 if abs(scale) < SMALLEST else scale
 
 
 def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset):
@@ -274,7 +284,7 @@ def scaled_dot_product_attention(
     key, value = _four_dimensions(key, kv_heads), _four_dimensions(value, kv_heads)
 
     q_len, k_len, size = query.shape[-2], key.shape[-2], query.shape[-1]
-    scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
+    scale = scale_of(scale, size)
     if scale <= 0.0:  # the kernel takes the maximum before it scales
         query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
     query_offset = max(-q_len, min(k_len, query_offset)) if is_causal else 0

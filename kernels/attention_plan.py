@@ -273,6 +273,8 @@ def _hopper_launch(
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
+    if not n_head:  # of 0 heads the kernels cannot make groups
+        return []
     numbers = _numbers(specs, options)
     del numbers["scale"]
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
@@ -296,6 +298,8 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, q_len, _ = specs["query"].shape
     n_key_head, k_len = specs["key"].shape[1:3]
+    if not n_head:
+        return []
     inputs = {"q": specs["query"], "k": specs["key"], "v": specs["value"]}
     outputs = {"dq": specs["dquery"], "dk": specs["dkey"], "dv": specs["dvalue"]}
     numbers = _numbers(specs, options)

@@ -129,7 +129,7 @@ def scaled_dot_product_attention_qkvpacked(
     attention.check_common(name, "qkv", qkv, dropout_p, scale)
 
     *lead, length, _, heads, size = qkv.shape
-    scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
+    scale = attention.scale_of(scale, size)
     if scale <= 0.0:  # the kernel takes the maximum before it scales
         query, key, value = qkv.unbind(-3)
         qkv = torch.stack((-query if scale < 0.0 else query * 0.0, key, value), -3)

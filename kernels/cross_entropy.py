@@ -263,7 +263,7 @@ def _cross_entropy_forward(
 
 @triton.jit
 def _cross_entropy_backward(
-    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, sums_ptr, dlogits_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -279,8 +279,8 @@ def _cross_entropy_backward(
 
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
-    if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr)
+    if sums_ptr is not None:
+        divisor = tl.load(sums_ptr + 1)
         grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
     peak = tl.load(lse_ptr + 2 * rows, mask=in_rows, other=0.0)
     log_total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=0.0)
@@ -375,7 +375,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "backward")
-    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
+    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "sums", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}
     width = specs["logits"].stride[0] if options.get("padded") else n_classes
@@ -401,14 +401,28 @@ def check_targets(name: str, target: torch.Tensor, n_classes: int, ignore_index:
         raise IndexError(f"{name}: target {wrong} is out of bounds for {n_classes} classes")
 
 
+def check_weight(name: str, weight: torch.Tensor | None) -> None:
+    """RuntimeError for class weights that should have a gradient: the ops have none for them, nor has PyTorch."""
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: not differentiable with respect to weight; pass weight.detach()")
+
+
 def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
     return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
+
+
+def mean(total: torch.Tensor, divisor: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float):
+    """The sum of the losses over the sum of the targets' weights, NaN where that is zero."""
+    loss = total / divisor
+    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
+        loss = torch.where(divisor == 0.0, torch.nan, loss)
+    return loss
 
 
 def _empty_forward(logits, reduction, out_dtype):
     loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
     lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
-    return loss, lse, logits.new_empty(() if reduction == "mean" else (0,), dtype=torch.float32)
+    return loss, lse, logits.new_empty(2 if reduction == "mean" else 0, dtype=torch.float32)
 
 
 def _forward(
@@ -420,10 +434,10 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), what "mean"
-    divides by, fp32 ().
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and for "mean" the
+    sums of losses and of the targets' weights, fp32 (2,), else an empty tensor.
 
-    With another reduction there is nothing to divide by, and the last is empty.
+    The sums are one result, as compiled code asserts that results are aligned: the second, alone, would not be.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
@@ -437,11 +451,8 @@ def _forward(
         return losses[0].to(out_dtype), lse, losses.new_empty(0)
     if reduction == "sum":
         return losses[0].sum().to(out_dtype), lse, losses.new_empty(0)
-    total, divisor = losses.sum(1).unbind()
-    loss = total / divisor
-    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
-        loss = torch.where(divisor == 0.0, torch.nan, loss)
-    return loss.to(out_dtype), lse, divisor
+    sums = losses.sum(1)
+    return mean(*sums.unbind(), weight, label_smoothing).to(out_dtype), lse, sums
 
 
 def _empty_backward(logits):
@@ -454,7 +465,7 @@ def _backward(
     target: torch.Tensor,
     weight: torch.Tensor | None,
     lse: torch.Tensor,
-    divisor: torch.Tensor,
+    sums: torch.Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -463,20 +474,20 @@ def _backward(
     dlogits = _empty_backward(logits)
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
-    tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits}
+    tensors |= {"sums": sums if reduction == "mean" else None, "dlogits": dlogits}
     run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
     return dlogits
 
 
 def _save(ctx, inputs, output):
     logits, target, weight, ignore_index, reduction, label_smoothing, _ = inputs
-    _, lse, divisor = output
-    ctx.mark_non_differentiable(lse, divisor)
+    _, lse, sums = output
+    ctx.mark_non_differentiable(lse, sums)
     ctx.options = (ignore_index, reduction, label_smoothing)
-    ctx.save_for_backward(logits, target, weight, lse, divisor)
+    ctx.save_for_backward(logits, target, weight, lse, sums)
 
 
-def _gradients(ctx, grad, _grad_lse, _grad_divisor):
+def _gradients(ctx, grad, _grad_lse, _grad_sums):
     dlogits = backward(grad, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
     return dlogits, None, None, None, None, None, None
 
@@ -527,6 +538,7 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
         )
     if weight is not None and weight.dtype not in DTYPES:
         raise NotImplementedError(f"cross_entropy: weight is {weight.dtype}; the kernel has float32, float16, bfloat16")
+    check_weight("cross_entropy", weight)
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
@@ -551,7 +563,8 @@ def cross_entropy(
 
     A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
-    do not fit, NotImplementedError for probability targets and other dtypes.
+    do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets and
+    other dtypes.
     """
     refuse_transforms("cross_entropy", input, weight)
     if size_average is not None or reduce is not None:
@@ -565,7 +578,7 @@ def cross_entropy(
         logits = logits.reshape(target.numel(), logits.shape[-1])
         labels = target.reshape(-1)
     out_dtype = torch.float32 if autocast_dtype(input.device) else input.dtype
-    weight = None if weight is None else weight.detach().contiguous()
+    weight = None if weight is None else weight.contiguous()
     labels = labels.to(torch.int64).contiguous()
     loss = forward(logits, labels, weight, int(ignore_index), reduction, float(label_smoothing), out_dtype)[0]
     return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
@@ -593,8 +606,8 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     logits = logits.reshape(-1, logits.shape[-1])
     common = (options.get("ignore_index", -100), options.get("reduction", "mean"), options.get("label_smoothing", 0.0))
     with plan_only(device) as launches:
-        loss, lse, divisor = _forward(logits, target.reshape(-1), inputs.get("weight"), *common, logits.dtype)
-        _backward(loss, logits, target.reshape(-1), inputs.get("weight"), lse, divisor, *common)
+        loss, lse, sums = _forward(logits, target.reshape(-1), inputs.get("weight"), *common, logits.dtype)
+        _backward(loss, logits, target.reshape(-1), inputs.get("weight"), lse, sums, *common)
     return launches
 
 

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import device as devices
 from kernels import reference
+from kernels.attention import scale_of
 from kernels.attention_kernels import _attend, _exp, _head, _last_seen, _load, _offsets, _store
 from kernels.device import Device, allow_tf32
 from kernels.op import (
@@ -409,7 +410,6 @@ def _forward_flops(query_shape, key_shape, value_shape, lengths_shape, scale, **
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
-SMALLEST = torch.finfo(torch.float32).tiny  # a scale below may be zero in the kernels, and the maximum is -inf at first
 
 
 def _check(query, key_cache, value_cache, lengths, enable_gqa):
@@ -494,9 +494,7 @@ def decode_attention(
     if scale is not None:
         check_number("decode_attention", "scale", scale, finite=True)
     _check(query, key_cache, value_cache, lengths, enable_gqa)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    if abs(scale) < SMALLEST:
-        scale = 0.0
+    scale = scale_of(scale, query.shape[-1])
     if scale <= 0.0:  # the kernels take the maximum before they scale
         query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
     return forward(query, key_cache, value_cache, lengths, scale).to(dtype)

@@ -563,7 +563,7 @@ def check(
         raise TypeError(f"{op}: normalized_shape must be an int or a list of them, not {type(sizes).__name__}")
     for size in sizes:
         check_number(op, "normalized_shape", size, whole=True)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = tuple(sizes)
     if not shape or tuple(input_shape[-len(shape) :]) != shape:
         raise RuntimeError(
             f"{op}: normalized_shape={list(shape)} needs an input of shape [*, {', '.join(map(str, shape))}], "

@@ -35,9 +35,11 @@ from kernels.cross_entropy import (
     CHECK_TARGETS,
     DTYPES,
     check_targets,
+    check_weight,
     lanes,
     logit_gradients,
     long_row_sums,
+    mean,
     numbers,
     row_losses,
     row_scales,
@@ -314,12 +316,10 @@ def _forward(
         if any(needs):
             gradients.add(logits, rows, x, w)
 
-    if none:
-        loss = losses.to(out_dtype)
-    else:
-        total = losses.sum()
-        loss = (total / divisor if reduction == "mean" else total).to(out_dtype)
-    return loss, lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
+    loss = losses if none else losses.sum()
+    if reduction == "mean":
+        loss = mean(loss, divisor, weight, label_smoothing)
+    return loss.to(out_dtype), lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
 
 
 def _fake_forward(
@@ -387,7 +387,7 @@ def _backward(
     x, w = _matrix(input, dtype), _matrix(linear_weight, dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     gradients = _Gradients(input, linear_weight, dtype, needs)
-    shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "divisor": None}
+    shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "sums": None}
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "padded": True}
 
     workspace = _workspace(input, n_rows, hidden, n_classes, dtype)
@@ -506,6 +506,7 @@ def _check(input, linear_weight, target, linear_bias, weight, ignore_index, redu
                 f"{name}: {what} must have one element for each of the {n_classes} classes, got shape "
                 f"{list(tensor.shape)}"
             )
+    check_weight(name, weight)
     if target.shape != input.shape[:-1]:
         raise (ValueError if input.dim() > 1 and target.shape[:1] != input.shape[:1] else RuntimeError)(
             f"{name}: input {list(input.shape)} needs a target of shape {list(input.shape[:-1])}, "
@@ -535,7 +536,7 @@ def linear_cross_entropy(
     input (..., H), linear_weight (V, H), linear_bias (V,) of one dtype, fp32, fp16 or bf16; int64 targets (...);
     class weights (V,) of any of these dtypes -> the mean or sum, or with reduction="none" the losses in target's
     shape, in input's dtype. Under autocast the products have its dtype, the loss is fp32, and gradients have the dtypes
-    of what they belong to. "mean" divides by the sum of the targets' weights, and is NaN where every target is ignored.
+    of what they belong to. "mean" divides by the sum of the targets' weights, and is NaN where that is zero.
     The signature is that of `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13): ignore_index=None is -100.
 
     Softmax, losses and the gradients of weight and bias are summed in fp32. With "mean" and "sum" gradients are made in
@@ -543,7 +544,8 @@ def linear_cross_entropy(
 
     A target outside [0, V) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
     KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes, dtypes and options that
-    do not fit, NotImplementedError for probability targets, K-dimensional weights, options and other dtypes.
+    do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets,
+    K-dimensional linear weights, options and other dtypes.
     """
     refuse_transforms("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     if options is not None:
@@ -556,14 +558,14 @@ def linear_cross_entropy(
     out_dtype, dtype = (input.dtype, input.dtype) if dtype is None else (torch.float32, dtype)
     learns = torch.is_grad_enabled() and reduction != "none"
     needs = [learns and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, linear_bias)]
-    weight = None if weight is None else weight.detach().contiguous()
+    weight = None if weight is None else weight.contiguous()
     labels = target.reshape(-1).to(torch.int64).contiguous()
     rows = input.reshape(labels.shape[0], input.shape[-1])
     loss = forward(
         rows, linear_weight, labels, linear_bias, weight, int(ignore_index), reduction, float(label_smoothing),
         dtype, out_dtype, needs,
     )[0]  # fmt: skip
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
 # ---------------------------------------------------------------- catalogue

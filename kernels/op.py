@@ -276,7 +276,7 @@ def _autograd(
     """The autograd kernel of `op`: runs it below autograd, and records the formula if an input requires a gradient."""
 
     def below(keys, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # there views are tracked: a result would be one
             if keys.highestPriorityTypeId() in _PLAIN:  # no mode, no subclass: the dispatcher would call just this
                 return function(*inputs)
             return op.redispatch(keys, *inputs)

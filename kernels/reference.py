@@ -179,7 +179,10 @@ def cross_entropy(
         return loss.to(input.dtype)
     total = loss.sum()
     if reduction == "mean":
-        total = total / target_weight.masked_fill(~kept, 0.0).sum()
+        divisor = target_weight.masked_fill(~kept, 0.0).sum()
+        total = total / divisor
+        if label_smoothing > 0.0:  # PyTorch divides the two terms apart: 0 / 0 is one of them
+            total = torch.where(divisor == 0.0, torch.nan, total)
     return total.to(input.dtype)
 
 

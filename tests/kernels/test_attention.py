@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import op, reference
+from kernels import catalogue, op, reference
 from kernels.catalogue import ATTENTION
-from kernels.device import INTERPRETED
+from kernels.device import INTERPRETED, INTERPRETER, TARGETS
 
 attention = kernels.scaled_dot_product_attention
 
@@ -101,6 +101,17 @@ def test_groups_are_repeated_heads(heads, device):
 
 
 # ---------------------------------------------------------------- lse
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [9, 70])  # of the kernels for short sequences, and of those that loop
+@pytest.mark.parametrize("key_heads", [1, 3])
+def test_keys_without_a_query_head_have_no_gradient(key_heads, length, is_causal, device):
+    """Zero and not what memory held; and nothing is launched, as kernels cannot divide by a group of none."""
+    inputs = problem(device, b=2, h=0, q=length, k=length, kv_heads=key_heads)
+    with op.count_launches() as launched:
+        agree(inputs, {"is_causal": is_causal, "enable_gqa": True})
+    assert not launched
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -273,6 +284,28 @@ def test_fused_projection_is_walked_in_place(device):
 
 
 # ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("name", [one.name for one in catalogue.OPS if "attention" in one.name])
+@pytest.mark.parametrize("scale", [1e-300, 1e-46, -1e-46, 1e-40, 0.0, -0.0])
+@pytest.mark.parametrize("length", [20, 200])
+def test_kernels_are_never_given_a_scale_of_zero(name, scale, length, device):
+    """Nor one below float32's normal numbers, which a GPU may take for it: scores of -inf, not seen, would be NaN."""
+    shapes = {"query": (1, 1, length, 16), "key": (1, 1, length, 16), "value": (1, 1, length, 16)}
+    if name == "decode_attention":
+        shapes = {"query": (1, 1, 1, 16), "key_cache": (1, 1, length, 16), "value_cache": (1, 1, length, 16)}
+    elif name.endswith("qkvpacked"):
+        shapes = {"qkv": (1, length, 3, 1, 16)}
+    learns = name != "decode_attention"
+    tensors = {name: torch.ones(shape, device=device, requires_grad=learns) for name, shape in shapes.items()}
+    options = {"is_causal": True} if learns else {"lengths": torch.tensor([length], device=device)}
+    for target in ("interpreter", "sm_90"):
+        with op.plan_only(INTERPRETER if target == "interpreter" else TARGETS[target]) as launches:
+            out = getattr(kernels, name)(**tensors, **options, scale=scale)
+            if learns:
+                out.sum().backward()
+        scales = [value for one in launches for key, value in one.arguments.items() if key.endswith("scale")]
+        assert len(scales) >= 1 + learns and min(scales) >= torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-46, 0.0, -0.5, 3.0, 50.0])

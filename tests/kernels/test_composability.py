@@ -5,11 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from parity import DTYPES, LAYOUTS, as_tuple, differentiate, incoming, inputs_of, name_of, on_each
+from parity import DTYPES, LAYOUTS, as_tuple, case_of, differentiate, incoming, inputs_of, name_of, on_each
 from test_parity import each_differentiable_op, laid_out
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import kernels
@@ -22,16 +24,17 @@ each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the calls of our custom ops."""
+    """Notes the calls of our custom ops: (function, arguments, keywords, result)."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
         if function.namespace == "kernels":
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            self.calls.append((function, args, kwargs or {}, result))
+        return result
 
 
 def _problem(op, device, dtype=torch.float32):
@@ -46,7 +49,7 @@ def test_every_registered_op_passes_opcheck(op, device):
     with _Calls() as noted:
         differentiate(op.public, op, inputs, options, grad)
     assert len(noted.calls) == 1 + bool(op.differentiable), "one boundary forward, one backward"
-    for place, (function, args, kwargs) in enumerate(noted.calls):
+    for place, (function, args, kwargs, _) in enumerate(noted.calls):
         # only forward has a formula: a second derivative raises
         wants = place == 0 and bool(op.differentiable)
         args = [
@@ -72,11 +75,76 @@ def test_fake_tensors_have_the_real_strides(op, layout, device):
 
 
 @each_op
+def test_ops_return_what_their_fakes_say(op, device):
+    """Of every case: compiled code reads results at the fakes' strides, and on a GPU asserts that they are aligned."""
+    for case in op.cases:
+        inputs = inputs_of(op, case, torch.bfloat16, device)
+        with _Calls() as noted:
+            differentiate(op.public, op, inputs, case.options, incoming(op, inputs, case.options))
+        for function, args, kwargs, result in noted.calls:
+            with FakeTensorMode() as mode:
+                fake = function(*tree_map_only(torch.Tensor, mode.from_tensor, args), **kwargs)
+            for place, (real, told) in enumerate(zip(as_tuple(result), as_tuple(fake), strict=True)):
+                facts = [(one.shape, one.stride(), one.storage_offset(), one.dtype) for one in (real, told)]
+                where = f"{case.name}: result {place} of {function}"
+                assert facts[0] == facts[1] and real.storage_offset() == 0, f"{where} is {facts[0]}, not {facts[1]}"
+
+
+@each_op
 def test_meta_tensors(op):
     inputs, options, grad = _problem(op, "cpu")
     grad = on_each(lambda tensor: tensor.to("meta"), grad)
     result = differentiate(op.public, op, {n: t.to("meta") for n, t in inputs.items()}, options, grad)
     assert all(value.is_meta for value in result.values())
+
+
+# ---------------------------------------------------------------- in place
+
+
+def _modified(tensor):
+    """In place, and so that the gradient of what was there is not what it was."""
+    tensor *= 1.5
+    tensor[..., :1] = 0.25
+    return tensor
+
+
+@each_op
+def test_results_are_nobodys_views(op, device):
+    """PyTorch's own are not: a view made in a function, or without gradients, cannot be modified in place."""
+    case = case_of(op, "none") if "cross_entropy" in op.name else laid_out(op)  # losses of one dimension
+    inputs, options = inputs_of(op, case, torch.float32, device), case.options
+    leaves = {name: tensor.clone().requires_grad_(name in op.differentiable) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        without = as_tuple(op.public(**leaves, **options))
+    for output in (*without, *as_tuple(op.public(**leaves, **options)), *as_tuple(op.public(**inputs, **options))):
+        assert not output._is_view()
+    for output in without:
+        output += torch.ones_like(output).requires_grad_()
+        assert output.requires_grad
+
+
+@each_differentiable_op
+def test_results_modified_in_place(op, device):
+    """As PyTorch has it: gradients of what became of them, or where backward needs what was there, an error."""
+    inputs, options, grad = _problem(op, device)
+    kept = {"scaled_dot_product_attention": [0], "scaled_dot_product_attention_qkvpacked": [0], "add_layer_norm": [1]}
+    for place, name in enumerate(op.outputs):
+
+        def changed(*args, function, place=place, **options):
+            outputs = list(as_tuple(function(*args, **options)))
+            outputs[place] = _modified(outputs[place])
+            return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+        if place in kept.get(op.name, []):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                differentiate(partial(changed, function=op.public), op, inputs, options, grad)
+            continue
+        ours, theirs = (
+            differentiate(partial(changed, function=function), op, inputs, options, grad)
+            for function in (op.public, op.torch)
+        )
+        for quantity, exact in theirs.items():
+            torch.testing.assert_close(ours[quantity], exact, rtol=1e-4, atol=1e-4, msg=f"{name}: {quantity}")
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -134,6 +202,20 @@ def test_compiled_whole_it_is_eager(backend, dtype, device):
             assert measure(one.double() - exact) <= 2 * measure(other.double() - exact) + floor
 
 
+@each_op
+def test_inductor_finds_every_result_aligned(op, device, monkeypatch):
+    """It asserts so of an op's results where the inputs are, which by itself it supposes on a GPU alone."""
+    monkeypatch.setattr("torch._inductor.graph.should_assume_input_aligned", lambda _: True)
+    case = laid_out(op)
+    inputs = inputs_of(op, case, torch.float32, device)
+    options = case.options | ({"reduction": "mean"} if "reduction" in case.options else {})
+    grad = incoming(op, inputs, options)
+    compiled = torch.compile(op.public, fullgraph=True, backend="inductor")
+    eager, ours = (differentiate(function, op, inputs, options, grad) for function in (op.public, compiled))
+    for quantity, value in eager.items():
+        torch.testing.assert_close(ours[quantity], value, msg=quantity)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_dropout_has_eagers_mask(backend, device):
     def attend(x):
@@ -163,6 +245,20 @@ def test_one_graph_serves_every_length(device):
         inputs = _chain_inputs(device, t=t)
         torch.testing.assert_close(compiled(*inputs), _chain(*inputs))
     assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
+
+
+@pytest.mark.parametrize("form", ["a number", "a tuple"])
+def test_traced_with_a_symbolic_normalized_shape(form, device):
+    """What x.shape[-1] is while make_fx, export or the compiler trace; the graph then serves other sizes."""
+
+    def norms(x):
+        shape = x.shape[-1] if form == "a number" else (x.shape[-1],)
+        return kernels.layer_norm(x, shape), *kernels.add_layer_norm(x, x, shape)
+
+    graph = make_fx(norms, tracing_mode="symbolic")(torch.ones(3, 8, device=device))
+    x = torch.randn(5, 13, generator=torch.Generator().manual_seed(0)).to(device)
+    for traced, eager in zip(graph(x), norms(x), strict=True):
+        assert torch.equal(traced, eager)
 
 
 # ---------------------------------------------------------------- torch.func
@@ -296,7 +392,7 @@ def test_flops_are_those_of_the_cost_formula(op, device):
             first = counter.get_total_flops()
             if backward is not None:
                 torch.autograd.backward(outputs, tuple(map(torch.empty_like, outputs)))
-        registered = [function for function, _, _ in noted.calls if function._overloadpacket in flop_registry]
+        registered = [function for function, *_ in noted.calls if function._overloadpacket in flop_registry]
         both = forward.flops + (backward.flops if backward is not None else 0)
         assert (first, counter.get_total_flops()) == ((forward.flops, both) if registered else (0, 0)), case.name
         assert len(registered) in (0, 1 + bool(op.differentiable)), "a formula for one direction only"

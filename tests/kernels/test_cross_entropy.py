@@ -158,6 +158,11 @@ def test_weights_of_zero(reduction, smoothing, device):
     agree(x, target, weight=weight, reduction=reduction, label_smoothing=smoothing)
     target[1] = -100
     agree(x, target, weight=weight, reduction=reduction, label_smoothing=smoothing)
+    ours, theirs = (
+        function(x, target, weight, reduction=reduction, label_smoothing=smoothing)
+        for function in (kernels.reference.cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -338,3 +343,16 @@ def test_bad_arguments(arguments, error, says):
     given = {"input": torch.ones(3, 5), "target": torch.ones(3, dtype=torch.int64)} | arguments
     with pytest.raises(error, match=says):
         cross_entropy(**given)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1}], ids=str)
+def test_class_weights_that_require_a_gradient_are_refused(options, device):
+    """As PyTorch does: they have none, and would learn nothing without a word. Without gradients they are weights."""
+    arguments = (draw(3, 5, device=device), classes(3, n_classes=5, device=device))
+    weight = draw(5, device=device, seed=2).abs()
+    expected = cross_entropy(*arguments, weight=weight, **options)
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="cross_entropy: not differentiable with respect to weight"):
+        cross_entropy(*arguments, weight=weight, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(*arguments, weight=weight, **options), expected, rtol=0, atol=0)

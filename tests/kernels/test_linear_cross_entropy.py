@@ -150,11 +150,15 @@ def test_everything_ignored(reduction, smoothing, chunked, device):
     agree(x, w, target, bias, reduction=reduction, label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_classes_that_weigh_nothing(reduction, device):
+def test_classes_that_weigh_nothing(reduction, smoothing, device):
+    """Once for some targets, once for all, where mean divides by zero, and once for every class."""
     x, w, target, bias = problem(9, n_classes=5, device=device)
-    agree(x, w, target, bias, weight=torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5], device=device), reduction=reduction)
-    agree(x, w, torch.zeros_like(target), bias, weight=torch.zeros(5, device=device), reduction=reduction)
+    weight, options = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5], device=device), {"label_smoothing": smoothing}
+    agree(x, w, target, bias, weight=weight, reduction=reduction, **options)
+    agree(x, w, target % 2 * 2, bias, weight=weight, reduction=reduction, **options)
+    agree(x, w, torch.zeros_like(target), bias, weight=torch.zeros(5, device=device), reduction=reduction, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -660,3 +664,16 @@ def test_bad_arguments(arguments, error, says):
     given = {"input": torch.ones(3, 4), "linear_weight": torch.ones(5, 4), "target": torch.ones(3, dtype=torch.int64)}
     with pytest.raises(error, match=says):
         linear_cross_entropy(**(given | arguments))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1}], ids=str)
+def test_class_weights_that_require_a_gradient_are_refused(options, device):
+    """As PyTorch does: they have none, and would learn nothing without a word. Without gradients they are weights."""
+    arguments = problem(3, n_classes=5, device=device)[:3]
+    weight = draw(5, device=device, seed=2).abs()
+    expected = linear_cross_entropy(*arguments, weight=weight, **options)
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: not differentiable with respect to weight"):
+        linear_cross_entropy(*arguments, weight=weight, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(*arguments, weight=weight, **options), expected, rtol=0, atol=0)
