@@ -2,7 +2,7 @@
 
 A small model keeps a GPU busy for less time than the host needs to launch its kernels one by one; a graph's launches
 cost the host nothing. What is captured reads and writes the same addresses each time, so a step's data is copied to
-where the captured one had its own, and the learning rate is a tensor.
+one place, and the learning rate is a tensor.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -45,17 +45,19 @@ class GraphedStep:
 
     def __call__(self, data: "Data") -> Tensor:
         """As Learner.advance. Raises UserError where something in the step cannot be captured."""
-        if self._warm < WARM_UP:
-            self._warm += 1
-            return beside(lambda: self._learner.advance(data))
-        if self._graph is None:
-            self._data = [(inputs.clone(), targets.clone()) for inputs, targets in data]
-            self._graph, self._measured = capture(
-                lambda: self._learner.advance(self._data), "train without --cuda-graph"
-            )
+        if not self._data:
+            # For the warm-up too: for other strides or another alignment the capture would have kernels to compile.
+            self._data = [(torch.empty_like(inputs), torch.empty_like(targets)) for inputs, targets in data]
         for kept, new in zip(self._data, data, strict=True):
             for there, here in zip(kept, new, strict=True):
                 there.copy_(here)
+        if self._warm < WARM_UP:
+            self._warm += 1
+            return beside(lambda: self._learner.advance(self._data))
+        if self._graph is None:
+            self._graph, self._measured = capture(
+                lambda: self._learner.advance(self._data), "train without --cuda-graph"
+            )
         self._graph.replay()
         return self._measured.clone()  # the next replay writes there
 

@@ -1,5 +1,6 @@
 """A step as a CUDA graph: the same training; on a CPU with a stand-in that replays what a graph would."""
 
+import functools
 import gc
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from training_runs import losses, rows
 
 from minigpt import cache, graphs, plots
 from minigpt.config import parse
 from minigpt.errors import UserError
+from minigpt.learning import Learner
 from minigpt.trainer import train
 
 
@@ -55,6 +58,29 @@ def test_replays_train_on_the_data_and_with_the_rate_of_their_step(small, stand_
     assert losses(Path("graphed")) == pytest.approx(losses(Path("whole")), abs=1e-5)
     assert graphed["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-5)
     assert len(set(losses(Path("graphed")))) == 12
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_warm_up_and_capture_work_at_the_same_place(small, stand_in, monkeypatch, batch_size):
+    """A kernel that another alignment or other strides specialise anew cannot be compiled in a capture."""
+    loss, seen = Learner.loss, []
+
+    def noting(self, *batch):
+        seen.append([(tensor.data_ptr(), tensor.stride()) for tensor in batch])
+        return loss(self, *batch)
+
+    monkeypatch.setattr(Learner, "loss", noting)
+    train(small(out=Path("r"), cuda_graph=True, batch_size=batch_size))
+    assert len(seen) == 12 and all(place == seen[0] for place in seen)
+
+
+def test_a_compiled_model_is_compiled_once(small, stand_in, monkeypatch):
+    """In the capture it could not be: Dynamo asks for the state of the GPU's random generator."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(small(out=Path("r"), cuda_graph=True, compile=True))
+    assert counter.frame_count == 1 and StandIn.replays == 12 - graphs.WARM_UP
 
 
 @pytest.mark.parametrize(
@@ -164,7 +190,14 @@ def test_a_generation_whose_step_cannot_be_captured(failing, monkeypatch):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"grad_accumulation": 2, "dtype": "bf16"}, {"dtype": "fp16"}, {"checkpoint_activations": True}],
+    [
+        {},
+        {"grad_accumulation": 2, "dtype": "bf16"},
+        {"dtype": "fp16"},
+        {"checkpoint_activations": True},
+        {"compile": True},
+        {"batch_size": 1},
+    ],
     ids=str,
 )
 def test_a_captured_step_trains_the_same_on_a_gpu(small, kernels, options):
