@@ -58,7 +58,7 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
 def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     """Say how it went, sample, draw the curves and write summary.json, whose values are returned."""
     config, progress = session.config, session.progress
-    rate = session.clock.rate if session.clock.tokens else None
+    rate = session.clock.rate
     session.display.line(f"trained: {_speed(session, rate)}")
     session.display.line(
         f"validation: {final.loss:.4f} nats per token, {final.loss_per_character:.4f} nats or "
@@ -95,7 +95,7 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         "steps": progress.step,
         "seconds": round(session.seconds_before + time.monotonic() - session.began, 3),
         "tokens_per_second": None if rate is None else round(rate, 1),
-        "mfu_percent": None if rate is None else session.mfu(rate),
+        "mfu_percent": session.mfu(rate),
         "speed_from_step": progress.speed_from,
         "peak_memory_bytes": utilization.peak_memory(session.device),
         "initial_loss": progress.initial_loss,

@@ -254,7 +254,7 @@ class Session:
         if due := self._evaluation_is_due():
             result = self.evaluate(self.config.eval_tokens)
             rows[-1] |= {"val_loss": result.loss, "perplexity": result.perplexity}
-        self._report(rows, self.clock.rate if self.clock.tokens else None)
+        self._report(rows, self.clock.rate)
         if due:
             mark = ""
             if result.loss < (math.inf if progress.best_val_loss is None else progress.best_val_loss):
@@ -308,17 +308,18 @@ class Session:
             if self.progress.initial_loss is None:
                 self.progress.initial_loss = losses[0]
         self.display.update(
-            self.progress.step, rows[-1]["train_loss"], rate, None if rate is None else self.mfu(rate),
-            utilization.peak_memory(self.device),
-        )  # fmt: skip
+            self.progress.step, rows[-1]["train_loss"], rate, self.mfu(rate), utilization.peak_memory(self.device)
+        )
 
     def draw(self) -> None:
         """Draw the curves of the run as far as it is."""
         plots.curves(self.metrics.path, self.folder / "curves.png", title=f"{self.config.preset} on {self.corpus.name}")
         self.drawn = time.monotonic()
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """The share of the devices' peak in percent; None where that peak is not known."""
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """The share of the devices' peak in percent; None where that peak, or the speed, is not known."""
+        if tokens_per_second is None:
+            return None
         name, one = resume.device_name(self.device), tokens_per_second / self.world.size
         return utilization.mfu_percent(one, self.flops_per_token, name, self.dtype)
 
