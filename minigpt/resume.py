@@ -40,7 +40,7 @@ class Progress:
     seconds: float = 0.0
     """Wall time since the run began, of every session of it."""
     train_seconds: float = 0.0
-    """Time in training steps alone since `speed_from`, the first of each session left out."""
+    """Time in training steps alone since `speed_from`, Session.untimed of each session left out."""
     train_tokens: int = 0
     """Tokens trained on in that time."""
     speed_from: int = 0

@@ -125,14 +125,16 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
 
 
 def _speed(session: "Session", rate: float | None) -> str:
-    """How fast the steps were that ran on what the run is on now; the first of each session is not among them."""
+    """How fast the steps were that ran on what the run is on now, Session.untimed of each session left out."""
     done, since = session.progress.step, session.progress.speed_from
     if rate is None:
         return f"{done} steps, none of them timed on what this runs on"
     after = f" after step {since}" if since else ""
+    steps = "first step" if session.untimed == 1 else f"first {session.untimed} steps"
+    left_out = f"evaluation, saving and the {steps} of each session" if session.untimed else "evaluation and saving"
     return (
         f"{done} steps; {rate:,.0f} tokens/s{after}, {session.clock.tokens:,} tokens in {session.clock.seconds:.1f} s: "
-        "evaluation, saving and the first step of each session left out"
+        f"{left_out} left out"
     )
 
 

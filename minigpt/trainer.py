@@ -118,28 +118,36 @@ class Session:
         """Close the files, and let others into the folder."""
         self._held.close()
 
+    @property
+    def untimed(self) -> int:
+        """Steps at the beginning of a session that do not count in the speed, of which a run of one step has none.
+
+        They compile kernels and warm the caches up; a CUDA graph is warmed up, and then captured.
+        """
+        if self.config.max_steps == 1:
+            return 0
+        return graphs.WARM_UP + 1 if self.config.cuda_graph else 1
+
     def run(self, stop: StopRequest) -> None:
         """Train up to the last step, evaluating and saving on the way."""
         config, progress = self.config, self.progress
-        first = progress.step
         agreement = parallel.Agreement(self.world)  # several processes must stop after the same step
+        since = progress.step + self.untimed
         self.clock.start()
-        since = first
         while progress.step < config.max_steps:
             self.measures.add(self._step(progress.step))
             progress.step += 1
-            if progress.step == first + 1 and config.max_steps > 1:
-                # The first step compiles kernels and warms the caches up: it does not count in the speed.
+            if progress.step == since:
                 self.clock.start()
-                since = progress.step
+            timed = max(0, progress.step - since) * self.tokens_per_step
             stopping = agreement.some(stop.requested) and progress.step < config.max_steps
             if stopping or self._evaluation_is_due():
-                self.clock.stop((progress.step - since) * self.tokens_per_step)
+                self.clock.stop(timed)
                 self._evaluate(stopping)
                 self.clock.start()
-                since = progress.step
+                since = max(since, progress.step)
             elif progress.step % config.log_interval == 0:
-                self._report(self._arrived(), self.clock.rate_now((progress.step - since) * self.tokens_per_step))
+                self._report(self._arrived(), self.clock.rate_now(timed))
         agreement.end()
 
     def finish(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from training_runs import losses, rows
 
-from minigpt import cache, graphs, plots
+from minigpt import cache, checkpoint, graphs, plots
 from minigpt.config import parse
 from minigpt.errors import UserError
 from minigpt.learning import Learner
@@ -81,6 +81,23 @@ def test_a_compiled_model_is_compiled_once(small, stand_in, monkeypatch):
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(small(out=Path("r"), cuda_graph=True, compile=True))
     assert counter.frame_count == 1 and StandIn.replays == 12 - graphs.WARM_UP
+
+
+@pytest.mark.parametrize(("eval_interval", "log_interval"), [(5, 1), (3, 2), (100, 100)])
+def test_warm_up_and_capture_are_not_timed(small, stand_in, capsys, eval_interval, log_interval):
+    """Nor where an evaluation comes in between."""
+    train(small(out=Path("r"), cuda_graph=True, eval_interval=eval_interval, log_interval=log_interval))
+    steps = 12 - graphs.WARM_UP - 1
+    assert checkpoint.load(Path("r/last")).state["progress"]["train_tokens"] == steps * 4 * 16
+    assert "evaluation, saving and the first 4 steps of each session left out" in capsys.readouterr().out
+    told = [int(row["step"]) for row in rows(Path("r")) if row["tokens_per_second"]]
+    assert told and min(told) > 4 and max(told) == 12
+
+
+def test_a_run_that_is_warm_up_alone_has_no_speed(small, stand_in):
+    assert train(small(out=Path("r"), cuda_graph=True, max_steps=4))["tokens_per_second"] is None
+    assert train(parse(["--resume", "r", "--max-steps", "8"]))["tokens_per_second"] is None
+    assert train(parse(["--resume", "r", "--max-steps", "13"]))["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(
