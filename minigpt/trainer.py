@@ -233,7 +233,7 @@ class Session:
             if scaler := found.state["scaler"]:  # a run that had none begins with a fresh one
                 self.learner.scaler.load_state_dict(scaler)
             self.progress = Progress(**found.state["progress"])
-            if resume.another_speed(self.config, found, self.surroundings):
+            if resume.another_speed(found, self.surroundings):
                 self.progress.speed_from = self.progress.step
                 self.progress.train_seconds, self.progress.train_tokens = 0.0, 0
         if self.world.rank:  # each process drops other activations
