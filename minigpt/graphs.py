@@ -89,8 +89,12 @@ def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
                 raise
     except RuntimeError as error:
         first = first or error
+        if error is not first:
+            error.__traceback__ = None  # a frame of it holds `first`, whose context it becomes: a cycle
         if not isinstance(first, Exception) or isinstance(first, torch.OutOfMemoryError | MemoryError):
             raise first from None
         reason = " ".join(str(first).split("\n")[0].split())
         raise UserError(f"--cuda-graph cannot capture this step ({reason}): {instead}") from first
+    finally:
+        del first  # its traceback holds this frame: a cycle too, and the failed step's tensors would stay in memory
     return graph, found

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,7 +125,7 @@ def failing(monkeypatch):
     def let(**errors):
         def call(name):
             if name in errors:
-                raise errors[name]
+                raise errors.pop(name)
 
         class Graph:
             def __init__(self):
@@ -173,6 +174,28 @@ def test_what_is_no_fault_of_the_capture_stays_what_it_is(failing, error):
         with pytest.raises(type(error)) as raised:
             graphs.capture(failing(**errors), "train without --cuda-graph")
         assert raised.value is error
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, KeyboardInterrupt])
+def test_nothing_holds_what_a_failed_capture_had(failing, kind, ends):
+    """Smaller batches are tried next, and need its memory."""
+    failing(**({} if ends else {"end": RuntimeError("failed due to a previous error")}))
+    held = weakref.WeakSet()
+
+    def work():
+        activations = torch.empty(1)
+        held.add(activations)
+        raise kind("full")
+
+    gc.disable()  # which finds cycles, at a time of its own
+    try:
+        graphs.capture(work, "train without --cuda-graph")
+    except (UserError, kind) as error:
+        assert isinstance(error, kind if kind is not RuntimeError else UserError) and len(held) == 1
+    finally:
+        gc.enable()
+    assert not held
 
 
 def test_a_training_whose_step_cannot_be_captured(small, failing, call):
