@@ -78,6 +78,7 @@ def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
     Raises UserError, which says what to do `instead`, where that cannot be.
     """
     first: BaseException | None = None
+    before = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
         # Meanwhile a thread may be pinning memory for the next step's batches, which would end a "global" capture.
@@ -88,6 +89,7 @@ def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
                 first = error  # ending a capture that it broke raises another one, which says less
                 raise
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # a capture whose end fails leaves its own
         first = first or error
         if error is not first:
             error.__traceback__ = None  # a frame of it holds `first`, whose context it becomes: a cycle

@@ -119,7 +119,13 @@ def test_what_cannot_be_captured_is_told(small, options, said):
 
 
 @pytest.fixture
-def failing(monkeypatch):
+def streams():
+    """The stream that work goes to."""
+    return ["first"]
+
+
+@pytest.fixture
+def failing(monkeypatch, streams):
     """Captures in which the calls of these names raise these errors, as the calls of a GPU that cannot."""
 
     def let(**errors):
@@ -136,15 +142,19 @@ def failing(monkeypatch):
                 assert capture_error_mode == "thread_local"  # what other threads do, as pinning memory, must not end it
 
             def __enter__(self):
+                self.before, streams[0] = streams[0], "capturing"
                 call("begin")
 
             def __exit__(self, *_):
-                call("end")
+                call("end")  # where it raises, PyTorch's too leaves the stream as it is
+                streams[0] = self.before
 
         monkeypatch.setattr(graphs, "check", lambda *_: None)
         monkeypatch.setattr(graphs, "beside", lambda work: work())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.__setitem__(0, stream))
         return lambda: call("work")
 
     return let
@@ -159,21 +169,22 @@ AFTER = RuntimeError("operation failed due to a previous error during capture")
     [{"make": REASON}, {"begin": REASON}, {"end": REASON}, {"work": REASON}, {"work": REASON, "end": AFTER}],
     ids="+".join,
 )
-def test_a_capture_that_fails_is_one_line(failing, errors):
-    """With the reason of the error that came first: after one in a capture, its end fails too."""
+def test_a_capture_that_fails_is_one_line(failing, streams, errors):
+    """With the reason of the error that came first: after one in a capture, its end fails too. What is done next goes
+    where it went before."""
     work = failing(**errors)
     said = r"this step \(operation not permitted.*capturing\): train without --cuda-graph$"
     with pytest.raises(UserError, match=said) as told:
         graphs.capture(work, "train without --cuda-graph")
-    assert told.value.__cause__ is REASON
+    assert told.value.__cause__ is REASON and streams == ["first"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_what_is_no_fault_of_the_capture_stays_what_it_is(failing, error):
+def test_what_is_no_fault_of_the_capture_stays_what_it_is(failing, streams, error):
     for errors in ({"work": error}, {"work": error, "end": AFTER}):
         with pytest.raises(type(error)) as raised:
             graphs.capture(failing(**errors), "train without --cuda-graph")
-        assert raised.value is error
+        assert raised.value is error and streams == ["first"]
 
 
 @pytest.mark.parametrize("ends", [False, True])
