@@ -5,6 +5,7 @@ cost the host nothing. What is captured reads and writes the same addresses each
 one place, and the learning rate is a tensor.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,12 +65,18 @@ class GraphedStep:
 
 def beside(work: Any) -> Tensor:
     """`work` on a stream of its own, as capturing wants it to have been done before."""
-    side = torch.cuda.Stream()
+    side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         found = work()
     torch.cuda.current_stream().wait_stream(side)
     return found
+
+
+@functools.cache
+def _side(device: int) -> torch.cuda.Stream:
+    """That stream, one for a device: each one has cuBLAS's workspace of its own, and keeps the memory freed on it."""
+    return torch.cuda.Stream(device)
 
 
 def capture(work: Any, instead: str) -> tuple[Any, Tensor]:

@@ -160,6 +160,28 @@ def failing(monkeypatch, streams):
     return let
 
 
+def test_a_device_has_one_stream_to_warm_up_on(monkeypatch):
+    """Each one keeps the memory of what ran on it."""
+
+    class Stream:
+        def __init__(self, device):
+            self.device, self.waited = device, []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    first, on, used = Stream(None), [0], []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: on[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: first)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    monkeypatch.setattr(graphs, "_side", functools.cache(graphs._side.__wrapped__))
+    for on[0] in (0, 1, 0, 0, 1):
+        assert graphs.beside(lambda: "done") == "done"
+    assert [stream.device for stream in used] == [0, 1, 0, 0, 1] and len(set(used)) == 2
+    assert first.waited == used and used[0].waited == [first] * 3 and used[1].waited == [first] * 2
+
+
 REASON = RuntimeError("operation not permitted when stream is capturing\nand more")
 AFTER = RuntimeError("operation failed due to a previous error during capture")
 
