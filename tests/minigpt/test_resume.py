@@ -26,7 +26,12 @@ def no_pictures(monkeypatch):
 def stop(config, after):
     """Train so many steps, and be stopped."""
     told = rf"after step {after} of {config.max_steps}.*--resume {config.out}"
-    with process.deterministic(config.deterministic), Session(config) as session, pytest.raises(Stopped, match=told):
+    with (
+        process.deterministic(config.deterministic),
+        Session(config) as session,
+        pytest.raises(Stopped, match=told),
+        session.display.running(0),
+    ):
         session.run(StopAfter(session, after))
     generators.seed(99)  # they are elsewhere meanwhile
 
