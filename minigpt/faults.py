@@ -4,12 +4,15 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import UserError
-from .learning import Learner
-from .resume import Progress
+
+if TYPE_CHECKING:
+    from .learning import Learner
+    from .resume import Progress
 
 PATIENCE = 10
 """Steps in a row that may be skipped before training stops."""
@@ -18,7 +21,7 @@ FP16_PATIENCE = 30
 """The same under fp16, whose loss scale is found by skipping: halved from 2**16 down to 1, that takes 16 steps."""
 
 
-def count_skipped(rows: list[dict[str, float]], progress: Progress, *, fp16: bool) -> str | None:
+def count_skipped(rows: list[dict[str, float]], progress: "Progress", *, fp16: bool) -> str | None:
     """Count in `progress` which steps of metrics.csv's `rows` were skipped; a line about them, or None.
 
     Raises UserError, which says what to try, once too many in a row were.
@@ -96,7 +99,7 @@ def check_batch(windows: int, window: int, n_embd: int, device: torch.device) ->
         )
 
 
-def what_fits(learner: Learner) -> str:
+def what_fits(learner: "Learner") -> str:
     """What to do when a step of `learner` has run out of memory: found by trying smaller batches, here and now.
 
     The learner is of no use afterwards.
@@ -118,7 +121,7 @@ def what_fits(learner: Learner) -> str:
     )
 
 
-def _fits(learner: Learner, batch_size: int) -> bool:
+def _fits(learner: "Learner", batch_size: int) -> bool:
     # Two passes: in the second one the gradients of the first are there.
     learner.passes = min(2, learner.config.grad_accumulation * learner.config.batch_size // batch_size)
     learner.batches.batch_size = batch_size

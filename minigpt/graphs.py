@@ -2,9 +2,10 @@
 
 A small model keeps a GPU busy for less time than the host needs to launch its kernels one by one; a graph's launches
 cost the host nothing. What is captured reads and writes the same addresses each time, so a step's data is copied to
-where the captured one had its own, and the learning rate is a tensor.
+one place, and the learning rate is a tensor.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,29 +46,37 @@ class GraphedStep:
 
     def __call__(self, data: "Data") -> Tensor:
         """As Learner.advance. Raises UserError where something in the step cannot be captured."""
-        if self._warm < WARM_UP:
-            self._warm += 1
-            return beside(lambda: self._learner.advance(data))
-        if self._graph is None:
-            self._data = [(inputs.clone(), targets.clone()) for inputs, targets in data]
-            self._graph, self._measured = capture(
-                lambda: self._learner.advance(self._data), "train without --cuda-graph"
-            )
+        if not self._data:
+            # For the warm-up too: for other strides or another alignment the capture would have kernels to compile.
+            self._data = [(torch.empty_like(inputs), torch.empty_like(targets)) for inputs, targets in data]
         for kept, new in zip(self._data, data, strict=True):
             for there, here in zip(kept, new, strict=True):
                 there.copy_(here)
+        if self._warm < WARM_UP:
+            self._warm += 1
+            return beside(lambda: self._learner.advance(self._data))
+        if self._graph is None:
+            self._graph, self._measured = capture(
+                lambda: self._learner.advance(self._data), "train without --cuda-graph"
+            )
         self._graph.replay()
         return self._measured.clone()  # the next replay writes there
 
 
 def beside(work: Any) -> Tensor:
     """`work` on a stream of its own, as capturing wants it to have been done before."""
-    side = torch.cuda.Stream()
+    side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         found = work()
     torch.cuda.current_stream().wait_stream(side)
     return found
+
+
+@functools.cache
+def _side(device: int) -> torch.cuda.Stream:
+    """That stream, one for a device: each one has cuBLAS's workspace of its own, and keeps the memory freed on it."""
+    return torch.cuda.Stream(device)
 
 
 def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
@@ -76,6 +85,7 @@ def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
     Raises UserError, which says what to do `instead`, where that cannot be.
     """
     first: BaseException | None = None
+    before = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
         # Meanwhile a thread may be pinning memory for the next step's batches, which would end a "global" capture.
@@ -86,9 +96,14 @@ def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
                 first = error  # ending a capture that it broke raises another one, which says less
                 raise
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # a capture whose end fails leaves its own
         first = first or error
+        if error is not first:
+            error.__traceback__ = None  # a frame of it holds `first`, whose context it becomes: a cycle
         if not isinstance(first, Exception) or isinstance(first, torch.OutOfMemoryError | MemoryError):
             raise first from None
         reason = " ".join(str(first).split("\n")[0].split())
         raise UserError(f"--cuda-graph cannot capture this step ({reason}): {instead}") from first
+    finally:
+        del first  # its traceback holds this frame: a cycle too, and the failed step's tensors would stay in memory
     return graph, found

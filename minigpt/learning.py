@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels
 
-from . import parallel
+from . import faults, parallel
 from .batches import Batches
 from .config import TrainConfig
 from .graphs import GraphedStep
@@ -86,7 +86,9 @@ class Learner:
     def compile_kernels(self, data: Data) -> None:
         """Compile the kernels that the first batch takes, side by side; what is left then compiles at its launch.
 
-        PyTorch's part of a pass is run for it. Weights and random generators are as before, and gradients are None.
+        PyTorch's part of a pass is run for it, without torch.compile. Where that takes more memory than there is, it
+        ends there: the step itself may take less. Weights and random generators are as before, gradients are None, and
+        on a GPU the most memory in use is counted anew.
         """
 
         def one_pass() -> None:
@@ -95,8 +97,14 @@ class Learner:
             loss.backward()
 
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            kernels.compile_ahead(one_pass, self.device)
+            try:
+                kernels.compile_ahead(one_pass, self.device)
+            except (RuntimeError, MemoryError) as error:
+                if not faults.is_out_of_memory(error):
+                    raise
         self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def advance(self, data: Data) -> Tensor:
         """The part of a step that the device does."""

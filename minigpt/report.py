@@ -109,6 +109,8 @@ class Clock:
     def __init__(self, device: torch.device, seconds: float = 0.0, tokens: int = 0):
         self._device = device
         self._started = 0.0
+        self._began: torch.cuda.Event | None = None
+        self._asked: tuple[int, torch.cuda.Event] | None = None
         self.seconds = seconds
         self.tokens = tokens
 
@@ -116,6 +118,8 @@ class Clock:
         """Begin to count, once the device has done what was asked of it before."""
         self._wait()
         self._started = time.perf_counter()
+        if self._device.type == "cuda":
+            self._began, self._asked = _event(), None
 
     def stop(self, tokens: int) -> None:
         """Add the time since `start`, and the `tokens` trained on meanwhile; without any, nothing."""
@@ -125,17 +129,34 @@ class Clock:
             self.tokens += tokens
 
     @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def rate(self) -> float | None:
+        """Tokens per second; None where none have been timed."""
+        return self.tokens / self.seconds if self.tokens else None
 
-    def rate_now(self, tokens: int) -> float:
-        """Tokens per second with the `tokens` since `start`, without waiting for the device."""
-        return (self.tokens + tokens) / (self.seconds + time.perf_counter() - self._started)
+    def rate_now(self, tokens: int) -> float | None:
+        """`rate` with the `tokens` since `start` as well; without any, `rate`.
+
+        On a GPU, which may be far behind the host, it is as of the call before this one, as what Measures.take gives.
+        """
+        seconds = time.perf_counter() - self._started
+        if self._began:
+            asked, self._asked = self._asked, (tokens, _event())
+            if asked is None:
+                return self.rate
+            tokens, done = asked
+            done.synchronize()
+            seconds = self._began.elapsed_time(done) / 1000
+        return (self.tokens + tokens) / (self.seconds + seconds) if tokens else self.rate
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Measures:

@@ -40,7 +40,7 @@ class Progress:
     seconds: float = 0.0
     """Wall time since the run began, of every session of it."""
     train_seconds: float = 0.0
-    """Time in training steps alone since `speed_from`, the first of each session left out."""
+    """Time in training steps alone since `speed_from`, Session.untimed of each session left out."""
     train_tokens: int = 0
     """Tokens trained on in that time."""
     speed_from: int = 0
@@ -96,8 +96,8 @@ def surroundings(
     found = {"device": device_name(device), "dtype": dtype_name(dtype), **ops.names}
     rounding = ("tf32", "deterministic", "compile", "checkpoint_activations", "parallel", "max_steps", *_CUTS)
     found |= {name: str(getattr(config, name)) for name in rounding} | {"processes": str(processes)}
-    if device.type == "cpu":
-        found["threads"] = str(threads)
+    # A captured step has its learning rate in fp32, and any other one as a double.
+    found |= {"threads": str(threads)} if device.type == "cpu" else {"cuda_graph": str(config.cuda_graph)}
     known = storage.versions()
     libraries = ("torch", "triton", "numpy") if "triton" in ops.names.values() else ("torch", "numpy")
     return found | {name: known[name] for name in libraries if name in known}
@@ -108,16 +108,20 @@ def why_not_exact(before: dict[str, str], now: dict[str, str]) -> str | None:
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if changed:
         return ", ".join(f"{name} {before.get(name, 'none')} before, {now.get(name, 'none')} now" for name in changed)
-    if not now["device"].startswith("CPU") and now["attention"] == "torch" and now["deterministic"] != "True":
+    if now["deterministic"] == "True":
+        return None
+    on_cpu = now["device"].startswith("CPU")
+    if now["compile"] == "True" and not (on_cpu and now["threads"] == "1"):
+        return "torch.compile adds the gradients of embeddings in no fixed order; --deterministic gives it one"
+    if not on_cpu and now["attention"] == "torch":
         return "PyTorch's attention on a GPU adds gradients in no fixed order; --deterministic gives it one"
     return None
 
 
-def another_speed(config: TrainConfig, found: Checkpoint, now: dict[str, str]) -> bool:
+def another_speed(found: Checkpoint, now: dict[str, str]) -> bool:
     """Whether a run that goes on may be faster or slower than it was."""
     before = found.state["surroundings"]
-    changed = {name for name in before | now if before.get(name) != now.get(name)} - {"max_steps"}
-    return bool(changed) or config.cuda_graph != found.config.cuda_graph
+    return any(before.get(name) != now.get(name) for name in (before | now).keys() - {"max_steps"})
 
 
 def device_name(device: torch.device) -> str:

@@ -58,7 +58,7 @@ def introduce(session: "Session", found: Checkpoint | None) -> None:
 def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
     """Say how it went, sample, draw the curves and write summary.json, whose values are returned."""
     config, progress = session.config, session.progress
-    rate = session.clock.rate if session.clock.tokens else None
+    rate = session.clock.rate
     session.display.line(f"trained: {_speed(session, rate)}")
     session.display.line(
         f"validation: {final.loss:.4f} nats per token, {final.loss_per_character:.4f} nats or "
@@ -95,7 +95,7 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
         "steps": progress.step,
         "seconds": round(session.seconds_before + time.monotonic() - session.began, 3),
         "tokens_per_second": None if rate is None else round(rate, 1),
-        "mfu_percent": None if rate is None else session.mfu(rate),
+        "mfu_percent": session.mfu(rate),
         "speed_from_step": progress.speed_from,
         "peak_memory_bytes": utilization.peak_memory(session.device),
         "initial_loss": progress.initial_loss,
@@ -125,14 +125,16 @@ def conclude(session: "Session", final: Evaluation) -> dict[str, Any]:
 
 
 def _speed(session: "Session", rate: float | None) -> str:
-    """How fast the steps were that ran on what the run is on now; the first of each session is not among them."""
+    """How fast the steps were that ran on what the run is on now, Session.untimed of each session left out."""
     done, since = session.progress.step, session.progress.speed_from
     if rate is None:
         return f"{done} steps, none of them timed on what this runs on"
     after = f" after step {since}" if since else ""
+    steps = "first step" if session.untimed == 1 else f"first {session.untimed} steps"
+    left_out = f"evaluation, saving and the {steps} of each session" if session.untimed else "evaluation and saving"
     return (
         f"{done} steps; {rate:,.0f} tokens/s{after}, {session.clock.tokens:,} tokens in {session.clock.seconds:.1f} s: "
-        "evaluation, saving and the first step of each session left out"
+        f"{left_out} left out"
     )
 
 

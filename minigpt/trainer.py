@@ -118,28 +118,36 @@ class Session:
         """Close the files, and let others into the folder."""
         self._held.close()
 
+    @property
+    def untimed(self) -> int:
+        """Steps at the beginning of a session that do not count in the speed, of which a run of one step has none.
+
+        They compile kernels and warm the caches up; a CUDA graph is warmed up, and then captured.
+        """
+        if self.config.max_steps == 1:
+            return 0
+        return graphs.WARM_UP + 1 if self.config.cuda_graph else 1
+
     def run(self, stop: StopRequest) -> None:
         """Train up to the last step, evaluating and saving on the way."""
         config, progress = self.config, self.progress
-        first = progress.step
         agreement = parallel.Agreement(self.world)  # several processes must stop after the same step
+        since = progress.step + self.untimed
         self.clock.start()
-        since = first
         while progress.step < config.max_steps:
             self.measures.add(self._step(progress.step))
             progress.step += 1
-            if progress.step == first + 1 and config.max_steps > 1:
-                # The first step compiles kernels and warms the caches up: it does not count in the speed.
+            if progress.step == since:
                 self.clock.start()
-                since = progress.step
+            timed = max(0, progress.step - since) * self.tokens_per_step
             stopping = agreement.some(stop.requested) and progress.step < config.max_steps
             if stopping or self._evaluation_is_due():
-                self.clock.stop((progress.step - since) * self.tokens_per_step)
+                self.clock.stop(timed)
                 self._evaluate(stopping)
                 self.clock.start()
-                since = progress.step
+                since = max(since, progress.step)
             elif progress.step % config.log_interval == 0:
-                self._report(self._arrived(), self.clock.rate_now((progress.step - since) * self.tokens_per_step))
+                self._report(self._arrived(), self.clock.rate_now(timed))
         agreement.end()
 
     def finish(self) -> dict[str, Any]:
@@ -225,7 +233,7 @@ class Session:
             if scaler := found.state["scaler"]:  # a run that had none begins with a fresh one
                 self.learner.scaler.load_state_dict(scaler)
             self.progress = Progress(**found.state["progress"])
-            if resume.another_speed(self.config, found, self.surroundings):
+            if resume.another_speed(found, self.surroundings):
                 self.progress.speed_from = self.progress.step
                 self.progress.train_seconds, self.progress.train_tokens = 0.0, 0
         if self.world.rank:  # each process drops other activations
@@ -254,7 +262,7 @@ class Session:
         if due := self._evaluation_is_due():
             result = self.evaluate(self.config.eval_tokens)
             rows[-1] |= {"val_loss": result.loss, "perplexity": result.perplexity}
-        self._report(rows, self.clock.rate if self.clock.tokens else None)
+        self._report(rows, self.clock.rate)
         if due:
             mark = ""
             if result.loss < (math.inf if progress.best_val_loss is None else progress.best_val_loss):
@@ -308,17 +316,18 @@ class Session:
             if self.progress.initial_loss is None:
                 self.progress.initial_loss = losses[0]
         self.display.update(
-            self.progress.step, rows[-1]["train_loss"], rate, None if rate is None else self.mfu(rate),
-            utilization.peak_memory(self.device),
-        )  # fmt: skip
+            self.progress.step, rows[-1]["train_loss"], rate, self.mfu(rate), utilization.peak_memory(self.device)
+        )
 
     def draw(self) -> None:
         """Draw the curves of the run as far as it is."""
         plots.curves(self.metrics.path, self.folder / "curves.png", title=f"{self.config.preset} on {self.corpus.name}")
         self.drawn = time.monotonic()
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """The share of the devices' peak in percent; None where that peak is not known."""
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """The share of the devices' peak in percent; None where that peak, or the speed, is not known."""
+        if tokens_per_second is None:
+            return None
         name, one = resume.device_name(self.device), tokens_per_second / self.world.size
         return utilization.mfu_percent(one, self.flops_per_token, name, self.dtype)
 

@@ -1,17 +1,21 @@
 """A step as a CUDA graph: the same training; on a CPU with a stand-in that replays what a graph would."""
 
+import functools
 import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from training_runs import losses, rows
 
-from minigpt import cache, graphs, plots
+from minigpt import cache, checkpoint, graphs, plots
 from minigpt.config import parse
 from minigpt.errors import UserError
+from minigpt.learning import Learner
 from minigpt.trainer import train
 
 
@@ -57,6 +61,46 @@ def test_replays_train_on_the_data_and_with_the_rate_of_their_step(small, stand_
     assert len(set(losses(Path("graphed")))) == 12
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_warm_up_and_capture_work_at_the_same_place(small, stand_in, monkeypatch, batch_size):
+    """A kernel that another alignment or other strides specialise anew cannot be compiled in a capture."""
+    loss, seen = Learner.loss, []
+
+    def noting(self, *batch):
+        seen.append([(tensor.data_ptr(), tensor.stride()) for tensor in batch])
+        return loss(self, *batch)
+
+    monkeypatch.setattr(Learner, "loss", noting)
+    train(small(out=Path("r"), cuda_graph=True, batch_size=batch_size))
+    assert len(seen) == 12 and all(place == seen[0] for place in seen)
+
+
+def test_a_compiled_model_is_compiled_once(small, stand_in, monkeypatch):
+    """In the capture it could not be: Dynamo asks for the state of the GPU's random generator."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(small(out=Path("r"), cuda_graph=True, compile=True))
+    assert counter.frame_count == 1 and StandIn.replays == 12 - graphs.WARM_UP
+
+
+@pytest.mark.parametrize(("eval_interval", "log_interval"), [(5, 1), (3, 2), (100, 100)])
+def test_warm_up_and_capture_are_not_timed(small, stand_in, capsys, eval_interval, log_interval):
+    """Nor where an evaluation comes in between."""
+    train(small(out=Path("r"), cuda_graph=True, eval_interval=eval_interval, log_interval=log_interval))
+    steps = 12 - graphs.WARM_UP - 1
+    assert checkpoint.load(Path("r/last")).state["progress"]["train_tokens"] == steps * 4 * 16
+    assert "evaluation, saving and the first 4 steps of each session left out" in capsys.readouterr().out
+    told = [int(row["step"]) for row in rows(Path("r")) if row["tokens_per_second"]]
+    assert told and min(told) > 4 and max(told) == 12
+
+
+def test_a_run_that_is_warm_up_alone_has_no_speed(small, stand_in):
+    assert train(small(out=Path("r"), cuda_graph=True, max_steps=4))["tokens_per_second"] is None
+    assert train(parse(["--resume", "r", "--max-steps", "8"]))["tokens_per_second"] is None
+    assert train(parse(["--resume", "r", "--max-steps", "13"]))["tokens_per_second"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -75,13 +119,19 @@ def test_what_cannot_be_captured_is_told(small, options, said):
 
 
 @pytest.fixture
-def failing(monkeypatch):
+def streams():
+    """The stream that work goes to."""
+    return ["first"]
+
+
+@pytest.fixture
+def failing(monkeypatch, streams):
     """Captures in which the calls of these names raise these errors, as the calls of a GPU that cannot."""
 
     def let(**errors):
         def call(name):
             if name in errors:
-                raise errors[name]
+                raise errors.pop(name)
 
         class Graph:
             def __init__(self):
@@ -92,18 +142,44 @@ def failing(monkeypatch):
                 assert capture_error_mode == "thread_local"  # what other threads do, as pinning memory, must not end it
 
             def __enter__(self):
+                self.before, streams[0] = streams[0], "capturing"
                 call("begin")
 
             def __exit__(self, *_):
-                call("end")
+                call("end")  # where it raises, PyTorch's too leaves the stream as it is
+                streams[0] = self.before
 
         monkeypatch.setattr(graphs, "check", lambda *_: None)
         monkeypatch.setattr(graphs, "beside", lambda work: work())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.__setitem__(0, stream))
         return lambda: call("work")
 
     return let
+
+
+def test_a_device_has_one_stream_to_warm_up_on(monkeypatch):
+    """Each one keeps the memory of what ran on it."""
+
+    class Stream:
+        def __init__(self, device):
+            self.device, self.waited = device, []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    first, on, used = Stream(None), [0], []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: on[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: first)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    monkeypatch.setattr(graphs, "_side", functools.cache(graphs._side.__wrapped__))
+    for on[0] in (0, 1, 0, 0, 1):
+        assert graphs.beside(lambda: "done") == "done"
+    assert [stream.device for stream in used] == [0, 1, 0, 0, 1] and len(set(used)) == 2
+    assert first.waited == used and used[0].waited == [first] * 3 and used[1].waited == [first] * 2
 
 
 REASON = RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -115,21 +191,44 @@ AFTER = RuntimeError("operation failed due to a previous error during capture")
     [{"make": REASON}, {"begin": REASON}, {"end": REASON}, {"work": REASON}, {"work": REASON, "end": AFTER}],
     ids="+".join,
 )
-def test_a_capture_that_fails_is_one_line(failing, errors):
-    """With the reason of the error that came first: after one in a capture, its end fails too."""
+def test_a_capture_that_fails_is_one_line(failing, streams, errors):
+    """With the reason of the error that came first: after one in a capture, its end fails too. What is done next goes
+    where it went before."""
     work = failing(**errors)
     said = r"this step \(operation not permitted.*capturing\): train without --cuda-graph$"
     with pytest.raises(UserError, match=said) as told:
         graphs.capture(work, "train without --cuda-graph")
-    assert told.value.__cause__ is REASON
+    assert told.value.__cause__ is REASON and streams == ["first"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_what_is_no_fault_of_the_capture_stays_what_it_is(failing, error):
+def test_what_is_no_fault_of_the_capture_stays_what_it_is(failing, streams, error):
     for errors in ({"work": error}, {"work": error, "end": AFTER}):
         with pytest.raises(type(error)) as raised:
             graphs.capture(failing(**errors), "train without --cuda-graph")
-        assert raised.value is error
+        assert raised.value is error and streams == ["first"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, KeyboardInterrupt])
+def test_nothing_holds_what_a_failed_capture_had(failing, kind, ends):
+    """Smaller batches are tried next, and need its memory."""
+    failing(**({} if ends else {"end": RuntimeError("failed due to a previous error")}))
+    held = weakref.WeakSet()
+
+    def work():
+        activations = torch.empty(1)
+        held.add(activations)
+        raise kind("full")
+
+    gc.disable()  # which finds cycles, at a time of its own
+    try:
+        graphs.capture(work, "train without --cuda-graph")
+    except (UserError, kind) as error:
+        assert isinstance(error, kind if kind is not RuntimeError else UserError) and len(held) == 1
+    finally:
+        gc.enable()
+    assert not held
 
 
 def test_a_training_whose_step_cannot_be_captured(small, failing, call):
@@ -164,7 +263,14 @@ def test_a_generation_whose_step_cannot_be_captured(failing, monkeypatch):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"grad_accumulation": 2, "dtype": "bf16"}, {"dtype": "fp16"}, {"checkpoint_activations": True}],
+    [
+        {},
+        {"grad_accumulation": 2, "dtype": "bf16"},
+        {"dtype": "fp16"},
+        {"checkpoint_activations": True},
+        {"compile": True},
+        {"batch_size": 1},
+    ],
     ids=str,
 )
 def test_a_captured_step_trains_the_same_on_a_gpu(small, kernels, options):

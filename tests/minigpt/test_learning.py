@@ -1,11 +1,13 @@
 """The learning rate, the optimizer and its step, each against what its paper says."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from training_runs import Waits
 
+import kernels
 from minigpt.backends import resolve
 from minigpt.batches import Batches
 from minigpt.config import preset
@@ -108,6 +110,48 @@ def test_a_step_whose_gradient_alone_is_not_finite_changes_nothing(monkeypatch):
     handle.remove()
     assert math.isfinite(loss) and not math.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, state(learner), strict=True))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_a_pass_that_compiles_kernels_may_find_too_little_memory(monkeypatch, error):
+    """A compiled step takes less, and tells itself where it has too little."""
+    passes = []
+
+    def too_little(work, _):
+        work()
+        passes.append(torch.rand(()))
+        raise error
+
+    monkeypatch.setattr(kernels, "compile_ahead", too_little)
+    learner, other = make(dropout=0.3), make(dropout=0.3)
+    learner.cold = True
+    for number in range(2):
+        torch.manual_seed(number)
+        measured = learner.step(number)
+        torch.manual_seed(number)
+        assert torch.equal(measured, other.step(number))
+    assert len(passes) == 1
+
+
+def test_other_errors_of_that_pass_stay_what_they_are(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(kernels, "compile_ahead", broken)
+    learner = make()
+    learner.cold = True
+    with pytest.raises(RuntimeError, match="a bug"):
+        learner.step(0)
+
+
+def test_the_memory_of_that_pass_is_not_that_of_training(monkeypatch):
+    done, learner = [], make()
+    learner.device = torch.device("cuda")
+    monkeypatch.setattr(torch.random, "fork_rng", lambda _: nullcontext())
+    monkeypatch.setattr(kernels, "compile_ahead", lambda *_: done.append("pass"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append(str(device)))
+    learner.compile_kernels([])
+    assert done == ["pass", "cuda"]
 
 
 @pytest.mark.parametrize("kernels", ["eager", "torch", pytest.param("triton", marks=pytest.mark.interpreted)])

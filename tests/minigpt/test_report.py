@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from minigpt import report
-from minigpt.report import COLUMNS, Display, Measures, Metrics
+from minigpt.report import COLUMNS, Clock, Display, Measures, Metrics
 
 CPU = torch.device("cpu")
 
@@ -36,6 +36,75 @@ def test_measures_come_in_order_from_a_gpu_too():
         if value % 3 == 0:
             found += measures.take()
     assert found + measures.take(everything=True) == [[float(value)] for value in range(10)]
+
+
+class Gpu:
+    """A GPU and its host: when it is on the host, and when the GPU will have done what it was asked for, in seconds."""
+
+    def __init__(self):
+        self.now = self.done = 0.0
+
+    def launch(self, *, host, gpu):
+        self.now += host
+        self.done = max(self.now, self.done) + gpu
+
+    def wait(self, until=None):
+        self.now = max(self.now, self.done if until is None else until)
+
+    def event(self, *, enable_timing=False):
+        return Event(self, enable_timing)
+
+
+class Event:
+    def __init__(self, gpu, timed):
+        self.gpu, self.timed = gpu, timed
+
+    def record(self):
+        self.at = max(self.gpu.now, self.gpu.done)
+
+    def synchronize(self):
+        self.gpu.wait(self.at)
+
+    def elapsed_time(self, end):
+        assert self.timed and end.timed and max(self.at, end.at) <= self.gpu.now  # CUDA raises otherwise
+        return 1000 * (end.at - self.at)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: gpu.wait())
+    monkeypatch.setattr(report.time, "perf_counter", lambda: gpu.now)
+    return gpu
+
+
+@pytest.mark.parametrize(("host", "device"), [(0.001, 0.5), (0.5, 0.001)], ids=["the GPU", "the host"])
+def test_a_speed_is_of_what_a_gpu_has_done(gpu, host, device):
+    """Half a second a step, whichever of the two is the slower one."""
+    clock, rates = Clock(torch.device("cuda")), []
+    for _ in range(2):
+        gpu.launch(host=9.0, gpu=9.0)  # an evaluation
+        clock.start()
+        for step in range(1, 31):
+            gpu.launch(host=host, gpu=device)
+            if step % 10 == 0:
+                rates.append(clock.rate_now(100 * step))
+        clock.stop(3000)
+        assert clock.rate == pytest.approx(200, rel=0.01)
+    assert rates[0] is None and rates[1:] == pytest.approx([200] * 5, rel=0.01)
+
+
+def test_on_a_cpu_all_is_done_when_it_is_asked(gpu):
+    clock = Clock(CPU)
+    clock.start()
+    assert clock.rate is None and clock.rate_now(0) is None
+    gpu.now = 2.0
+    assert clock.rate_now(100) == 50
+    clock.stop(100)
+    clock.start()
+    gpu.now = 3.0
+    assert clock.rate_now(0) == clock.rate == 50 and clock.rate_now(50) == 50
 
 
 @pytest.fixture

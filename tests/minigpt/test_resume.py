@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 from training_runs import StopAfter, assert_same_run, losses, rows
 
 from minigpt import bpe, checkpoint, generators, plots, prepare, process, report, storage
-from minigpt.config import parse
+from minigpt.backends import resolve
+from minigpt.config import parse, preset
 from minigpt.errors import Stopped, UserError
-from minigpt.resume import another_speed, why_not_exact
+from minigpt.resume import another_speed, surroundings, why_not_exact
 from minigpt.trainer import Session, train
 
 
@@ -26,7 +26,12 @@ def no_pictures(monkeypatch):
 def stop(config, after):
     """Train so many steps, and be stopped."""
     told = rf"after step {after} of {config.max_steps}.*--resume {config.out}"
-    with process.deterministic(config.deterministic), Session(config) as session, pytest.raises(Stopped, match=told):
+    with (
+        process.deterministic(config.deterministic),
+        Session(config) as session,
+        pytest.raises(Stopped, match=told),
+        session.display.running(0),
+    ):
         session.run(StopAfter(session, after))
     generators.seed(99)  # they are elsewhere meanwhile
 
@@ -47,6 +52,7 @@ def stopped_and_not(small, after, **options):
         (5, {"dropout": 0.2, "grad_accumulation": 2, "deterministic": True}),
         (7, {"dtype": "bf16"}),
         (7, {"tokenizer": "bpe", "vocab_size": 270}),
+        pytest.param(5, {"compile": True, "deterministic": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -160,10 +166,9 @@ def test_sessions_of_one_step_time_nothing(small, capsys):
 def test_what_may_change_a_speed(small):
     config, now = small(), {"device": "CPU", "attention": "torch", "max_steps": "12"}
     found = checkpoint.Checkpoint(Path("r"), None, config, None, {"surroundings": now})
-    assert not another_speed(config, found, now) and not another_speed(config, found, now | {"max_steps": "15"})
-    for change in ({"device": "NVIDIA H200"}, {"attention": "eager"}, {"threads": "2"}):
-        assert another_speed(config, found, now | change)
-    assert another_speed(replace(config, cuda_graph=True), found, now)
+    assert not another_speed(found, now) and not another_speed(found, now | {"max_steps": "15"})
+    for change in ({"device": "NVIDIA H200"}, {"attention": "eager"}, {"threads": "2"}, {"cuda_graph": "True"}):
+        assert another_speed(found, now | change)
 
 
 def test_a_backend_that_only_evaluates_has_no_speed(small):
@@ -187,14 +192,43 @@ def test_on_another_device_too(small, capsys, there, here):
 
 
 def test_pytorchs_attention_on_a_gpu_repeats_itself_only_if_told():
-    gpu = {"device": "NVIDIA H200", "attention": "torch", "deterministic": "False"}
+    gpu = {"device": "NVIDIA H200", "attention": "torch", "deterministic": "False", "compile": "False"}
     assert "--deterministic" in why_not_exact(gpu, gpu)
     assert why_not_exact(gpu | {"attention": "triton"}, gpu | {"attention": "triton"}) is None
     assert why_not_exact(gpu | {"deterministic": "True"}, gpu | {"deterministic": "True"}) is None
-    cpu = gpu | {"device": "CPU (AVX2)"}
+    cpu = gpu | {"device": "CPU (AVX2)", "threads": "2"}
     assert why_not_exact(cpu, cpu) is None
-    assert why_not_exact(cpu, gpu) == "device CPU (AVX2) before, NVIDIA H200 now"
+    assert why_not_exact(cpu, cpu | {"device": "NVIDIA H200"}) == "device CPU (AVX2) before, NVIDIA H200 now"
     assert why_not_exact(cpu, cpu | {"triton": "3.7.1"}) == "triton none before, 3.7.1 now"
+
+
+@pytest.mark.parametrize(
+    ("where", "exact"),
+    [
+        ({"device": "NVIDIA H200"}, False),
+        ({"device": "CPU (AVX2)", "threads": "2"}, False),
+        ({"device": "CPU (AVX2)", "threads": "1"}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("attention", ["triton", "eager"])
+def test_a_compiled_model_repeats_itself_only_if_told(where, exact, attention):
+    now = where | {"attention": attention, "deterministic": "False", "compile": "True"}
+    assert why_not_exact(now, now) is None if exact else "torch.compile adds" in why_not_exact(now, now)
+    for change in ({"deterministic": "True"}, {"compile": "False"}):
+        assert why_not_exact(now | change, now | change) is None
+
+
+def test_a_captured_step_rounds_otherwise(monkeypatch):
+    """Its learning rate is fp32, and not a double."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    ops = resolve("torch", torch.device("cpu"))
+    before, now = (
+        surroundings(config, ops, torch.device("cuda"), torch.float32, threads=2, processes=1)
+        for config in (preset("shakespeare", deterministic=True, cuda_graph=graph) for graph in (False, True))
+    )
+    assert why_not_exact(before, before) is None and why_not_exact(now, now) is None
+    assert why_not_exact(before, now) == "cuda_graph False before, True now"
 
 
 @pytest.mark.parametrize(
