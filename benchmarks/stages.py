@@ -194,7 +194,7 @@ def follow(
             outcome = _run_step(step, number, limit, work, lambda: pack(work, archive, also))
             outcomes.append(outcome)
             say(f"  {outcome.status} after {outcome.seconds:.1f} s{': ' * bool(outcome.reason)}{outcome.reason}")
-            if step.vital and outcome.status != "ok":
+            if step.vital and outcome.status == "failed":  # one that was too slow says nothing of the others
                 stopped = f"{step.name} did not pass, and nothing after it would mean anything"
         _note(work, outcomes)
         pack(work, archive, also)
@@ -204,7 +204,7 @@ def follow(
 def _limit(step: Step, later: list[Step], left: float) -> float:
     """The seconds that a step may take: its share of those `left`, by its own limit beside those of the `later` ones.
 
-    What a step leaves over goes to all that follow. A vital step has all there is, as nothing would come after it.
+    What a step leaves over goes to all that follow. A vital step has its whole limit.
     """
     if step.vital:
         return min(step.seconds, left)

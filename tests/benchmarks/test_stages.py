@@ -47,6 +47,13 @@ def test_a_vital_failure_stops_the_stage(tmp_path):
     assert [o.status for o in outcomes] == ["failed", "skipped"] and "first did not pass" in outcomes[1].reason
 
 
+def test_what_is_too_slow_stops_nothing(tmp_path):
+    """It is not wrong, vital or not."""
+    slow = step("first", "import time; time.sleep(60)", seconds=0.5, vital=True)
+    outcomes, _ = follow([slow, step("next", "print(1)")], tmp_path)
+    assert [o.status for o in outcomes] == ["timed out", "ok"]
+
+
 def test_without_time_left_a_step_is_skipped(tmp_path):
     slow = step("slow", "import time; time.sleep(60)")
     outcomes, packed = follow([slow, step("next", "print(1)")], tmp_path, seconds=2.0)
