@@ -257,8 +257,10 @@ def _normalisers(target, weight, n_classes, ignore_index, reduction):
     if weight is None:
         return count, count.clamp(min=1.0), None
     kept &= (target >= 0) & (target < n_classes)
-    weights = weight.to(torch.float32)[torch.where(kept, target, 0)] if n_classes else weight.new_empty(0)
-    divisor = torch.where(kept, weights, 0.0).sum()
+    if n_classes:
+        divisor = torch.where(kept, weight.to(torch.float32)[torch.where(kept, target, 0)], 0.0).sum()
+    else:  # no target weighs anything, and none can be looked up
+        divisor = weight.sum(dtype=torch.float32)
     factor, most = count / divisor, torch.finfo(torch.float32).max
     beyond = factor.isinf() & (divisor != 0.0)  # weights next to nothing: then as far as fp32 goes, and less is left
     factor = torch.where(beyond, divisor.sign() * most, factor)

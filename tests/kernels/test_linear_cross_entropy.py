@@ -46,7 +46,7 @@ def problem(n_rows, hidden=12, n_classes=20, *, dtype=torch.float32, device="cpu
 def written_out(x, w, target, *, linear_bias=None, **options):
     """The two functions that this one stands for, on any number of leading dimensions."""
     logits = F.linear(x, w, linear_bias)
-    loss = F.cross_entropy(logits.reshape(-1, w.shape[0]), target.reshape(-1), **options)
+    loss = F.cross_entropy(logits.reshape(target.numel(), w.shape[0]), target.reshape(-1), **options)
     return loss.view(target.shape) if options.get("reduction") == "none" else loss
 
 
@@ -174,6 +174,16 @@ def test_nothing_at_all(lead, reduction, device):
     _, w, _, bias = problem(0, device=device)
     target = torch.zeros(lead, dtype=torch.int64, device=device)
     agree(draw(*lead, 12, device=device), w, target, bias, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.0), ("mean", 0.1), ("sum", 0.0), ("none", 0.0)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_no_classes(weighted, reduction, smoothing, device):
+    """Every target is ignored: there is nothing else that it can be."""
+    x, w, target, bias = problem(3, device=device)
+    options = {"weight": torch.empty(0, device=device)} if weighted else {}
+    target = torch.full_like(target, -100)
+    agree(x, w[:0], target, bias[:0], reduction=reduction, label_smoothing=smoothing, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
