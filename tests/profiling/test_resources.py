@@ -32,7 +32,8 @@ EXCEPTIONS = {  # bytes, by version of Triton, kernel, architecture and case
         ("_attention_backward_key", "sm_80", "d128-short-all"): 16,
         ("_attention_backward_key", "sm_80", "d128-grouped-dropout"): 16,
         ("_attention_backward_key", "sm_100", "d64-ragged-grouped"): 64,
-    }
+    },
+    "3.7.1": {("_decode_group", "sm_120", "mqa-64"): 4},
 }
 TENSOR_CORE = {
     "sm_80": "mma.sync",
