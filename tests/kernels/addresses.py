@@ -91,7 +91,7 @@ def _interpreter(kernel, accesses: list, values: dict, wide: bool) -> Iterator:
             ),
         }
     function = kernel.rewrite()
-    helpers = [value.rewrite() for value in kernel.fn.__globals__.values() if isinstance(value, type(kernel))]
+    helpers = [value.rewrite() for value in list(kernel.fn.__globals__.values()) if isinstance(value, type(kernel))]
     modules = {id(f.__globals__): f.__globals__ for f in (function, kernel.fn, *helpers)}.values()
     with contextlib.ExitStack() as stack:
         for name, method in replaced.items():

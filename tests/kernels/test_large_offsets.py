@@ -97,7 +97,7 @@ MANY = {  # contiguous, and many elements: of every kind of kernel and of everyt
 }
 # Never past 2^31 elements: one for each column, for each program that fills the device, or one alone; and the long
 # rows' and the splits' statistics, of which there is one a program
-BOUNDED = re.compile(r"weight|bias|weight_sum|divisor|count|factor|seed|d?weight(_parts)?|d?bias(_parts)?")
+BOUNDED = re.compile(r"weight|bias|weight_sum|divisor|sums|count|factor|seed|d?weight(_parts)?|d?bias(_parts)?")
 ONE_A_PROGRAM = {("_layer_norm_forward_long", "mean"), ("_layer_norm_forward_long", "rstd")}
 ONE_A_PROGRAM |= {(f"_layer_norm_backward_long_{of}", s) for of in ("input", "parameters") for s in ("mean", "rstd")}
 ONE_A_PROGRAM |= {("_decode_single", "peak"), ("_decode_single", "total")}
