@@ -2,13 +2,14 @@
 
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import machine, problems, stats, suite, timing
-from benchmarks.problems import Wrong
+from benchmarks.problems import Checker, Problem, Wrong
 from benchmarks.providers import PROVIDERS, Provider, Unavailable
 from kernels import catalogue
 from kernels.op import Case
@@ -228,6 +229,36 @@ def test_a_sample_that_leaves_work_behind_is_no_sample(late, monkeypatch):
             timing._elapsed(start, end)
     else:
         assert timing._elapsed(start, end) == 2.0
+
+
+@pytest.mark.parametrize(("name", "full"), [("two_tiles", True), ("prime", False), ("pairs", False)])
+def test_pytorchs_attention_has_a_mask_only_where_slots_are_empty(name, full, monkeypatch):
+    """A mask, and caches that are cleared first, would be work that nobody asked of it."""
+    op = catalogue.DECODE_ATTENTION
+    problem = Problem(op, next(case for case in op.cases if case.name == name), torch.float32, torch.device("cpu"))
+    given, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: given.append(k) or attention(*a, **k))
+    call = PROVIDERS["torch"].make(problem)
+    assert suite.judge(entry(call), problem, Checker(problem))[0].get("error_over_allowed", 9.0) <= 1.0
+    assert given and all((keywords.get("attn_mask") is None) == full for keywords in given)
+
+
+def test_a_loss_is_given_one_and_then_something_else():
+    op = catalogue.CROSS_ENTROPY
+    problem = Problem(op, Case("mean", {"input": (5, 7), "target": (5,)}, {}), torch.float32, torch.device("cpu"))
+    assert problem.gradients[0].item() == 1.0
+    problem.redraw(problems.SEEDS[1])
+    assert problem.gradients[0].item() != 1.0, "a provider that takes no notice of it must be found out"
+    problem.redraw(problems.SEEDS[0])
+    assert problem.gradients[0].item() == 1.0
+
+
+def test_plain_attention_of_too_many_scores_is_left_out():
+    large = Case("large", dict.fromkeys(("query", "key", "value"), (1, 32, 16384, 64)), {})
+    problem = SimpleNamespace(op=catalogue.ATTENTION, case=large, dtype=torch.bfloat16, device=torch.device("cpu"))
+    for name in ("eager", "compile"):
+        with pytest.raises(Unavailable, match="its scores would take 17 GB"):
+            PROVIDERS[name].make(problem)
 
 
 def test_a_driver_that_is_slow_leaves_nothing_behind(monkeypatch):
