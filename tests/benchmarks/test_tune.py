@@ -180,10 +180,10 @@ def test_what_hangs_or_dies_is_that_candidates_fault_alone(monkeypatch):
         return [sys.executable, "-c", CHILD, json.dumps([by_name[candidate.name] for candidate in candidates])]
 
     monkeypatch.setattr(trial, "_command", command)
-    found = dict(trial.outcomes(NORM, tried, "sm_90", seconds=3.0))
+    found = dict(trial.outcomes(NORM, tried, "sm_90", seconds=1.5))
     assert list(found) == list(by_name)
     late, ended, no = (
-        "did not end within 3 s",
+        "did not end within 2 s",
         "its process ended with status 3",
         "not tried: 2 of its kind did not end",
     )

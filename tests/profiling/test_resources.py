@@ -106,7 +106,9 @@ def _problems(document: dict) -> list[str]:
     scope="module",
     params=[
         pytest.param((WHOLE, ONE_OF_EACH), id="two targets"),
-        pytest.param((OTHERS, ["d64-short"]), id="short attention for the others"),
+        pytest.param(
+            ([arch for arch in OTHERS if arch != "sm_86"], ["d64-short"]), id="short attention for the others"
+        ),
         pytest.param((OTHERS, ONE_OF_EACH), id="the others", marks=pytest.mark.slow),
     ],
 )
@@ -403,7 +405,7 @@ gpu = dataclasses.replace(device.TARGETS["sm_100"], arch="sm_103", name="a GPU",
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 device.facts = lambda device: gpu
-what = "resources --here --op scaled_dot_product_attention --case gpt2 --dtype bfloat16 --workers 1 --json -"
+what = "resources --here --op layer_norm --case 384 --dtype bfloat16 --workers 1 --json -"
 arguments = __main__.parser().parse_args(what.split())
 arguments.run(arguments)
 """
@@ -419,7 +421,7 @@ def test_here_means_this_gpu(tmp_path):
     assert {(use["arch"], use["shared_memory_limit"], use["error"]) for use in document["kernels"]} == {
         ("sm_103", 70_000, "")
     }
-    compiled = [json.loads(path.read_text()) for path in tmp_path.rglob("_attention_*.json")]
+    compiled = [json.loads(path.read_text()) for path in tmp_path.rglob("_layer_norm_*.json")]
     targets = [kernel["target"]["arch"] for kernel in compiled if "target" in kernel]
     assert targets == [103] * len(document["kernels"])
     assert {use["occupancy"]["blocks"] > 0 for use in document["kernels"]} == {True}
