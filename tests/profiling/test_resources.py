@@ -118,12 +118,24 @@ def asked(request) -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def one_of_each(asked) -> dict:
+def one_of_each(asked, tmp_path_factory) -> dict:
+    """The table, compiled once for all processes of a run."""
+    import fcntl  # not on Windows
+
     archs, cases = asked
     table = ("--arch", *archs, "--dtype", "bfloat16", "--case", *cases)
-    if cases is ONE_OF_EACH:
-        return _table(*table)
-    return _table(*table, "--workers", "1", TRITON_INTERPRET="0")  # few: neither starts over nor starts many
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / f"{'-'.join((*archs, *cases))}.json"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            if cases is ONE_OF_EACH:
+                found = _table(*table)
+            else:  # few: neither starts over nor starts many
+                found = _table(*table, "--workers", "1", TRITON_INTERPRET="0")
+            path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
 
 
 def test_one_of_each_kernel_compiles_well(one_of_each):
