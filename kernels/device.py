@@ -38,6 +38,21 @@ OLDEST = (8, 0)  # compute capability that Triton supports; of what is older, so
 
 
 @functools.cache
+def interpreter_misfit() -> str | None:
+    """Why Triton's interpreter cannot work with the installed numpy, and what to do; None if it can."""
+    import numpy
+    import triton
+
+    there = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if there[0] >= (3, 7) or there[1] < (2, 4):  # those numbers are made of arrays of one element, which 2.4 refuses
+        return None
+    return (
+        f"the interpreter of Triton {triton.__version__} does not work with numpy {numpy.__version__}: "
+        '`pip install "numpy<2.4"`, or Triton 3.7 or above with the PyTorch that needs it'
+    )
+
+
+@functools.cache
 def _too_old(device: torch.device) -> str | None:
     """why_not of a GPU by its age; None where there is no GPU to ask, as where only shapes are computed."""
     if torch.version.hip or not torch.cuda.is_available():
@@ -66,7 +81,7 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cuda":
         return _too_old(device)
     if device.type == "cpu" and INTERPRETED:
-        return None
+        return interpreter_misfit()
     if device.type == "cpu":
         return (
             "Triton kernels on CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 in the environment, or "

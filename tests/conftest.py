@@ -67,23 +67,12 @@ def pytest_xdist_auto_num_workers():
     return min(8, _cores())
 
 
-def _interpreter_misfit() -> str | None:
-    """Why Triton's interpreter cannot work with the installed numpy, if it cannot."""
-    if not kernels.device.HAS_TRITON:
-        return "Triton is not installed"
-    import numpy
-    import triton
-
-    numbers = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
-    if numbers[0] < (3, 7) and numbers[1] >= (2, 4):
-        return f"the interpreter of Triton {triton.__version__} does not work with numpy {numpy.__version__}"
-    return None
-
-
 def pytest_collection_modifyitems(items):
     no_gpu = None if torch.cuda.is_available() and not kernels.device.INTERPRETED else "needs a CUDA GPU"
     # without a GPU the interpreter is what is tested: there a misfit is a failure
-    misfit = _interpreter_misfit() if torch.cuda.is_available() or not kernels.device.HAS_TRITON else None
+    misfit = None if kernels.device.HAS_TRITON else "Triton is not installed"
+    if torch.cuda.is_available() and not misfit:
+        misfit = kernels.device.interpreter_misfit()
     compiled = None
     if (torch.cuda.is_available() or EMULATED) and not kernels.device.INTERPRETED:
         compiled = "kernels are compiled for the GPU here: TRITON_INTERPRET=1 pytest runs it"

@@ -166,6 +166,23 @@ def test_why_not_names_the_device():
 
 
 @pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "refused"),
+    [("3.6.0", "2.4.0", True), ("3.6.0", "2.5.2", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.2", False)],
+)
+def test_an_interpreter_that_numpy_has_left_behind_is_told_of(triton_version, numpy_version, refused, monkeypatch):
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    monkeypatch.setattr(devices, "INTERPRETED", True)
+    monkeypatch.setattr(devices, "_ASKED", True)
+    devices.interpreter_misfit.cache_clear()
+    try:
+        said = devices.why_not(torch.device("cpu"))
+        assert "Triton 3.6.0" in said and 'pip install "numpy<2.4"' in said if refused else said is None
+    finally:
+        devices.interpreter_misfit.cache_clear()
+
+
+@pytest.mark.parametrize(
     ("capability", "refused"), [((7, 5), True), ((8, 0), False), ((8, 6), False), ((12, 0), False)]
 )
 def test_a_gpu_that_triton_does_not_support_is_told_of(capability, refused, monkeypatch):
