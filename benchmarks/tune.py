@@ -4,7 +4,8 @@ For each entry of the table: candidates are compiled in parallel, while the entr
 that spill or exceed shared memory dropped, the rest held to the truth, forward and backward (kernels written in Gluon
 in a process of their own, which may hang), and those that are right timed in turns. The best of them is timed against
 the default once more, and enters the table if it is faster by more than chance. What is known is stored as
-it comes, in <gpu>.partial, and a sweep that was cut short goes on from there. --dry-run does all but the timing,
+it comes, in <gpu>.partial, and a sweep that was cut short goes on from there; one whose timing hangs ends, and leaves
+out what it timed when it goes on. --dry-run does all but the timing,
 for a GPU that is not there: kernels run in Triton's interpreter, on small problems.
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -169,12 +171,40 @@ def decide(entry: Entry, right: list[Candidate], base: Device, partial: Partial)
     """Time the candidates that are right; the one that beats the default by more than chance, if there is one."""
     decided = partial.known["decided"]
     if entry.name not in decided:
-        medians, verdict, best = _timed(entry, right, base)
+        with _watched(entry, [candidate for candidate in right if sweep.in_gluon(candidate, base)], partial):
+            medians, verdict, best = _timed(entry, right, base)
         partial.enter("decided", {entry.name: {"ms": medians, "verdict": verdict, "best": list(best.numbers)}})
     best = Candidate(entry, tuple(decided[entry.name]["best"]))
     verdict = decided[entry.name]["verdict"]
     print(f"  best: {list(best.numbers) or 'default'}, {verdict}", flush=True)
     return best if best.numbers and verdict == "FASTER" else None
+
+
+TIMING = 150.0
+"""Seconds for timing one entry, several times what it takes. A kernel that hangs once in many launches is met here."""
+
+
+@contextlib.contextmanager
+def _watched(entry: Entry, in_gluon: list[Candidate], partial: Partial) -> Iterator[None]:
+    """End the process where what is inside does not end, and have the next go on without what it must have been: the
+    candidates written in Gluon, or where there is none, anything but the default."""
+
+    def give_up() -> None:
+        why = f"timing did not end within {TIMING:.0f} s"
+        if in_gluon:
+            partial.enter("judged", {candidate.name: why for candidate in in_gluon})
+        else:
+            partial.enter("decided", {entry.name: {"ms": {}, "verdict": why, "best": []}})
+        print(f"  {why}; the same command goes on from here without what was timed", flush=True)
+        os._exit(1)
+
+    watch = threading.Timer(TIMING, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def _timed(entry: Entry, right: list[Candidate], base: Device) -> tuple[dict[str, float], str, Candidate]:

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -265,6 +266,30 @@ def test_only_what_is_faster_wins_and_what_cannot_be_timed_ends_nothing(timers, 
     partial = tune.Partial(tmp_path / "p.json")
     best = tune.decide(NORM, list(tried.values()), BASE, partial)
     assert (best and best.numbers) == winner and partial.known["decided"][NORM.name]["verdict"] == verdict
+
+
+@pytest.mark.parametrize("in_gluon", [True, False])
+def test_timing_that_hangs_ends_the_sweep_and_the_next_goes_on_without_it(in_gluon, tmp_path, monkeypatch):
+    tried, ended, known = [Candidate(NORM), Candidate(NORM, (2, 8))], threading.Event(), {}
+
+    def timed(entry, right, base):
+        assert ended.wait(30)
+        return {}, "FASTER", Candidate(NORM)
+
+    def end(status):
+        known.update(json.loads((tmp_path / "p.json").read_text()))
+        ended.set()
+
+    monkeypatch.setattr(tune, "TIMING", 0.1)
+    monkeypatch.setattr(tune, "_timed", timed)
+    monkeypatch.setattr(sweep, "in_gluon", lambda candidate, base: in_gluon and bool(candidate.numbers))
+    monkeypatch.setattr(os, "_exit", end)
+    tune.decide(NORM, tried, BASE, tune.Partial(tmp_path / "p.json"))
+    if in_gluon:
+        assert known["judged"] == {tried[1].name: "timing did not end within 0 s"} and not known["decided"]
+    else:
+        decided = known["decided"][NORM.name]
+        assert decided["best"] == [] and "did not end" in decided["verdict"]
 
 
 def test_a_table_that_is_written_can_be_read(tmp_path, monkeypatch):
