@@ -190,11 +190,14 @@ def _layer_norm_backward(
         seen = (rows < n_rows)[:, None]
         dys = ()
         xs = ()
-        for i in tl.static_range(PARTS):  # all loads before the first use
+        sums = ()
+        for i in tl.static_range(PARTS):  # all loads before the first use, and before stores, which they cannot pass
             at = i * WIDTH + columns
             mask = seen & (at < N)
             dys += (tl.load(grad_ptr + rows[:, None] * grad_stride + at, mask=mask, other=0.0),)
             xs += (tl.load(input_ptr + rows[:, None] * row_stride + at, mask=mask, other=0.0),)
+            if grad_sum_ptr is not None:
+                sums += (tl.load(grad_sum_ptr + rows[:, None] * grad_sum_stride + at, mask=mask, other=0.0),)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
 
@@ -225,8 +228,7 @@ def _layer_norm_backward(
                 mask = seen & (at < N)
                 dx = rstd * (gs[i] + (xhats[i] * -mean_g_xhat - mean_g))  # an order that spills on no target
                 if grad_sum_ptr is not None:
-                    places = rows[:, None] * grad_sum_stride + at
-                    dx += tl.load(grad_sum_ptr + places, mask=mask, other=0.0).to(tl.float32)
+                    dx += sums[i].to(tl.float32)
                 places = rows[:, None] * N + at
                 if dinput_ptr is not None:
                     tl.store(dinput_ptr + places, cast(dx, dinput_ptr.dtype.element_ty), mask=mask)
