@@ -43,14 +43,17 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Compare:
-    """Train on two backends from the same seeds on the same data; exit status 0 if they agree, 1 if not."""
+    """Train on two backends from the same seeds on the same data; exit status 0 if they agree, 1 if not.
+
+    Without dropout, whatever the preset has: the masks of two backends differ.
+    """
 
     a: str = "triton"
     """Backend of the ops: eager, torch, triton, or one per op, such as attention=triton,layer_norm=torch."""
     b: str = "torch"
     """The backend to compare it with."""
     preset: str | None = None
-    """Settings, as for training. Without one: those that training would take."""
+    """Settings, as for training, but for dropout. Without one: those that training would take."""
     data: str | None = None
     """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
     steps: int = 50
@@ -132,6 +135,7 @@ def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
         options.preset or default_preset(slower, device),
         data=options.data,
         max_steps=options.steps,
+        dropout=0.0,
         seed=options.seed,
         device=options.device,
         dtype=options.dtype,
