@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import backends, checkpoint, compare, dataset, resume, showcase
+from . import backends, checkpoint, compare, dataset, faults, resume, showcase
 from .backends import Backends
 from .command_line import command_line, warn
 from .config import default_preset, pick_device, pick_dtype, preset
@@ -84,6 +84,7 @@ class Showcase:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
 
+@faults.memory_told("evaluate on the CPU (--device cpu)")
 def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt evaluate") -> None:
     """Print the loss of a model on the validation split of its text, or of another one."""
     options = command_line(Evaluate, sys.argv[1:] if argv is None else argv, prog=prog)
@@ -125,6 +126,7 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
         print(f"{name:<12}{value}")
 
 
+@faults.memory_told("take a smaller --preset")
 def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt compare") -> None:
     """Print and write how two backends compare; UserError when they do not agree."""
     options = command_line(Compare, sys.argv[1:] if argv is None else argv, prog=prog)
