@@ -209,8 +209,8 @@ def enter_speed(row: dict[str, Any], samples_ms: list[float], training: Training
 
 
 def failure(error: Exception) -> dict[str, str]:
-    """The fields of a row whose configuration threw."""
-    if isinstance(error, UserError):
+    """The fields of a row whose configuration threw; what cannot be had here is skipped, what should be is an error."""
+    if isinstance(error, UserError) and not isinstance(error, graphs.CaptureFailed):
         return {"status": "skipped", "reason": " ".join(str(error).split())[:200]}
     return suite.failure(error)
 

@@ -7,7 +7,6 @@ an error says why it cannot: nothing falls back silently.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,7 @@ class Backends:
     layer_norm: Callable[..., torch.Tensor]
     add_layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     loss: Callable[..., torch.Tensor]
-    choices: MappingProxyType[str, Choice]
+    choices: dict[str, Choice]
     interpreted: bool
 
     @property
@@ -163,7 +162,7 @@ def resolve(request: str | None, device: torch.device) -> Backends:
         for op, choice in choices.items()
         for field, name in _FUNCTIONS[op].items()
     }
-    return Backends(**functions, choices=MappingProxyType(choices), interpreted=will_interpret(request, device))
+    return Backends(**functions, choices=choices, interpreted=will_interpret(request, device))
 
 
 def _known_backend(name: str) -> str:

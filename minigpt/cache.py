@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import graphs
+from . import faults, graphs
 from .backends import unpack
 from .errors import UserError
 from .model import GPT, Attend
@@ -30,10 +30,12 @@ class Cache:
         shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
         try:
             self.keys, self.values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        except RuntimeError as error:  # of which a GPU's OutOfMemoryError is one, and a CPU's has no type of its own
-            size = 2 * math.prod(shape) * weight.itemsize / 1e9
+        except (RuntimeError, MemoryError) as error:
+            size = math.prod(shape) * weight.itemsize
+            if size < 2**63 and not faults.is_out_of_memory(error):  # beyond that, PyTorch cannot count the bytes
+                raise
             raise UserError(
-                f"there is no memory for the keys and values of {rows:,} rows, {size:,.1f} GB: take fewer "
+                f"there is no memory for the keys and values of {rows:,} rows, {2 * size / 1e9:,.1f} GB: take fewer "
                 "--num-samples or --beams, or --no-cache"
             ) from error
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import backends, checkpoint, compare, dataset, resume, showcase
+from . import backends, checkpoint, compare, dataset, faults, resume, showcase
 from .backends import Backends
 from .command_line import command_line, warn
 from .config import default_preset, pick_device, pick_dtype, preset
@@ -43,14 +43,17 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Compare:
-    """Train on two backends from the same seeds on the same data; exit status 0 if they agree, 1 if not."""
+    """Train on two backends from the same seeds on the same data; exit status 0 if they agree, 1 if not.
+
+    Without dropout, whatever the preset has: the masks of two backends differ.
+    """
 
     a: str = "triton"
     """Backend of the ops: eager, torch, triton, or one per op, such as attention=triton,layer_norm=torch."""
     b: str = "torch"
     """The backend to compare it with."""
     preset: str | None = None
-    """Settings, as for training. Without one: those that training would take."""
+    """Settings, as for training, but for dropout. Without one: those that training would take."""
     data: str | None = None
     """What to train on: shakespeare, pydocs, or a text file. Without one: shakespeare."""
     steps: int = 50
@@ -81,6 +84,7 @@ class Showcase:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
 
+@faults.memory_told("evaluate on the CPU (--device cpu)")
 def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt evaluate") -> None:
     """Print the loss of a model on the validation split of its text, or of another one."""
     options = command_line(Evaluate, sys.argv[1:] if argv is None else argv, prog=prog)
@@ -122,6 +126,7 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "python -m minigpt e
         print(f"{name:<12}{value}")
 
 
+@faults.memory_told("take a smaller --preset")
 def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigpt compare") -> None:
     """Print and write how two backends compare; UserError when they do not agree."""
     options = command_line(Compare, sys.argv[1:] if argv is None else argv, prog=prog)
@@ -132,6 +137,7 @@ def run_compare(argv: Sequence[str] | None = None, prog: str = "python -m minigp
         options.preset or default_preset(slower, device),
         data=options.data,
         max_steps=options.steps,
+        dropout=0.0,
         seed=options.seed,
         device=options.device,
         dtype=options.dtype,

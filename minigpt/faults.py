@@ -71,8 +71,8 @@ def of_the_compiler(error: BaseException) -> UserError | None:
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
-    """Run a block: out of memory becomes a UserError that says what to take less of."""
+def memory_told(instead: str) -> Iterator[None]:
+    """Run a block, or decorate a function: out of memory becomes a UserError that says what to do `instead`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -80,8 +80,7 @@ def memory_told() -> Iterator[None]:
             raise
         said = " ".join(str(error).split()[:40])
         raise UserError(
-            "out of memory: take a smaller model (--n-layer, --n-embd, --block-size), or a device with more"
-            + (f" ({said})" if said else "")
+            f"out of memory: {instead}, or take a device with more" + (f" ({said})" if said else "")
         ) from error
 
 

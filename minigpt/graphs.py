@@ -21,6 +21,10 @@ WARM_UP = 3
 """Steps that run as they are, before one is captured: they compile kernels and make what is made at first use."""
 
 
+class CaptureFailed(UserError):
+    """Something in a step cannot be captured."""
+
+
 def check(config: TrainConfig, device: torch.device) -> None:
     """Raise UserError for a step that cannot be captured."""
     if not config.cuda_graph:
@@ -45,7 +49,7 @@ class GraphedStep:
         self._measured = torch.empty(0)
 
     def __call__(self, data: "Data") -> Tensor:
-        """As Learner.advance. Raises UserError where something in the step cannot be captured."""
+        """As Learner.advance. Raises CaptureFailed where something in the step cannot be captured."""
         if not self._data:
             # For the warm-up too: for other strides or another alignment the capture would have kernels to compile.
             self._data = [(torch.empty_like(inputs), torch.empty_like(targets)) for inputs, targets in data]
@@ -75,21 +79,25 @@ def beside(work: Any) -> Tensor:
 
 @functools.cache
 def _side(device: int) -> torch.cuda.Stream:
-    """That stream, one for a device: each one has cuBLAS's workspace of its own, and keeps the memory freed on it."""
+    """That stream, one for a device: each one has cuBLAS's workspace of its own, and keeps the memory freed on it.
+
+    Captures are there too: PyTorch's own stream for them is one for the process, of whichever device came first.
+    """
     return torch.cuda.Stream(device)
 
 
 def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
     """The graph of what `work` launches, not yet run, and what it returns.
 
-    Raises UserError, which says what to do `instead`, where that cannot be.
+    Raises CaptureFailed, which says what to do `instead`, where that cannot be.
     """
     first: BaseException | None = None
     before = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
         # Meanwhile a thread may be pinning memory for the next step's batches, which would end a "global" capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        side = _side(torch.cuda.current_device())
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             try:
                 found = work()
             except BaseException as error:
@@ -103,7 +111,7 @@ def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
         if not isinstance(first, Exception) or isinstance(first, torch.OutOfMemoryError | MemoryError):
             raise first from None
         reason = " ".join(str(first).split("\n")[0].split())
-        raise UserError(f"--cuda-graph cannot capture this step ({reason}): {instead}") from first
+        raise CaptureFailed(f"--cuda-graph cannot capture this step ({reason}): {instead}") from first
     finally:
         del first  # its traceback holds this frame: a cycle too, and the failed step's tensors would stay in memory
     return graph, found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, generation
+from . import checkpoint, faults, generation
 from .attention_maps import attention_maps, draw, shown, write_page
 from .command_line import command_line, warn
 from .commands import ops_of
@@ -32,6 +32,7 @@ class Attention:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
 
+@faults.memory_told("take a shorter prompt")
 def run_attention(argv: Sequence[str], prog: str = "python -m minigpt attention") -> None:
     """Write the maps of a model for a prompt. Raises UserError for an empty one, and for unknown characters."""
     options = command_line(Attention, argv, prog=prog)

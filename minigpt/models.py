@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, checkpoint, process
+from . import backends, checkpoint, faults, process
 from .backends import Backends
 from .errors import UserError
 from .model import GPT
@@ -19,6 +19,7 @@ from .tokenizers import Tokenizer
 BACKENDS = ("torch", "triton")
 """What the playground's switch offers."""
 
+_LESS = "take a shorter text, or a run of a smaller model"
 _MODELS = 4  # kept in memory: two runs on both backends
 
 
@@ -74,8 +75,8 @@ class Models:
     def get(self, run: str | None, kernels: str) -> Loaded:
         """The model of a run on a backend; a checkpoint written since is loaded anew.
 
-        Raises UserError for a run that is not, or no longer, in `root`, whose checkpoints are damaged, or where the
-        backend cannot run.
+        Raises UserError for a run that is not, or no longer, in `root`, whose checkpoints are damaged, where the
+        backend cannot run, or where there is no memory for the model.
         """
         if kernels not in BACKENDS:
             raise UserError(f"unknown backend {str(kernels)[:40]!r}: choose {' or '.join(BACKENDS)}")
@@ -99,10 +100,12 @@ class Models:
 
     @contextmanager
     def computing(self, loaded: Loaded) -> Iterator[None]:
-        """A block in which a model computes, and no other does."""
-        with self._turn, process.threads(1) if loaded.ops.interpreted else nullcontext():
+        """A block in which a model computes, and no other does. Raises UserError where it runs out of memory."""
+        threads = process.threads(1) if loaded.ops.interpreted else nullcontext()
+        with self._turn, threads, faults.memory_told(_LESS):
             yield
 
+    @faults.memory_told(_LESS)
     def _load(self, folder: Path, kernels: str) -> Loaded:
         warnings: list[str] = []
         found = checkpoint.find(folder, warnings.append)

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from . import checkpoint
+from . import checkpoint, faults
 from .command_line import command_line, warn
 from .commands import named, ops_of
 from .errors import UserError
 from .writer import Writer, say
+
+_LESS = "take fewer --num-samples, --beams or prompts at once, or a shorter prompt"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Generate:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
 
+@faults.memory_told(_LESS)
 def generate(argv: Sequence[str] | None = None, prog: str = "generate.py") -> None:
     """Print prompts and the texts that a model continues them with, as they come."""
     options = command_line(Generate, sys.argv[1:] if argv is None else argv, prog=prog)
@@ -165,7 +168,8 @@ def _ask(writer: Writer) -> None:
         try:
             if not prompt:
                 raise UserError("the prompt is empty: type at least one character")
-            writer.write([prompt])
+            with faults.memory_told(_LESS):
+                writer.write([prompt])
         except UserError as error:
             say(f"error: {error}")
         except KeyboardInterrupt:

@@ -78,13 +78,16 @@ def _run(models: Models, loaded: Loaded, name: str, ids: list[int], more: int) -
 
     @torch.no_grad()
     def read() -> Tensor:
-        return model(idx)[0][0].cpu()  # .cpu() waits for the device
+        logits = model(idx)[0][0]
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        return logits
 
     def write() -> list[int]:
         return list(generation.generate(model, ids, max_new_tokens=more, temperature=0, tokenizer=loaded.tokenizer))
 
     with models.computing(loaded):
-        logits, written = read(), write()  # the first call compiles
+        logits, written = read().cpu(), write()  # the first call compiles
         rates = (None, None) if interpreted else (_rate(read, len(ids)), _rate(write, more))
     return Side(name, interpreted, *rates, written), logits.double()
 

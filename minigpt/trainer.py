@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     With config.parallel it is one of the processes that torchrun has started; the first one writes and prints.
     """
     with (
-        faults.memory_told(),
+        faults.memory_told("take a smaller model (--n-layer, --n-embd, --block-size)"),
         process.deterministic(config.deterministic),
         process.tf32(config.tf32),
         parallel.join(config) as world,

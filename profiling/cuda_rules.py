@@ -48,7 +48,7 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def workspace(func, args, kwargs) -> int | None:
-    """Bytes that CUDA's attention holds inside backward, its results included; None for other ops.
+    """Bytes that FlashAttention holds inside backward, its results included; None for other ops, cuDNN's among them.
 
     FlashAttention-2 adds dq up in fp32, (B, H, T, D) with T rounded up to 128 and D to 32, beside one fp32 a row.
     """
@@ -67,7 +67,11 @@ def _casting() -> torch.dtype | None:
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
-    """FlashAttention for fp16 and bf16, the memory-efficient kernel for fp32, plain arithmetic for the rest."""
+    """FlashAttention for fp16 and bf16, the memory-efficient kernel for fp32, plain arithmetic for the rest.
+
+    On GPUs of 9.0 and 10.0 PyTorch prefers cuDNN's, where cuDNN is above 9.15, in FlashAttention's place: it saves the
+    same tensors, but what it works in is its own, and not known here.
+    """
     dtype = _casting()
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,7 +1,7 @@
 """The memory of a training step without running it: fake tensors, every allocation counted.
 
-What is counted are the bytes of live tensors, in the allocator's granularity. Not counted: the CUDA context, cuBLAS's
-workspace, and what the allocator holds in reserve or loses to fragmentation.
+What is counted are the bytes of live tensors, in the allocator's granularity. Not counted: the CUDA context, workspaces
+of cuBLAS and cuDNN (see cuda_rules), and what the allocator holds in reserve or loses to fragmentation.
 """
 
 import dataclasses
@@ -57,9 +57,7 @@ def estimate(config: TrainConfig, *, device: str = "cuda", arch: str = "sm_90", 
     """
     on_cuda = device == "cuda"
     ops = backends.resolve(config.kernels, torch.device(device))
-    granularity = cuda_rules.GRANULARITY if on_cuda else 1
-    ours = Workspaces(devices.TARGETS[arch] if on_cuda else devices.INTERPRETER, granularity)
-    tracker = Tracker(granularity, functools.partial(_inside, [ours, cuda_rules.workspace] if on_cuda else [ours]))
+    tracker, ours = make_tracker(devices.TARGETS[arch] if on_cuda else devices.INTERPRETER, on_cuda)
     dtype = DTYPES[config.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True), cuda_rules.as_on_cuda() if on_cuda else nullcontext():
         model, optimizer, batch = before_a_step(config, ops)
@@ -67,6 +65,13 @@ def estimate(config: TrainConfig, *, device: str = "cuda", arch: str = "sm_90", 
         with tracker:
             training_step(model, optimizer, batch, dtype, config.grad_clip, min(2, passes), tracker.during)
     return summary(tracker, ops, model, config.kernels, ours.unseen)
+
+
+def make_tracker(planned_for: devices.Device, on_cuda: bool) -> tuple[Tracker, Workspaces]:
+    """A tracker that counts what ops hold inside too, and what it asks of ours, whose `unseen` tells what it missed."""
+    granularity = cuda_rules.GRANULARITY if on_cuda else 1
+    ours = Workspaces(planned_for, granularity)
+    return Tracker(granularity, functools.partial(_inside, [ours, cuda_rules.workspace] if on_cuda else [ours])), ours
 
 
 def before_a_step(

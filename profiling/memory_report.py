@@ -12,8 +12,8 @@ from profiling.pictures import COLOURS, aligned, memory_png, stacked_svg, totals
 Document = dict[str, Any]
 
 NOTE = (
-    "Bytes of live tensors as the allocator hands them out. Not in it: the CUDA context, cuBLAS's workspace, "
-    "and what the allocator keeps in reserve or loses to fragmentation."
+    "Bytes of live tensors as the allocator hands them out. Not in it: the CUDA context, workspaces of cuBLAS and "
+    "cuDNN, and what the allocator keeps in reserve or loses to fragmentation."
 )
 
 
@@ -68,7 +68,9 @@ def tables(document: Document) -> list[tuple[str, list[str], list[list[str]]]]:
         made.append(("Largest batch that fits, by the estimate", ["kernels", *limits], fits))
     measured = [row for row in rows if "measured" in row]
     if measured:
-        headings = ["kernels", "estimated", "allocated", "error", "reserved", "fragmentation", "GPU"]
+        headings = [
+            "kernels", "estimated", "asked for", "cuBLAS", "error", "allocated", "reserved", "fragmentation", "GPU"
+        ]  # fmt: skip
         made.append(("Measured beside the estimate", headings, [_measured(row) for row in measured]))
         for row in measured:
             if "error" in row["measured"]:
@@ -94,12 +96,12 @@ def short(op: str) -> str:
 def _measured(row: dict[str, Any]) -> list[str]:
     measured = row["measured"]
     if "error" in measured:
-        return [row["kernels"], gib(row["peak"]), measured["error"], "", "", "", ""]
-    error = row["peak"] / measured["allocated"] - 1
+        return [row["kernels"], gib(row["peak"]), measured["error"], *[""] * 6]
+    error = row["peak"] / (measured["requested"] - measured["cublas"]) - 1
     fragmentation = 1 - measured["allocated"] / measured["reserved"] if measured["reserved"] else 0.0
     return [
-        row["kernels"], gib(row["peak"]), gib(measured["allocated"]), f"{error:+.1%}", gib(measured["reserved"]),
-        f"{fragmentation:.1%}", measured["gpu"],
+        row["kernels"], gib(row["peak"]), gib(measured["requested"]), gib(measured["cublas"]), f"{error:+.1%}",
+        gib(measured["allocated"]), gib(measured["reserved"]), f"{fragmentation:.1%}", measured["gpu"],
     ]  # fmt: skip
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from minigpt import backends
+from kernels import device as devices
+from minigpt import backends, faults
 from minigpt.config import DTYPES, TrainConfig
 from minigpt.errors import writing
 from minigpt.learning import make_optimizer
 from minigpt.model import GPT
-from profiling.cuda_rules import GRANULARITY
-from profiling.estimate import hold_model, summary, vocabulary
+from profiling.estimate import hold_model, make_tracker, summary, vocabulary
 from profiling.step import make_batch, training_step
-from profiling.tracker import CATEGORIES, Tracker
+from profiling.tracker import CATEGORIES
 
 ENTRIES = 1_000_000
 """Allocations and frees that PyTorch is asked to remember."""
@@ -32,15 +32,19 @@ def measure(
 ) -> dict[str, Any]:
     """The memory of a step of `config` on the GPU, bytes throughout; or {"error": why} if it does not fit.
 
-    `allocated` and `reserved` are PyTorch's peaks in one step, `before` what was allocated when it began. Given
-    `snapshots`, a folder, PyTorch's snapshot of a step goes there (open it at https://pytorch.org/memory_viz).
+    `requested`, `allocated` and `reserved` are PyTorch's peaks in one step, `before` what was allocated when it began.
+    `requested` is what was asked for, `allocated` the blocks given for that, whose rest up to 1 MiB is not split off;
+    both have cuBLAS's workspaces in them, which are `cublas` and there throughout. Given `snapshots`, a folder,
+    PyTorch's snapshot of a step goes there (open it at https://pytorch.org/memory_viz).
     """
     device = device or torch.device("cuda", torch.cuda.current_device())
     _empty(device)
     try:
         return _measure(config, passes, snapshots, device)
-    except torch.cuda.OutOfMemoryError as error:
-        return {"error": str(error).split(".")[0]}
+    except (RuntimeError, MemoryError) as error:
+        if not faults.is_out_of_memory(error):
+            raise
+        return {"error": "out of memory"}
     finally:
         _empty(device)
 
@@ -66,6 +70,7 @@ def _measure(config: TrainConfig, passes: int, snapshots: Path | None, device: t
     found = {
         "gpu": torch.cuda.get_device_name(device),
         "before": before,
+        "requested": torch.cuda.memory_stats(device)["requested_bytes.all.peak"],
         "allocated": torch.cuda.max_memory_allocated(device),
         "reserved": torch.cuda.max_memory_reserved(device),
     }
@@ -80,16 +85,25 @@ def _measure(config: TrainConfig, passes: int, snapshots: Path | None, device: t
             found["snapshot"] = str(path)
     found["stacks"] = stacks_at_peak(recorded["device_traces"][device.index or 0])
 
-    tracker = Tracker(GRANULARITY)
+    tracker, ours = make_tracker(devices.facts(device), on_cuda=True)
     hold_model(tracker, model, optimizer, batch)
     with tracker:
         step(tracker.during)
-    seen = summary(tracker, ops, model, config.kernels, {})
+    seen = summary(tracker, ops, model, config.kernels, ours.unseen)
     found["categories"] = list(CATEGORIES)
     found["timeline"] = [
         [point.phase, point.op, *(point.bytes[name] for name in CATEGORIES)] for point in seen.timeline
     ]
+    found["cublas"] = _let_go_of_cublas(device)
     return found
+
+
+def _let_go_of_cublas(device: torch.device) -> int:
+    """Free cuBLAS's workspaces, which the next product makes anew; the bytes that they were."""
+    asked = lambda: torch.cuda.memory_stats(device)["requested_bytes.all.current"]  # noqa: E731
+    before = asked()
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - asked()
 
 
 def _empty(device: torch.device) -> None:

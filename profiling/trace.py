@@ -18,19 +18,27 @@ from typing import Any
 from profiling.outputs import wide_console
 
 GROUPS = (
-    ("attention", ("attention", "scaled_dot_product", "flash", "fmha")),
-    ("layer norm", ("layer_norm",)),
+    (
+        "attention",
+        # cuDNN's are `cudnn_generated_..._sdpa_...`, `compute_dot_do_o_specialized` and `convert_dq_to_16bits`
+        ("attention", "scaled_dot_product", "flash", "fmha", "sdpa", "dot_do_o", "convert_dq", "_decode_"),
+    ),
+    ("layer norm", ("layer_norm", "layernorm", "gammabeta", "rowwisemoments")),
     ("loss", ("cross_entropy", "log_softmax", "nll_loss", "softmax")),
     ("optimizer", ("adam", "foreach", "multi_tensor", "vector_norm")),
     (
         "matrix products",
-        ("gemm", "::mm", "::bmm", "::addmm", "matmul", "linear_pointwise", "cutlass", "cublas", "nvjet", "xmma"),
+        ("gemm", "::mm", "::bmm", "::addmm", "matmul", "linear_pointwise", "cutlass", "cublas", "nvjet", "xmma",
+         "splitk"),
     ),
     ("GELU", ("gelu", "sigmoid")),
-    ("embedding", ("embedding",)),
-    ("dropout", ("dropout", "bernoulli")),
+    (
+        "embedding",
+        ("embedding", "index_select", "indexselect", "vectorized_gather", "compute_grad_weight", "sum_and_scatter"),
+    ),
+    ("dropout", ("dropout", "bernoulli", "masked_scale")),
     ("copies and casts", ("copy", "memcpy", "memset", "cat", "stack", "clone", "_to_copy", "fill_", "zero_")),
-)
+)  # fmt: skip
 """Groups of ops and the parts of names that belong to each; the first that fits counts, `other` is the rest."""
 
 
@@ -90,9 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
-    """Train `steps` steps under the profiler, after one that is not looked at; the trace goes to `path`.
+    """Train `steps` steps under the profiler, after two that are not looked at; the trace goes to `path`.
 
-    Returns what trace-summary.json holds; times in microseconds a step.
+    The first of the two compiles, the second wakes the profiler: what CUPTI does at first would make gaps. Returns what
+    trace-summary.json holds; times in microseconds a step. Raises UserError where the profiler saw nothing of the GPU.
     """
     import torch
     from torch.profiler import ProfilerActivity, record_function
@@ -123,16 +132,20 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
     step()
     finish()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with count_launches() as launches, recorded(activities=activities, acc_events=True) as found:
-        for index in range(steps):
-            with record_function(f"step {index}"):
-                step()
+    with recorded(activities=activities, acc_events=True) as found:
+        with record_function("warm-up"):
+            step()
         finish()
+        with count_launches() as launches:
+            for index in range(steps):
+                with record_function(f"step {index}"):
+                    step()
+            finish()
+
+    events = since("step 0", found.events())
+    spans = gpu_spans(events) if device.type == "cuda" else cpu_spans(events, [*PHASES, "step "])
     with writing(path):
         found.export_chrome_trace(str(path))
-
-    events = found.events()
-    spans = gpu_spans(events) if device.type == "cuda" else cpu_spans(events, [*PHASES, "step "])
     whole = sum(host_us(events, f"step {index}") for index in range(steps))
     busy, idle, gaps = idleness(spans)
     document = {
@@ -162,6 +175,15 @@ def trace(config, ops, device, steps: int, path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- spans
 
 
+def since(name: str, events: Iterable[Any]) -> list[Any]:
+    """The events from the beginning of the host's range `name` on; the device has to be idle there."""
+    from torch.autograd import DeviceType
+
+    events = list(events)
+    start = next(e.time_range.start for e in events if e.name == name and e.device_type == DeviceType.CPU)
+    return [event for event in events if event.time_range.start >= start]
+
+
 def host_us(events: Iterable[Any], name: str) -> float:
     """The host's time in the ranges of this name; the profiler has them once more, as the GPU went through them."""
     from torch.autograd import DeviceType
@@ -181,14 +203,21 @@ def cpu_spans(events: Iterable[Any], ranges: Iterable[str]) -> list[Span]:
 
 
 def gpu_spans(events: Iterable[Any]) -> list[Span]:
-    """The kernels and copies that ran on a GPU, by their beginning."""
+    """The kernels and copies that ran on a GPU, by their beginning. Raises UserError where there are none."""
     from torch.autograd import DeviceType
+
+    from minigpt.errors import UserError
 
     spans = [
         Span(event.name, int(event.time_range.start * 1e3), int(event.time_range.elapsed_us() * 1e3))
         for event in events
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
+    if not spans:
+        raise UserError(
+            "the profiler saw no kernel on the GPU, CUPTI is missing or busy: end other profilers (nsys, ncu), give a "
+            "container the driver's `utility` capability, or install PyTorch with the CUDA packages of its wheels"
+        )
     return sorted(spans, key=lambda span: span.start)
 
 

@@ -5,8 +5,8 @@ import torch
 
 import benchmarks.__main__
 from benchmarks import decode, pictures, report, results
-from benchmarks.decode import PLAIN, Configuration
-from minigpt import backends, config
+from benchmarks.decode import PLAIN, Configuration, Drawn
+from minigpt import backends, config, graphs
 from minigpt.model import GPT
 
 CPU = torch.device("cpu")
@@ -57,11 +57,65 @@ def test_a_cache_that_forgets_gets_no_number(what, slots, monkeypatch):
 
 
 def test_what_is_wrong():
-    ids, values = torch.tensor([[1, 2], [3, 4]]), torch.zeros(2, 2)
-    assert decode.judge((ids, values), (ids, values + 2e-4))["status"] == "untimed"
-    assert "other tokens" in decode.judge((ids, values), (ids.t(), values))["reason"]
+    ids, values, edges = torch.tensor([[1, 2], [3, 4]]), torch.zeros(2, 2), torch.full((2, 2), 0.1)
+    truth = Drawn(ids, values, edges)
+    assert decode.judge(truth, Drawn(ids, values + 2e-4, edges))["status"] == "untimed"
+    assert "other tokens" in decode.judge(truth, Drawn(ids.t(), values, edges))["reason"]
     for off in (4e-4, float("nan")):
-        assert "0.0003 is allowed" in decode.judge((ids, values + off), (ids, values))["reason"]
+        assert "0.0003 is allowed" in decode.judge(Drawn(ids, values + off, edges), truth)["reason"]
+
+
+def test_a_number_between_two_tokens_may_draw_either():
+    """The rest of that row is another text, and is not looked at; all other rows are."""
+    ids = torch.arange(64 * 48).view(64, 48)
+    truth = Drawn(ids, torch.zeros(64, 48), torch.full((64, 48), 0.1))
+    found = Drawn(*(part.clone() for part in truth))
+    found.ids[3, 20:] += 1
+    found.logprobs[3, 20:] = -9.0
+    for side in (found, truth):
+        assert "other tokens than torch without cache, from number 21 on" in decode.judge(found, truth)["reason"]
+        side.edges[3, 20] = 1e-6
+    assert decode.judge(found, truth)["status"] == decode.judge(truth, found)["status"] == "untimed"
+    found.ids[5, 47] += 1  # and one that no rounding explains
+    assert "from number 48 on" in decode.judge(found, truth)["reason"]
+
+
+def test_too_little_that_can_be_judged_is_wrong():
+    truth = Drawn(torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 9), torch.full((1, 9), 1e-6))
+    found = truth._replace(ids=truth.ids + (torch.arange(9) >= 4))
+    assert "most tokens are others" in decode.judge(found, truth)["reason"]
+    assert decode.judge(truth._replace(ids=truth.ids + (torch.arange(9) >= 5)), truth)["status"] == "untimed"
+
+
+def test_edges_are_how_far_a_draw_is_from_the_next_token(monkeypatch):
+    """A draw moved by more than that gives another token, and by less the same one."""
+    torch.manual_seed(0)
+    numbers = decode.sampling.Uniforms.next
+    found = decode.drawn(made(), Configuration("torch"), 3, CPU)
+    for part, same in ((0.99, True), (1.01, False)):
+        others = []
+        for sign in (-1, 1):
+            moved = found.edges[:, 0] * part * sign
+            monkeypatch.setattr(decode.sampling.Uniforms, "next", lambda self, moved=moved: numbers(self) + moved)
+            torch.manual_seed(0)
+            others.append(decode.drawn(made(), Configuration("torch"), 3, CPU).ids[:, 0])
+        kept = (others[0] == found.ids[:, 0]) & (others[1] == found.ids[:, 0])
+        assert kept.all() if same else not kept.any()
+
+
+def test_the_most_tokens_come_first():
+    assert decode.cases([64, 256], [1, 64]) == [(256, 64), (64, 64), (256, 1), (64, 1)]
+
+
+def test_a_step_that_cannot_be_captured_is_an_error(monkeypatch):
+    """Not a row that is left out, as one on a machine without a GPU is."""
+
+    def broken(*_):
+        raise graphs.CaptureFailed("--cuda-graph cannot capture this step (operation not permitted)")
+
+    monkeypatch.setattr(decode.context, "step", broken)
+    (row,) = measured([Configuration("torch")])
+    assert row["status"] == "error" and "cannot capture this step" in row["reason"]
 
 
 def test_one_that_breaks_is_a_row(monkeypatch):

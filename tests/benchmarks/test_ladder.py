@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import ladder, machine, nanogpt, timing
-from minigpt import backends, config, corpora
+from minigpt import backends, config, corpora, graphs
 from minigpt.errors import UserError
 from minigpt.tokenizers import CharTokenizer
 
@@ -83,6 +83,11 @@ def test_a_rung_that_breaks_is_a_row(monkeypatch):
     monkeypatch.setattr(ladder.Training, "step", lambda self: 1 / 0)
     (found,) = ladder.measure(config.preset("tiny", **SMALL), [ladder.Rung("torch")], CPU, 2, 6)
     assert found["status"] == "error" and "division by zero" in found["reason"] and "median_ms" not in found
+
+
+def test_a_step_that_cannot_be_captured_is_an_error_and_what_cannot_be_had_is_left_out():
+    assert ladder.failure(graphs.CaptureFailed("cannot capture this step"))["status"] == "error"
+    assert ladder.failure(UserError("--cuda-graph needs a GPU"))["status"] == "skipped"
 
 
 def test_ratios_are_theirs_over_ours():

@@ -1,6 +1,8 @@
 """The flag: what it names is what runs, or an error says why not."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import kernels
 import kernels.reference
 from minigpt import backends
 from minigpt.backends import OPS, parse_request, resolve, will_interpret
+from minigpt.config import ModelConfig
 from minigpt.errors import UserError
+from minigpt.model import GPT
 
 CPU = torch.device("cpu")
 NAMES = {
@@ -119,6 +123,13 @@ def test_the_table_names_each_op_its_backend_and_the_reason():
     rows = [line for line in out.getvalue().splitlines() if any(op in line for op in OPS)]
     for row, (op, choice) in zip(rows, ops.choices.items(), strict=True):
         assert op in row and choice.backend in row and choice.reason in row
+
+
+@pytest.mark.parametrize("request_text", ["auto", *backends.BACKENDS])
+def test_a_model_can_be_copied_and_pickled(request_text, runs_anywhere):
+    model = GPT(ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4), resolve(request_text, CPU))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.ops == model.ops and other.state_dict().keys() == model.state_dict().keys()
 
 
 def test_every_backend_has_every_op():

@@ -174,6 +174,17 @@ def test_a_graph_needs_a_gpu():
 def test_more_rows_than_there_is_memory_for():
     with pytest.raises(UserError, match=r"no memory .* 1,000,000,000,000 rows, .* GB: take fewer --num-samples"):
         Cache(build(), 10**12)
+    with pytest.raises(UserError, match="no memory"):  # whose bytes no 64 bits can count
+        Cache(build(), 2**59)
+
+
+def test_what_is_no_lack_of_memory_is_not_told_as_one(monkeypatch):
+    model = build()
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError) as raised:
+        Cache(model, 2)
+    assert raised.value is error
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minigpt import __main__ as command
 from minigpt import commands, config, prompting, storage, trainer
+from minigpt.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 8
@@ -56,6 +57,30 @@ def one_line(result: tuple[int, str, str], *words: str) -> str:
     for word in words:
         assert word in error, error
     return error
+
+
+# every command
+
+
+FULL = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["generate", "--max-new-tokens", "3"], "take fewer --num-samples, --beams or prompts at once"),
+        (["evaluate"], "evaluate on the CPU (--device cpu)"),
+        (["attention", "--prompt", "fox"], "take a shorter prompt"),
+        (["compare", "--a", "eager", "--b", "torch", "--preset", "tiny"], "take a smaller --preset"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_out_of_memory_is_one_line(call, trained, monkeypatch, arguments, instead):
+    monkeypatch.chdir(trained)
+    broken = lambda *_, **__: (_ for _ in ()).throw(FULL)  # noqa: E731
+    monkeypatch.setattr(GPT, "__init__", broken)
+    extra = ["--data", "text.txt", "--out", "out"] if arguments[0] == "compare" else []
+    one_line(call(command.main, *arguments, *extra), f"out of memory: {instead}", "device with more", "ALLOC_FAILED")
 
 
 # generate

@@ -172,6 +172,16 @@ def test_the_command_has_a_status(text, tmp_path, monkeypatch, capsys):
     assert "DIFFERS" in capsys.readouterr().out and Path("runs/compare-2/compare.json").is_file()
 
 
+def test_the_command_leaves_dropout_out(text, tmp_path, monkeypatch):
+    """The masks of two backends differ, and so would their losses, with nothing wrong."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(commands.compare, "compare", lambda a, b, settings, seeds: seen.append(settings) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        commands.run_compare(["--a", "eager", "--preset", "shakespeare", "--data", str(text), "--device", "cpu"])
+    assert preset("shakespeare").dropout > 0 and [settings.dropout for settings in seen] == [0.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -138,7 +138,8 @@ def failing(monkeypatch, streams):
                 call("make")
 
         class Capture:
-            def __init__(self, graph, *, capture_error_mode):
+            def __init__(self, graph, *, stream, capture_error_mode):
+                assert stream == "the side of 3"  # of the device that work is on, whichever came first
                 assert capture_error_mode == "thread_local"  # what other threads do, as pinning memory, must not end it
 
             def __enter__(self):
@@ -151,6 +152,8 @@ def failing(monkeypatch, streams):
 
         monkeypatch.setattr(graphs, "check", lambda *_: None)
         monkeypatch.setattr(graphs, "beside", lambda work: work())
+        monkeypatch.setattr(graphs, "_side", lambda device: f"the side of {device}")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
@@ -196,7 +199,7 @@ def test_a_capture_that_fails_is_one_line(failing, streams, errors):
     where it went before."""
     work = failing(**errors)
     said = r"this step \(operation not permitted.*capturing\): train without --cuda-graph$"
-    with pytest.raises(UserError, match=said) as told:
+    with pytest.raises(graphs.CaptureFailed, match=said) as told:
         graphs.capture(work, "train without --cuda-graph")
     assert told.value.__cause__ is REASON and streams == ["first"]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from playing_runs import BYTES, CHARACTERS, TEXT, write_run
 
-from minigpt import generation, playing, side_by_side
+from minigpt import context, generation, playing, side_by_side
 from minigpt.errors import UserError
+from minigpt.model import GPT
 from minigpt.models import Models
 from minigpt.playing import Session, Settings, write
 from minigpt.tokenizers import CharTokenizer
@@ -266,6 +267,32 @@ def test_both_backends_agree_and_a_wrong_one_shows(models):
     assert side_by_side.side_by_side(models, session).logits > 10 * result.logits
     with pytest.raises(UserError, match="no text yet"):
         side_by_side.side_by_side(models, Session())
+
+
+def test_reading_is_timed_without_a_copy_of_the_logits(models, monkeypatch):
+    rates = []
+
+    def rate(work, tokens):
+        with monkeypatch.context() as timed:
+            if not rates:  # the first is reading; writing fetches each token
+                timed.setattr(torch.Tensor, "cpu", lambda self: 1 / 0)
+            work()
+        rates.append(tokens)
+        return 1.0
+
+    monkeypatch.setattr(side_by_side, "_rate", rate)
+    side, logits = side_by_side._run(models, models.get("a", "torch"), "torch", [1, 2, 3], 2)
+    assert rates == [3, 2] and side.read == 1.0 and logits.shape[0] == 3 and logits.dtype == torch.float64
+
+
+def test_out_of_memory_is_told(models, monkeypatch):
+    session = written(models)
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(GPT, "forward", lambda *_, **__: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(context, "prefill", GPT.forward)
+    for work in (lambda: playing.attention(models, session), lambda: written(models)):
+        with pytest.raises(UserError, match="out of memory: take a shorter text"):
+            work()
 
 
 @pytest.mark.interpreted

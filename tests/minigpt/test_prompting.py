@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_cli import one_line
 
-from minigpt import checkpoint, generation
+from minigpt import checkpoint, context, generation
 from minigpt.backends import resolve
 from minigpt.config import preset
 from minigpt.model import GPT
@@ -218,6 +218,20 @@ def test_a_wrong_prompt_is_told_and_the_next_one_answered(write, monkeypatch):
     assert status == 0 and out.count("--- 1 of 2\nabc") == 1
     told = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(told) == 2 and "empty" in told[0] and "'A', 'B', 'C'" in told[1]
+
+
+def test_a_prompt_that_takes_too_much_memory_is_told_and_the_next_one_answered(write, monkeypatch):
+    prefill = context.prefill
+
+    def limited(model, cache, contexts, rows):
+        if max(map(len, contexts)) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(model, cache, contexts, rows)
+
+    monkeypatch.setattr(context, "prefill", limited)
+    status, out, error = answers(write, monkeypatch, "abcdefgh\nabc\n")
+    assert status == 0 and "\nabc" in out
+    assert error.count("error: out of memory: take fewer --num-samples") == 1 and "or a shorter prompt" in error
 
 
 def test_a_pipe_gets_control_characters_as_they_are(write):

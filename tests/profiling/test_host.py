@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels.device import HAS_TRITON
 from minigpt.errors import door
@@ -40,6 +41,14 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(monkeypatch, capsys)
         door(__main__.main)
     said = capsys.readouterr().err
     assert left.value.code == 1 and "error: " in said and "no such folder" in said, said
+
+
+def test_the_python_calls_of_backward_on_a_gpu_are_not_known():
+    """Autograd makes them on a thread of its own there, where the count does not look."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert host.python_calls(lambda: 1 / 0, "forward and backward", gpu) is None
+    for what, device in (("forward", gpu), ("no gradients", gpu), ("forward and backward", cpu)):
+        assert host.python_calls(lambda: json.dumps(1), what, device) >= 1
 
 
 def test_every_op_is_there(calls):

@@ -11,8 +11,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from kernels.device import HAS_TRITON
-from minigpt.errors import door
-from profiling import __main__, recording, trace
+from minigpt.errors import UserError, door
+from profiling import __main__, recording, step, trace
 from profiling.trace import Span
 
 
@@ -62,6 +62,22 @@ def test_shares_and_the_top_are_a_step_and_add_up():
         ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl", "GELU"),
         ("aten::_fused_adamw_", "optimizer"),
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("cudnn_generated_fort_native_sdpa_sm90_knob_6_64x64x64_4x1x1_kernel0_0", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, 128, 4>(...)", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<__nv_bfloat16, 128>(...)", "attention"),
+        ("_decode_single", "attention"),
+        ("_decode_group", "attention"),
+        ("_decode_merge", "attention"),
+        (
+            "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float>",
+            "layer norm",
+        ),
+        ("void at::native::(anonymous namespace)::layer_norm_grad_input_kernel_vectorized<float>", "layer norm"),
+        ("void at::native::(anonymous namespace)::LayerNormForwardCUDAKernel<float, float>", "layer norm"),
+        ("void at::native::vectorized_gather_kernel<16, long>", "embedding"),
+        ("void at::native::(anonymous namespace)::indexSelectSmallIndex<float, long, unsigned int>", "embedding"),
+        ("void at::native::(anonymous namespace)::compute_grad_weight<float, long>", "embedding"),
+        ("void splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>", "matrix products"),
         ("aten::add", "other"),
     ],
 )
@@ -106,6 +122,13 @@ def test_what_ran_on_a_gpu_is_taken_in_order_and_without_annotations():
     assert trace.gpu_spans(events) == [Span("first", 1000, 2000), Span("later", 8000, 1500)]
 
 
+def test_a_profiler_that_saw_no_kernel_is_told():
+    """And not taken for a GPU that was never busy."""
+    events = [event("aten::mm", DeviceType.CPU, 0.0, 7.0), event("step 0", DeviceType.CUDA, 0.0, 9.5, annotation=True)]
+    with pytest.raises(UserError, match=r"no kernel on the GPU, CUPTI is missing or busy: end other profilers"):
+        trace.gpu_spans(events)
+
+
 def test_what_the_profiler_says_of_itself_is_dropped_and_nothing_else(capfd):
     """Errors keep their way to stderr, which is put back when something is thrown."""
     with pytest.raises(RuntimeError), recording.without_chatter():
@@ -143,6 +166,25 @@ def test_a_trace_of_torch_steps(run, tmp_path):
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert {"forward", "backward", "clipping", "AdamW", "step 2"} <= {event.get("name") for event in events}
     assert "layer norm" in said and "aten::" in said and "gpu_idle_us" not in document
+
+
+def test_the_steps_before_the_first_are_left_out(run, monkeypatch, tmp_path):
+    """One outside the profiler, and one inside, where its own first work falls."""
+    done, train = [], step.training_step
+
+    def noting(*arguments, **options):
+        with options["during"]("forward"):
+            (torch.sin if len(done) < 2 else torch.cos)(torch.ones(8))
+        done.append(1)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(step, "training_step", noting)
+    status, _, _ = run("--kernels", "torch", "--device", "cpu", "--steps", "2", "--out", str(tmp_path))
+    document = json.loads((tmp_path / "trace-summary.json").read_text())
+    calls = {row["name"]: row["calls"] for row in document["ops"]}
+    assert status == 0 and len(done) == 4 and calls["aten::cos"] == 1 and "aten::sin" not in calls
+    assert "warm-up" not in calls and calls["aten::_fused_adamw_"] == 2
+    assert sum(document["phases_us"].values()) <= document["step_us"]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
