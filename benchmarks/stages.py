@@ -36,6 +36,7 @@ PACK_SECONDS = 15.0  # between packings while a step runs
 GRACE_SECONDS = 5.0  # between asking a step to end and ending it
 RESERVE_SECONDS = 10.0  # of the minutes, for the last packing
 LEAST_SECONDS = 10.0  # for a step: with less it would end before its imports have
+MOST_PROCESSES = 16  # of parity: each has its own share of the GPU's memory, and its imports
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,12 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
         return Step(name, [sys.executable, "-m", "benchmarks", *arguments, "--out", str(work / "results")], seconds)
 
     def parity(seconds: float, choice: str) -> Step:
-        tests = ["tests/kernels/test_parity.py", "-q", "--maxfail", "20" if on_gpu else "1", "-p", "no:cacheprovider"]
+        # a line for each test: of a step that is ended too, the log says what had passed and what had not
+        tests = ["tests/kernels/test_parity.py", "-v", "-rfE", "--maxfail", "20" if on_gpu else "1"]
         small = "small or one_row or characters"
-        chosen = ["-k", choice if on_gpu else f"({small}) and float32"]
+        chosen = ["-p", "no:cacheprovider", "-k", choice if on_gpu else f"({small}) and float32"]
         if on_gpu and importlib.util.find_spec("xdist"):  # hundreds of kernels are compiled: one core takes too long
-            chosen += ["-n", "auto"]
+            chosen += ["-n", str(min(_cores(), MOST_PROCESSES))]
         return Step("parity", [sys.executable, "-m", "pytest", *tests, *chosen], seconds)
 
     python = [sys.executable, "-m"]
@@ -164,6 +166,11 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
         ]
         steps.append(Step(f"trace-{backend}", command, 30))
     return steps
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # compilation for a CPU takes longest of all, and is not what is rehearsed

@@ -17,6 +17,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from minigpt import graphs
+
 COLD_FACTOR = 5  # the copies that calls rotate among exceed the L2 cache this many times
 LARGEST_L2 = 128 << 20  # bytes, taken where PyTorch does not say how large the cache is
 MOST_COPIES = 512
@@ -133,7 +135,7 @@ class GraphTimer:
         kept: collections.deque = collections.deque(maxlen=len(self.functions))
         # relaxed: memory that is got on a stream that is not captured must not end the capture; what was computed there
         # is not in the graph, and found wrong
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="relaxed"):
+        with graphs.capturing(self.graph, stream=self.stream, capture_error_mode="relaxed"):
             self.first = detached(self.functions[0]())
             for number in range(1, self.calls):
                 kept.append(self.functions[number % len(self.functions)]())

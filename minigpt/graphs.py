@@ -6,6 +6,8 @@ one place, and the learning rate is a tensor.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,25 +88,35 @@ def _side(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """torch.cuda.graph, with its options. Afterwards the current stream is the one before, whatever has failed: a
+    capture that cannot be ended leaves its own."""
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        torch.cuda.set_stream(before)
+
+
 def capture(work: Any, instead: str) -> tuple[Any, Tensor]:
     """The graph of what `work` launches, not yet run, and what it returns.
 
     Raises CaptureFailed, which says what to do `instead`, where that cannot be.
     """
     first: BaseException | None = None
-    before = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
         # Meanwhile a thread may be pinning memory for the next step's batches, which would end a "global" capture.
         side = _side(torch.cuda.current_device())
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        with capturing(graph, stream=side, capture_error_mode="thread_local"):
             try:
                 found = work()
             except BaseException as error:
                 first = error  # ending a capture that it broke raises another one, which says less
                 raise
     except RuntimeError as error:
-        torch.cuda.set_stream(before)  # a capture whose end fails leaves its own
         first = first or error
         if error is not first:
             error.__traceback__ = None  # a frame of it holds `first`, whose context it becomes: a cycle

@@ -1,5 +1,7 @@
 """What the tests of the benchmarks share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch) -> None:
+    """What is measured is the CPU, GPU or not: for stand-ins of its clock and its timer. Comes before `norm`."""
+    here = replace(machine.here(), type="cpu")
+    monkeypatch.setattr(machine, "here", lambda: here)
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ class _Replayed:
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_graph_that_does_not_do_the_work_gets_no_number(empty, norm, monkeypatch):
+def test_a_graph_that_does_not_do_the_work_gets_no_number(empty, on_cpu, norm, monkeypatch):
     monkeypatch.setattr(timing, "CpuTimer", lambda function: _Replayed(function, empty))
     rows = suite.measure(norm.op, norm.case, torch.float32, [entry(F.layer_norm)], CEILINGS, rounds=6)
     assert {row["pass"] for row in rows} == set(suite.PASSES)
@@ -349,7 +349,7 @@ def _three_machines() -> list:
 
 
 @pytest.mark.parametrize(("ratio", "verdict", "seed"), _three_machines())
-def test_identical_providers_are_the_same_and_others_are_not(ratio, verdict, seed, norm, monkeypatch):
+def test_identical_providers_are_the_same_and_others_are_not(ratio, verdict, seed, on_cpu, norm, monkeypatch):
     """From the provider to the verdict, on a machine that slows down while it measures."""
     clock = _Busy(seed)
     monkeypatch.setattr(timing.time, "perf_counter", clock.read)

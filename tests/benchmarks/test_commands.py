@@ -71,7 +71,7 @@ def benchmarks(*chosen) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param(("-k", "layer_norm and liger or triton"), marks=pytest.mark.slow),
+        pytest.param(("-k", "layer_norm and forward-liger or layer_norm and forward-triton"), marks=pytest.mark.slow),
         ("-k", "nothing_is_called_so"),
         pytest.param(("-k", "layer_norm-128-forward-torch", "--benchmark-disable"), marks=pytest.mark.slow),
     ],

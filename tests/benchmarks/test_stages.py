@@ -1,6 +1,7 @@
 """`python -m benchmarks all`: steps that fail, hang or never come, and the archive that is there all the same."""
 
 import json
+import os
 import sys
 import tarfile
 import time
@@ -127,14 +128,25 @@ def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path):
                 program.parser().parse_args(s.command[s.command.index(name) + 1 :])
 
 
+@pytest.mark.parametrize(("cores", "processes"), [(2, "2"), (12, "12"), (200, "16")])
+def test_parity_on_a_gpu_takes_the_cores_that_it_may(cores, processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    (parity,) = [s for s in stages.plan(2, True, tmp_path) if s.name == "parity"]
+    assert parity.command[parity.command.index("-n") + 1] == processes
+    assert "-v" in parity.command, "the log of one that is ended does not say what passed"
+
+
 @pytest.mark.slow
+@pytest.mark.interpreter
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rehearsal(stage, tmp_path):
+    """As without a GPU: with one it would be no rehearsal, and write tables of tiles."""
     import subprocess
 
     from benchmarks.machine import ROOT
 
     command = [sys.executable, "-m", "benchmarks", "all", "--stage", str(stage), "--minutes", "15"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    without = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, env=without, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / f"stage-{stage}.tar.gz").stat().st_size > 1000

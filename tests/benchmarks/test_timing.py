@@ -19,10 +19,12 @@ class Device:
 
     def __init__(self, monkeypatch, call_ms):
         self.now, self.call_ms, self.capturing, self.log = 0.0, call_ms, None, []
+        self.stream, self.breaks = Stream(), False
         for name, fake in {
             "Event": lambda enable_timing: Event(self), "synchronize": lambda: None, "CUDAGraph": lambda: Graph(self),
             "stream": lambda stream: contextlib.nullcontext(), "graph": self.capture,
-            "_sleep": lambda cycles: self.log.append(("spin", cycles)), "current_stream": lambda: Stream(),
+            "_sleep": lambda cycles: self.log.append(("spin", cycles)), "current_stream": lambda: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
             "set_sync_debug_mode": lambda mode: self.log.append(("debug", mode)),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, fake)
@@ -30,11 +32,14 @@ class Device:
     @contextlib.contextmanager
     def capture(self, graph, stream, capture_error_mode):
         assert self.capturing is None and capture_error_mode == "relaxed"
-        self.capturing = graph
+        self.capturing, before, self.stream = graph, self.stream, stream
         try:
             yield
         finally:
             self.capturing = None
+            if self.breaks:  # the end of the capture fails, and PyTorch's too leaves the stream as it is
+                raise RuntimeError("capturing stream has unjoined work")
+            self.stream = before
 
     def call(self):
         """One call of a provider: on the device it takes its time, or is recorded."""
@@ -154,6 +159,13 @@ def test_what_cannot_be_captured_is_timed_by_events(device):
 
     with pytest.raises(torch.OutOfMemoryError):
         timing.cuda_timer([greedy], Stream())
+
+
+def test_a_capture_that_cannot_be_ended_does_not_keep_its_stream(device):
+    """What is timed next would go there, and inputs be drawn there."""
+    device.breaks, before = True, device.stream
+    assert timing.cuda_timer(Calls(device, 3).functions, Stream()).method == "events"
+    assert device.stream is before
 
 
 def test_the_hosts_time_is_of_few_enough_calls_for_the_queue(device, monkeypatch):

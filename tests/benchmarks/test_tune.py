@@ -193,7 +193,9 @@ def test_what_hangs_or_dies_is_that_candidates_fault_alone(monkeypatch):
 
 
 def test_candidates_in_gluon_are_judged_apart(tmp_path, monkeypatch):
-    """And told apart by their plans. Here the interpreter is what runs, and says that it cannot."""
+    """And told apart by their plans. Without a GPU the interpreter is what runs, and says that it cannot."""
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("TRITON_INTERPRET", "1")):
+        monkeypatch.setenv(name, value)
     entry = next(entry for entry in ENTRIES if entry.name == "attention.forward half/64")
     tried = [Candidate(entry, (64, 64, 4, 3, 1, 2, 1, 1)), Candidate(entry, (128, 64, 8, 2, 1, 0, 0, 1))]
     assert [sweep.in_gluon(candidate, BASE) for candidate in tried] == [True, False]

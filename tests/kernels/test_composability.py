@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from parity import DTYPES, LAYOUTS, as_tuple, case_of, differentiate, incoming, inputs_of, name_of, on_each
+from parity import DTYPES, LAYOUTS, as_tuple, case_of, differentiate, hold_alike, incoming, inputs_of, name_of, on_each
 from test_parity import each_differentiable_op, laid_out
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import kernels
 from kernels import catalogue
-from kernels.device import INTERPRETER
+from kernels.device import INTERPRETED, INTERPRETER
 from kernels.op import count_launches, facts_of
 
 OPS = {op.name: op for op in catalogue.OPS}
@@ -185,13 +185,14 @@ def fresh_compiler():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whole_it_is_eager(backend, dtype, device):
-    """Bit for bit; but inductor adds the gradients of query, key and value in fp32 where eager rounds in between, and
-    is held to the truth as the ops are, with eager in PyTorch's place.
+    """In the interpreter bit for bit; but inductor adds the gradients of query, key and value in fp32 where eager
+    rounds in between, and on a GPU other strides are other arithmetic: held to the truth as the ops are, with eager in
+    PyTorch's place.
     """
     inputs = _chain_inputs(device, dtype)
     eager = _loss_and_gradients(_chain, inputs)
     ours = _loss_and_gradients(torch.compile(_chain, fullgraph=True, backend=backend), inputs)
-    if backend != "inductor":
+    if backend != "inductor" and INTERPRETED:
         assert all(torch.equal(*pair) for pair in zip(ours, eager, strict=True))
         return
     doubles = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
@@ -228,7 +229,8 @@ def test_compiled_dropout_has_eagers_mask(backend, device):
         torch.manual_seed(5)
         results.append(_loss_and_gradients(function, [x]))
     for eager, first, second in zip(*results, strict=True):
-        assert torch.equal(eager, first) and torch.equal(first, second)
+        hold_alike(first, eager, "compiled")
+        assert torch.equal(first, second)
     assert not torch.equal(results[1][0], compiled(x)), "the mask is compiled in"
 
 
@@ -313,7 +315,7 @@ def test_lengths_left_to_the_compiler_compile_twice_at_most(device):
     for t in (9, 12, 20, 33, 47):
         inputs = _chain_inputs(device, t=t)
         for eager, ours in zip(_loss_and_gradients(_chain, inputs), _loss_and_gradients(compiled, inputs), strict=True):
-            assert torch.equal(eager, ours), t
+            hold_alike(ours, eager, f"with {t} tokens")
     assert counter.frame_count == 2, f"{counter.frame_count} graphs for five lengths"
 
 

@@ -9,7 +9,8 @@ PyTorch's own implementations disagree on some, and then one of them must agree:
 
 - attention: its fused kernel for the CPU loses the NaN of a query, the written-out one lets keys that are not seen
   spoil a query (NaN + -inf), and in backward 0 * inf appears where the order of the products has it appear;
-- sums in fp16: PyTorch's layer norm for the CPU overflows where fp32, and so the plain reference and we, do not.
+- sums in fp16: PyTorch's layer norm for the CPU overflows where fp32, and so the plain reference and we, do not;
+- on a GPU its fused kernels are others than on the CPU: both are asked, the CPU's with copies of what the GPU has.
 
 FEWER and OTHERWISE have the rest, where the order of the operations decides what IEEE arithmetic gives.
 """
@@ -140,8 +141,20 @@ OTHERWISE |= {("linear_cross_entropy", hard, "weight", "output") for hard in INF
 OTHERWISE |= {("add_layer_norm", "fp16's largest", "grad", what) for what in ("dinput", "dresidual")}
 
 
-def _oracles(op) -> list:
-    return torch_functions(op) + ([op.reference] if op.name != "scaled_dot_product_attention" else [])
+def _oracles(op, device: torch.device) -> list:
+    functions = torch_functions(op) + ([op.reference] if op.name != "scaled_dot_product_attention" else [])
+    return functions + ([on_the_cpu(function) for function in functions] if device.type != "cpu" else [])
+
+
+def on_the_cpu(function):
+    """`function` of copies there, its results and gradients copied back."""
+
+    def elsewhere(**given):
+        device = next(value.device for value in given.values() if torch.is_tensor(value))
+        copies = {name: value.cpu() if torch.is_tensor(value) else value for name, value in given.items()}
+        return on_each(lambda result: result.to(device), function(**copies))
+
+    return elsewhere
 
 
 def _without_ignored(function):
@@ -162,7 +175,7 @@ def _without_ignored(function):
 def _theirs(op, case, inputs: dict, grad, where: str) -> list[list[dict]]:
     """By oracle, results of which ours may have any, element by element: PyTorch's first."""
     theirs = []
-    for function in _oracles(op):
+    for function in _oracles(op, next(iter(inputs.values())).device):
         results = [differentiate(function, op, inputs, case.options, grad)]
         if "ignore_index" in case.options:
             results.append(differentiate(_without_ignored(function), op, inputs, case.options, grad))

@@ -4,24 +4,29 @@ A wrong function is the kernel's own with one thing spoiled, so that nothing els
 same wrapping passes every check.
 """
 
+import contextlib
 import dataclasses
 import math
 
+import parity
 import pytest
 import torch
 from parity import (
     DTYPES,
+    differentiate,
     generator_of,
     hold,
     hold_layout,
     hold_repeats,
     hold_retained_graph,
     hold_some_gradients,
+    incoming,
+    inputs_of,
     on_each,
     sliced,
 )
 from test_dropout import hold_one_mask
-from test_hard_values import hold_hard_values
+from test_hard_values import hold_hard_values, on_the_cpu
 from test_parity import laid_out
 
 from kernels import catalogue
@@ -174,6 +179,25 @@ def test_an_element_that_is_not_written(op, device):
         return torch.where(whole.view(result.shape), result, out)
 
     _caught("parity", spoiled(op, output=forgets), device, "output: max error nan")
+
+
+class _OnAGpu(torch.Tensor):
+    """One on the CPU that says otherwise."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("error", "kind", "caught"), [
+    (9e-4, torch.Tensor, False), (2e-3, torch.Tensor, True), (3e-3, _OnAGpu, False), (5e-3, _OnAGpu, True),
+])  # fmt: skip
+def test_an_error_above_its_cap(error, kind, caught):
+    """However wrong PyTorch's own is; on a GPU a cap has more room."""
+    exact = torch.ones(8, dtype=torch.float64)
+    ours = {"output": (exact + error).float().as_subclass(kind)}
+    caps = {"layer_norm": {"float32": {"output": {"max": 1e-3, "rms": 1e-3}}}}
+    with pytest.raises(AssertionError, match=r"max error .* above its cap") if caught else contextlib.nullcontext():
+        theirs, truth = {"output": (1.0, 1.0)}, {"output": exact}
+        parity.check({}, OPS["layer_norm"], "c", torch.float32, ours, theirs, truth, caps=caps)
 
 
 # ---------------------------------------------------------------- wrong conduct
@@ -414,3 +438,13 @@ def test_nan_that_is_lost_or_spreads(device):
 
 def _lost(tensor):
     return tensor.nan_to_num(0.0)
+
+
+def test_an_oracle_on_the_cpu_is_the_same_function():
+    """Of several outputs, with gradients."""
+    op = OPS["add_layer_norm"]
+    case = laid_out(op)
+    inputs = inputs_of(op, case, torch.float32, "cpu")
+    grad = incoming(op, inputs, case.options)
+    here, there = (differentiate(f, op, inputs, case.options, grad) for f in (op.torch, on_the_cpu(op.torch)))
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)

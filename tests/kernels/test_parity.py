@@ -40,7 +40,7 @@ def caps(request, ratios):
     if path:
         table = {}
         for (op, dtype, quantity), worst in sorted(ratios.items()):
-            # a quarter of room: the errors of another device and version differ by less
+            # a quarter of room: the errors of another CPU and version differ by less
             cap = {measure: float(f"{1.25 * worst[f'error_{measure}']:.3g}") for measure in ("max", "rms")}
             table.setdefault(op, {}).setdefault(dtype, {})[quantity] = cap
         with open(path, "w") as file:

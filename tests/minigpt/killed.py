@@ -2,7 +2,8 @@
 
 First with kill -9 at random times, so many of them; then before every EVERY-th call that changes the disk. Each run is
 gone on with until it is done, and must then be the run that nobody stopped. The processes are forked, so that none has
-to import PyTorch again: a kill comes within the training, not within the imports.
+to import PyTorch again: a kill comes within the training, not within the imports. CUDA_VISIBLE_DEVICES must be empty:
+CUDA, once asked whether there is a GPU, does not work in forked processes.
 """
 
 import os

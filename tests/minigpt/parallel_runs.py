@@ -1,7 +1,8 @@
 """A program that trains in two processes under gloo, several times, and prints what came of it: `... TEXT NAME...`.
 
 Each NAME is a case of CASES. The processes are forked, so that PyTorch is imported once; torchrun itself is tested
-elsewhere. Works in the current folder: run NAME goes to the folder NAME.
+elsewhere. CUDA_VISIBLE_DEVICES must be empty: CUDA, once asked whether there is a GPU, does not work in forked
+processes. Works in the current folder: run NAME goes to the folder NAME.
 """
 
 import importlib

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("kills", "every", "least"), [(3, 23, 3), (20, 1, 60)])
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(text, kills, every, least):
     command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(kills), str(every), str(text)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=text.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     at_random_times, before_a_call = done.stdout.splitlines()

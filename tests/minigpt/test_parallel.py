@@ -25,9 +25,8 @@ TOGETHER = {  # run -> the same one in one process
     "ddp_accumulating": "one_accumulating",
     "fsdp_accumulating": "one_accumulating",
     "ddp_passes": "one_passes",
-    "ddp_triton": "one_triton",
-    "fsdp_triton": "one_triton",
 }
+INTERPRETED = {"ddp_triton": "one_triton", "fsdp_triton": "one_triton"}
 LONG = {
     "ddp": "one",
     "fsdp": "one",
@@ -37,7 +36,8 @@ LONG = {
     "ddp_compiled": "one",
     "fsdp_compiled": "one",
 }
-HALF = {"ddp_bf16": "one_bf16", "fsdp_bf16": "one_bf16", "fsdp_bf16_triton": "one_bf16_triton"}
+HALF = {"ddp_bf16": "one_bf16", "fsdp_bf16": "one_bf16"}
+INTERPRETED_HALF = {"fsdp_bf16_triton": "one_bf16_triton"}
 STOPPED = ("fsdp_dropout", "fsdp_dropout_stopped", "fsdp_dropout_stopped@2")
 OTHER_SIZES = ("one_stopped", "one_stopped@2+parallel=fsdp", "fsdp_stopped", "fsdp_stopped@1+parallel=none")
 FAULTS = ("fsdp_not_finite", "no_text", "full")
@@ -48,8 +48,9 @@ def run(folder, *names):
     text = folder / "text.txt"
     text.write_text("".join(f"{number} is {'odd' if number % 2 else 'even'}.\n" for number in range(300)))
     command = [sys.executable, str(RUNS), str(text), *names]
-    # on a machine with a GPU too, kernels run on the CPU
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    # on a machine with a GPU too, kernels run on the CPU, and nothing of CUDA is there to be forked
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -64,6 +65,13 @@ def short(tmp_path_factory):
     return folder, said, errors
 
 
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """The folder of the short runs with kernels in Triton's interpreter, and what was said of each."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    return folder, run(folder, *dict.fromkeys([*INTERPRETED, *INTERPRETED.values()]))[0]
+
+
 def assert_same_losses(folder, together, alone, within=1e-5):
     ours, theirs = rows(folder / together), rows(folder / alone)
     assert len(ours) == len(theirs) > 1
@@ -76,7 +84,6 @@ def assert_same_losses(folder, together, alone, within=1e-5):
     assert finals[0]["val_tokens"] == finals[1]["val_tokens"] and finals[0]["parameters"] == finals[1]["parameters"]
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize(("together", "alone"), TOGETHER.items())
 def test_the_same_global_batch_gives_the_losses_of_one_process(short, together, alone):
     folder, said, _ = short
@@ -84,12 +91,25 @@ def test_the_same_global_batch_gives_the_losses_of_one_process(short, together, 
     assert_same_losses(folder, together, alone)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("together", "alone"), INTERPRETED.items())
+def test_so_it_does_with_our_kernels(interpreted, together, alone):
+    folder, said = interpreted
+    assert said[together]["statuses"] == [0, 0]
+    assert_same_losses(folder, together, alone)
+
+
 @pytest.mark.slow
-def test_so_it_does_with_other_models_precisions_checkpointing_and_compiled(tmp_path):
-    said, _ = run(tmp_path, *dict.fromkeys([*LONG, *LONG.values(), *HALF, *HALF.values()]))
-    for together, alone in (LONG | HALF).items():
+@pytest.mark.parametrize(
+    ("exact", "half"), [(LONG, HALF), pytest.param({}, INTERPRETED_HALF, marks=pytest.mark.interpreter)],
+    ids=["torch", "triton"],
+)  # fmt: skip
+def test_so_it_does_with_other_models_precisions_checkpointing_and_compiled(exact, half, tmp_path):
+    cases = exact | half
+    said, _ = run(tmp_path, *dict.fromkeys([*cases, *cases.values()]))
+    for together, alone in cases.items():
         assert said[together]["statuses"] == [0, 0]
-        assert_same_losses(tmp_path, together, alone, within=1e-2 if together in HALF else 1e-5)
+        assert_same_losses(tmp_path, together, alone, within=1e-2 if together in half else 1e-5)
 
 
 def test_a_run_that_goes_on_in_as_many_processes_is_the_same_to_the_last_bit(short):

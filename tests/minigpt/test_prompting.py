@@ -136,7 +136,7 @@ def test_megabytes_of_prompt(write):
         (["--num-samples", "0"], ["num_samples is 0"]),
         (["--top-p", "0"], ["top_p is 0"]),
         (["--stop", "a", "--stop", ""], ["stop text is empty"]),
-        (["--cuda-graph"], ["needs a GPU", "--no-cuda-graph"]),
+        (["--device", "cpu", "--cuda-graph"], ["needs a GPU", "--no-cuda-graph"]),
         (["--cuda-graph", "--no-cache"], ["leave out"]),
         (["--prompt", "a", "--prompt-file", "b"], ["--prompt and --prompt-file"]),
         (["--prompt", "a", "--interactive"], ["--prompt and --interactive"]),

@@ -56,14 +56,12 @@ def test_all_stations_pass_and_print_what_they_measured(kernels, tmp_path):
     assert model.config.vocab_size == tokenizer.vocab_size == 16
 
 
-@pytest.mark.interpreter
 def test_the_transformer_station_on_triton(device):
     checks = showcase.transformer(backends.resolve("triton", device), device, 0)
     assert [check for check in checks if not check.passed] == []
 
 
 @pytest.mark.slow
-@pytest.mark.interpreter
 def test_all_stations_pass_on_triton(device, tmp_path):
     assert "all 4 stations passed" in run("triton", tmp_path, device)
 

@@ -5,6 +5,7 @@ fake     one rank of many, on fake tensors and PyTorch's fake process group: eve
 gloo     two real processes on a small model: every collective is counted.
 
 A CASE is JSON: {"run": "fake", "gpus": 8, "name": a preset, ...its settings}, or {"run": "gloo", "processes": 2, ...}.
+CUDA_VISIBLE_DEVICES must be empty: CUDA, once asked whether there is a GPU, does not work in forked processes.
 """
 
 import collections

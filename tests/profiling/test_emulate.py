@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # the interpreter may be chosen in this process; the command must see to that itself
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 

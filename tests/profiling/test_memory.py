@@ -424,7 +424,8 @@ def test_the_step_is_the_trainers(tmp_path):
     """The trainer's own step makes the same tensors."""
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question.\n" * 200)
-    config = _config(name="shakespeare-cpu", batch_size=4, n_layer=1, data=str(text), out=tmp_path / "run")
+    here = {"data": str(text), "out": tmp_path / "run", "device": "cpu"}
+    config = _config(name="shakespeare-cpu", batch_size=4, n_layer=1, **here)
     session = trainer.Session(config)
     session.learner.step(0)
     theirs = Tracker()
@@ -596,7 +597,7 @@ def test_pictures_keep_the_peak():
         (("--preset", "tiny", "--png", "a.txt"), "--png a.txt: the name must end in"),
         (("--preset", "tiny", "--png", "a"), ".png"),
         (("--preset", "tiny", "--html", "a.png"), "--html a.png: the name must end in .htm or .html"),
-        (("--preset", "tiny", "--kernels", "torch", "--html", "/dev/full"), "disk is full"),
+        (("--preset", "tiny", "--kernels", "torch", "--estimate", "--html", "/dev/full"), "disk is full"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, says, run):

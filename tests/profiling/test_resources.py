@@ -48,11 +48,13 @@ SERIALISED = {"C7511", "C7512", "C7515"}  # ptxas: a wait after every wgmma
 ONE_OF_EACH = ["gpt2", "d64-short", "gqa-1k", "768", "262144", "v50304"]  # cases that between them launch every kernel
 WHOLE = ["sm_80", "sm_90"]  # what the default run compiles every kernel for
 OTHERS = [arch for arch in TARGETS if arch not in WHOLE]
+# compiled for what was chosen, and not for what is here
+WITHOUT_A_GPU = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # the interpreter may be chosen in this process; the command must see to that itself
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment
+    environment = WITHOUT_A_GPU | environment
     command = [sys.executable, "-m", "profiling", "resources", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
 
@@ -320,7 +322,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def measured() -> dict:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
+    environment = WITHOUT_A_GPU | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -401,8 +403,7 @@ assert before and sorted(os.listdir(os.environ["TRITON_CACHE_DIR"])) == before, 
 
 def test_a_launch_finds_what_was_kept(tmp_path):
     """Triton's cache has the kernel under the key of a launch: its types, constants, alignments, options."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = WITHOUT_A_GPU | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
@@ -425,8 +426,7 @@ arguments.run(arguments)
 
 def test_here_means_this_gpu(tmp_path):
     """Also one that is no target: compiled for itself, by its own limits, with the tiles of its kin."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRITON_INTERPRET": "0"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = WITHOUT_A_GPU | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", HERE], env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout, done.stderr
     document = json.loads(done.stdout)

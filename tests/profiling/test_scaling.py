@@ -122,7 +122,7 @@ def test_ddp_has_all_gradients_from_the_beginning_as_who_accumulates():
 def _runs(*cases) -> list[dict]:
     """What tests/profiling/scaling_runs.py says of these cases."""
     command = [sys.executable, str(Path(__file__).with_name("scaling_runs.py")), *map(json.dumps, cases)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
