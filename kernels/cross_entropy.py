@@ -299,21 +299,30 @@ def _cross_entropy_backward(
         if UNIT:
             lead = (logits_begin % UNIT).to(tl.int32)
             logits_begin, dlogits_begin = logits_begin // UNIT * UNIT, dlogits_begin // UNIT * UNIT
-        logits_ptr += logits_begin + places[None, :]
-        dlogits_ptr += dlogits_begin + places[None, :]
+        logits_ptr += logits_begin + start
+        dlogits_ptr += dlogits_begin + start
         columns = places - lead
         row_target = tl.load(target_ptr + first)
         inside = (start >= lead) & (start + BLOCK_V <= lead + width) & (row_target != ignore_index)
         if inside & ((row_target < start - lead) | (row_target >= start - lead + BLOCK_V)):
-            x = tl.load(logits_ptr).to(tl.float32)
+            whole = tl.arange(0, BLOCK_V)[None, :]
+            x = tl.load(logits_ptr + whole).to(tl.float32)
             dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, False)
-            tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty))
+            tl.store(dlogits_ptr + whole, cast(dx, dlogits_ptr.dtype.element_ty))
         else:
-            mask = ((columns >= 0) & (columns < width))[None, :]
-            x = tl.load(logits_ptr, mask=mask & kept[:, None], other=0.0).to(tl.float32)
-            columns = tl.where(columns < 0, V, columns)  # of no class
-            dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True)
-            tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+            # In parts where each column has a mask and an address of its own: whole, the few tiles at the ends of rows
+            # would set the registers of all.
+            PART: tl.constexpr = BLOCK_V // 4 if UNIT else BLOCK_V
+            for part in range(0, BLOCK_V, PART):
+                own = (part + tl.arange(0, PART))[None, :]
+                classes = start - lead + part + tl.arange(0, PART)
+                mask = ((classes >= 0) & (classes < width))[None, :]
+                xs = tl.load(logits_ptr + own, mask=mask & kept[:, None], other=0.0).to(tl.float32)
+                classes = tl.where(classes < 0, V, classes)  # of no class
+                dxs = logit_gradients(
+                    xs, classes, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True
+                )
+                tl.store(dlogits_ptr + own, cast(dxs, dlogits_ptr.dtype.element_ty), mask=mask)
     else:
         mask = in_rows[:, None] & (places < width)[None, :]
         x = tl.load(logits_ptr + rows[:, None] * row_stride + places[None, :], mask=mask & kept[:, None], other=0.0).to(
