@@ -1,7 +1,7 @@
 """Every kernel compiles for every target, within its registers and shared memory, on the tensor cores.
 
-The default run compiles one instance of each kernel for two targets and short attention for the others, the slow one
-each kernel for every target and the whole table. fp16 and bf16 with head sizes up to 128 must not spill, but for
+The default run compiles one instance of each kernel for two targets, the slow one each kernel for every target, short
+attention too, and the whole table. fp16 and bf16 with head sizes up to 128 must not spill, but for
 EXCEPTIONS; and no kernel may ask for more than its stored figures, by the version of Triton that they were measured
 with.
 """
@@ -109,7 +109,9 @@ def _problems(document: dict) -> list[str]:
     params=[
         pytest.param((WHOLE, ONE_OF_EACH), id="two targets"),
         pytest.param(
-            ([arch for arch in OTHERS if arch != "sm_86"], ["d64-short"]), id="short attention for the others"
+            ([arch for arch in OTHERS if arch != "sm_86"], ["d64-short"]),
+            id="short attention for the others",
+            marks=pytest.mark.slow,
         ),
         pytest.param((OTHERS, ONE_OF_EACH), id="the others", marks=pytest.mark.slow),
     ],
