@@ -38,6 +38,7 @@ from kernels.op import (
     cdiv,
     check_number,
     exp,
+    facts_of,
     fma,
     next_power_of_2,
     plan_only,
@@ -229,12 +230,13 @@ def logit_gradients(
 
 @triton.jit
 def _cross_entropy_forward(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, lse_ptr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, parts_ptr, lse_ptr,
     n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr,
     ODD: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows: their losses, their weights (the second row of losses) and the two parts of lse.
+    """A program owns ROWS rows: the two parts of their lse, and their losses, or its parts of the sums of losses and of
+    the targets' weights.
 
     LANES, UNIT, ODD: of long_row_sums, which a row alone takes; ODD where rows begin or end within 16 bytes.
     """
@@ -255,10 +257,40 @@ def _cross_entropy_forward(
     loss, target_weight, log_total = row_losses(
         logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
     )
-    tl.store(losses_ptr + rows, loss, mask=in_rows)
-    tl.store(losses_ptr + n_rows + rows, target_weight, mask=in_rows)
     tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
     tl.store(lse_ptr + 2 * rows + 1, log_total, mask=in_rows)
+    if losses_ptr is not None:
+        tl.store(losses_ptr + rows, cast(loss, losses_ptr.dtype.element_ty), mask=in_rows)
+    else:
+        parts_ptr += tl.program_id(0)
+        tl.store(parts_ptr, tl.sum(tl.where(in_rows, loss, 0.0), axis=0))
+        tl.store(parts_ptr + tl.num_programs(0), tl.sum(tl.where(in_rows, target_weight, 0.0), axis=0))
+
+
+@triton.jit
+def _cross_entropy_reduce(
+    parts_ptr, sums_ptr, loss_ptr, n_parts, MEAN: tl.constexpr, GUARDED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program adds the parts in order: the two sums, and the loss, which is their quotient if MEAN.
+
+    GUARDED: the loss is NaN where the weights add up to zero, whatever the losses do.
+    """
+    places = tl.arange(0, BLOCK)
+    losses = tl.zeros([BLOCK], tl.float32)
+    weights = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_parts, BLOCK):
+        mask = start + places < n_parts
+        losses += tl.load(parts_ptr + start + places, mask=mask, other=0.0)
+        weights += tl.load(parts_ptr + n_parts + start + places, mask=mask, other=0.0)
+    loss = tl.sum(losses, axis=0)
+    divisor = tl.sum(weights, axis=0)
+    tl.store(sums_ptr, loss)
+    tl.store(sums_ptr + 1, divisor)
+    if MEAN:
+        loss = tl.div_rn(loss, divisor)
+        if GUARDED:
+            loss = tl.where(divisor == 0.0, float("nan"), loss)
+    tl.store(loss_ptr, cast(loss, loss_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -374,11 +406,19 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     block_v, rows, warps = tile(n_rows, n_classes, device, "forward")
     if specs["weight"] is not None and options["label_smoothing"] > 0.0:
         warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
-    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "lse")
+    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "parts", "lse")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     constexprs |= lanes(specs["logits"], block_v, warps) | {"ODD": _unit(specs["logits"], n_classes, rows) > 0}
-    return [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
+    launches = [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
+    if options["reduction"] != "none":
+        n_parts = specs["parts"].shape[1]
+        block = max(16, min(8192, next_power_of_2(n_parts)))  # many loads at once: one program waits for them all
+        arguments = pointers(specs, "parts", "sums", "loss") | {"n_parts": n_parts}
+        constexprs = {"MEAN": options["reduction"] == "mean", "BLOCK": block}
+        constexprs["GUARDED"] = specs["weight"] is not None and options["label_smoothing"] > 0.0
+        launches.append(Launch(_cross_entropy_reduce, (1,), arguments, constexprs, max(4, block // 512), 1))
+    return launches
 
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
@@ -420,18 +460,10 @@ def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Ten
     return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
 
 
-def mean(total: torch.Tensor, divisor: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float):
-    """The sum of the losses over the sum of the targets' weights, NaN where that is zero."""
-    loss = total / divisor
-    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
-        loss = torch.where(divisor == 0.0, torch.nan, loss)
-    return loss
-
-
 def _empty_forward(logits, reduction, out_dtype):
     loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
     lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
-    return loss, lse, logits.new_empty(2 if reduction == "mean" else 0, dtype=torch.float32)
+    return loss, lse, logits.new_empty(0 if reduction == "none" else 2, dtype=torch.float32)
 
 
 def _forward(
@@ -443,25 +475,25 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and for "mean" the
-    sums of losses and of the targets' weights, fp32 (2,), else an empty tensor.
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and unless reduction is
+    "none" the sums of losses and of the targets' weights, fp32 (2,), else an empty tensor.
 
     The sums are one result, as compiled code asserts that results are aligned: the second, alone, would not be.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
         check_targets("cross_entropy", target, n_classes, ignore_index)
-    lse = logits.new_empty((n_rows, 2), dtype=torch.float32)
-    losses = logits.new_empty((2, n_rows), dtype=torch.float32)
+    loss, lse, sums = _empty_forward(logits, reduction, out_dtype)
+    none = reduction == "none"
+    parts = None
+    if not none:
+        _, rows, _ = tile(n_rows, n_classes, facts_of(logits), "forward")
+        parts = lse.new_empty((2, cdiv(n_rows, rows)))
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
-    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": losses, "lse": lse}
-    run(plan_forward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    if reduction == "none":
-        return losses[0].to(out_dtype), lse, losses.new_empty(0)
-    if reduction == "sum":
-        return losses[0].sum().to(out_dtype), lse, losses.new_empty(0)
-    sums = losses.sum(1)
-    return mean(*sums.unbind(), weight, label_smoothing).to(out_dtype), lse, sums
+    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": loss if none else None, "parts": parts}
+    tensors |= {"lse": lse, "sums": None if none else sums, "loss": None if none else loss}
+    run(plan_forward, tensors, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    return loss, lse, sums
 
 
 def _empty_backward(logits):

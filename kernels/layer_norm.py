@@ -167,37 +167,36 @@ def _layer_norm_backward(
     grad_ptr, grad_sum_ptr, input_ptr, weight_ptr, mean_ptr, rstd_ptr,
     dinput_ptr, dresidual_ptr, dweight_parts_ptr, dbias_parts_ptr,
     n_rows, grad_stride, grad_sum_stride, row_stride,
-    N: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program owns every n-th block of ROWS rows, n the number of programs, and one row of each workspace.
 
     Rows are held in PARTS of WIDTH columns: N need not be near a power of 2 then, and warps divide rows among them
-    rather than columns, whose sums would go through shared memory.
+    rather than columns, whose sums would go through shared memory. STAGES - 1 blocks are under way to shared memory
+    while one is computed.
     """
     columns = tl.arange(0, WIDTH)[None, :]
+    every_row = tl.zeros([ROWS, 1], tl.int32)
     weight = ()
     dweight = ()
     dbias = ()
     for i in tl.static_range(PARTS):
-        at = i * WIDTH + columns
-        if weight_ptr is not None:
-            weight += (tl.load(weight_ptr + at, mask=at < N, other=0.0).to(tl.float32),)
+        if weight_ptr is not None:  # as a block of equal rows, for its threads to have the columns that those of x have
+            own = i * WIDTH + columns + every_row
+            weight += (tl.load(weight_ptr + own, mask=own < N, other=0.0).to(tl.float32),)
         dweight += (tl.zeros([ROWS, WIDTH], tl.float32),)
         dbias += (tl.zeros([ROWS, WIDTH], tl.float32),)
 
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         seen = (rows < n_rows)[:, None]
         dys = ()
         xs = ()
-        sums = ()
-        for i in tl.static_range(PARTS):  # all loads before the first use, and before stores, which they cannot pass
+        for i in tl.static_range(PARTS):  # all loads before the first use
             at = i * WIDTH + columns
             mask = seen & (at < N)
             dys += (tl.load(grad_ptr + rows[:, None] * grad_stride + at, mask=mask, other=0.0),)
             xs += (tl.load(input_ptr + rows[:, None] * row_stride + at, mask=mask, other=0.0),)
-            if grad_sum_ptr is not None:
-                sums += (tl.load(grad_sum_ptr + rows[:, None] * grad_sum_stride + at, mask=mask, other=0.0),)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
 
@@ -223,6 +222,11 @@ def _layer_norm_backward(
         if dinput_ptr is not None or dresidual_ptr is not None:
             mean_g = tl.sum(sum_g, axis=1)[:, None] / N
             mean_g_xhat = tl.sum(sum_g_xhat, axis=1)[:, None] / N
+            sums = ()
+            for i in tl.static_range(PARTS if grad_sum_ptr is not None else 0):  # before stores, which no load can pass
+                at = i * WIDTH + columns
+                places = rows[:, None] * grad_sum_stride + at
+                sums += (tl.load(grad_sum_ptr + places, mask=seen & (at < N), other=0.0),)
             for i in tl.static_range(PARTS):
                 at = i * WIDTH + columns
                 mask = seen & (at < N)
@@ -237,11 +241,11 @@ def _layer_norm_backward(
 
     for i in tl.static_range(PARTS):
         at = i * WIDTH + columns
-        own = tl.program_id(0).to(tl.int64) * N + at
+        places = tl.program_id(0).to(tl.int64) * N + at
         if dweight_parts_ptr is not None:
-            tl.store(dweight_parts_ptr + own, _sum_rows(dweight[i], ROWS, WIDTH), mask=at < N)
+            tl.store(dweight_parts_ptr + places, _sum_rows(dweight[i], ROWS, WIDTH), mask=at < N)
         if dbias_parts_ptr is not None:
-            tl.store(dbias_parts_ptr + own, _sum_rows(dbias[i], ROWS, WIDTH), mask=at < N)
+            tl.store(dbias_parts_ptr + places, _sum_rows(dbias[i], ROWS, WIDTH), mask=at < N)
 
 
 @triton.jit
@@ -373,9 +377,29 @@ def _programs(n_rows: int, n: int, itemsize: int, device: Device) -> int:
     if n > LONGEST_BACKWARD:
         return min(n_rows, max(1, 4 * device.processors * CHUNK // next_power_of_2(n)))
     tile, warps = _backward_tile(n_rows, n, itemsize, device)
-    elements = tile["ROWS"] * tile["PARTS"] * tile["WIDTH"] // (32 * warps)  # a thread's, with seven registers each
-    held = 16 if elements <= 16 else 12 if elements <= 24 else 8
-    return min(cdiv(n_rows, tile["ROWS"]), device.processors * max(1, held // warps))
+    return min(cdiv(n_rows, tile["ROWS"]), device.processors * _held(tile, warps))
+
+
+def _elements(tile: dict[str, int]) -> int:
+    return tile["ROWS"] * tile["PARTS"] * tile["WIDTH"]
+
+
+def _held(tile: dict[str, int], warps: int) -> int:
+    """Programs of the backward kernel that a processor's registers have room for."""
+    elements = _elements(tile) // (32 * warps)  # a thread's, with seven registers each
+    return max(1, (16 if elements <= 16 else 12 if elements <= 24 else 8) // warps)
+
+
+def _stages(tile: dict[str, int], warps: int, loaded: Sequence[Spec], device: Device) -> int:
+    """Of the backward kernel: 3, where shared memory has room for two blocks of `loaded` for each program that is held,
+    and registers for the addresses of the second."""
+    if not device.arch.startswith("sm_"):  # nothing copies to shared memory there while programs go on
+        return 1
+    if any(spec.stride[0] % 16 for spec in loaded):  # rows then begin anywhere, and a copy takes four bytes at least
+        return 1
+    deepest = 3 if _elements(tile) <= 16 * 32 * warps else 2
+    own = device.shared_memory // _held(tile, warps) - 1024  # what the hardware takes for itself
+    return min(deepest, max(1, 1 + own // (_elements(tile) * sum(spec.dtype.itemsize for spec in loaded))))
 
 
 def _row_stride(spec: Spec | None) -> int | None:
@@ -418,7 +442,9 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
             grid = (cdiv(n, CHUNK) * n_parts,)
             launches.append(Launch(_layer_norm_backward_long_parameters, grid, arguments, {"BLOCK_N": CHUNK}, 8, 1))
     else:
-        constexprs, warps = _backward_tile(n_rows, n, itemsize, device)
+        tile, warps = _backward_tile(n_rows, n, itemsize, device)
+        loaded = [specs[name] for name in ("grad", "grad_sum", "input") if specs[name] is not None]
+        constexprs = tile | {"STAGES": _stages(tile, warps, loaded, device)}
         arguments = pointers(specs, "grad", "grad_sum", "input", "weight", "mean", "rstd", "dinput", "dresidual")
         arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
         launches.append(Launch(_layer_norm_backward, (n_parts,), arguments, constexprs, warps, 1))

@@ -39,7 +39,6 @@ from kernels.cross_entropy import (
     lanes,
     logit_gradients,
     long_row_sums,
-    mean,
     numbers,
     row_losses,
     row_scales,
@@ -137,14 +136,14 @@ FEWEST, MOST = 512, 4096  # rows of a chunk: products of fewer are slow, of more
 def chunk_rows(n_rows: int, hidden: int, n_classes: int, itemsize: int, bound: int | None = None) -> int:
     """How many of n_rows rows go through at once: a multiple of 128, or all of them.
 
-    `bound` bytes of logits, and 128 rows at the least. Without a bound: a sixteenth of the logits, or as much as a
+    `bound` bytes of logits, and 128 rows at the least. Without a bound: an eighth of the logits, or as much as a
     quarter of the fp32 sum of dW, beside which that does not show; but 512 to 4096 rows, and more if 32 MiB hold them.
     Adding a chunk of c rows to dW reads and writes the sum, so it does c / 4 operations for each byte: few rows would
     leave a GPU waiting for memory. The chunks come out as even as multiples of 128 allow.
     """
     row = n_classes * itemsize
     if bound is None:
-        rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 16, hidden // itemsize)))
+        rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 8, hidden // itemsize)))
     else:
         rows = bound // max(row, 1)
     rows = max(128, rows // 128 * 128)
@@ -277,6 +276,14 @@ def _empty_gradients(input, linear_weight, dtype, needs):
     )
 
 
+def _mean(total: torch.Tensor, divisor: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float):
+    """The sum of the losses over the sum of the targets' weights, NaN where that is zero."""
+    loss = total / divisor
+    if weight is not None and label_smoothing > 0.0:  # where no target weighs anything, 0 / 0 is a part of the sum
+        loss = torch.where(divisor == 0.0, torch.nan, loss)
+    return loss
+
+
 def _forward(
     input: torch.Tensor,
     linear_weight: torch.Tensor,
@@ -320,7 +327,7 @@ def _forward(
 
     loss = losses if none else losses.sum()
     if reduction == "mean":
-        loss = mean(loss, divisor, weight, label_smoothing)
+        loss = _mean(loss, divisor, weight, label_smoothing)
     return loss.to(out_dtype), lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
 
 

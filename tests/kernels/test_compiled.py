@@ -35,7 +35,7 @@ QUICK = [
             "linear_cross_entropy-prime",
         )
     ),
-    f"{PARITY}[layer_norm-prime-float32]",
+    "tests/kernels/test_layer_norm.py::test_several_blocks_of_rows_in_parts[1024-bfloat16-2-512-2-3-add_layer_norm]",
     f"{PARITY}[cross_entropy-prime-float32]",
     f"{OPTIONS}::test_parity_with_both[one_over_a_tile-bfloat16]",
     f"{HOPPER}::test_parity[one_over_a_tile-bfloat16-turns]",
@@ -67,7 +67,8 @@ def passed(done: subprocess.CompletedProcess) -> int:
 
 
 def test_some_of_everything():
-    """Each op in bf16, attention with the TMA unit's descriptors and overlap, and its kernel for Hopper."""
+    """Each op in bf16, rows loaded ahead, attention with the TMA unit's descriptors and overlap, and its Hopper
+    kernel."""
     assert passed(emulated("sm_90", *QUICK)) == len(QUICK)
 
 

@@ -411,7 +411,7 @@ LAUNCHES = {
     "decode_attention": (1, 0),  # a cache this short is not split
     "layer_norm": (1, 2),
     "add_layer_norm": (1, 2),  # the sum costs none, forward or backward
-    "cross_entropy": (1, 1),
+    "cross_entropy": (1, 1),  # of reduction="none"; "mean" and "sum" have one more forward
     "linear_cross_entropy": (1, 1),  # of one chunk, reduction="none"
 }
 

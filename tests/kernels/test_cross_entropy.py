@@ -1,5 +1,6 @@
 """Cross-entropy's own: targets of every kind, weights, smoothing, shapes, special values, errors."""
 
+import contextlib
 import importlib
 import math
 
@@ -10,7 +11,7 @@ from parity import DTYPES, guarded_allocations, name_of
 
 import kernels
 from kernels.device import TARGETS
-from kernels.op import plan_for, plan_only
+from kernels.op import count_launches, plan_for, plan_only, run
 
 cross_entropy = kernels.cross_entropy
 module = importlib.import_module("kernels.cross_entropy")  # the package's attribute of that name is the function
@@ -69,7 +70,7 @@ def planned_units(x: torch.Tensor) -> list[int]:
     """What forward and backward of sm_90 take for the elements in 16 bytes; 0: rows are read as they come."""
     target = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     with plan_only(TARGETS["sm_90"]) as launches:
-        cross_entropy(x.detach().requires_grad_(), target, reduction="sum").backward()
+        cross_entropy(x.detach().requires_grad_(), target, reduction="none").sum().backward()
     return [launch.constexprs["UNIT"] if launch.constexprs.get("ODD", True) else 0 for launch in launches]
 
 
@@ -123,6 +124,37 @@ def test_which_rows_are_read_from_where_16_bytes_begin(device):
 
 def test_more_rows_than_a_program_owns(device):
     agree(draw(20_000, 7, device=device), classes(20_000, n_classes=7, device=device))
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 300, 70_000])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_launches(reduction, n_rows, device):
+    """One kernel makes losses or parts of their sum, one more adds the parts."""
+    x, target = draw(n_rows, 3, device=device), classes(n_rows, n_classes=3, device=device)
+    with plan_for(TARGETS["sm_90"]) if n_rows == 300 else contextlib.nullcontext(), count_launches() as launched:
+        loss = cross_entropy(x, target, reduction=reduction)
+    expected = ["_cross_entropy_forward"] * (n_rows > 0) + ["_cross_entropy_reduce"] * (reduction != "none")
+    assert sorted(launched.elements()) == expected
+    exact = F.cross_entropy(x.double(), target, reduction=reduction)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_parts", [1, 8191, 8192, 8193, 20_000])
+def test_parts_are_added_in_blocks(n_parts, device):
+    """More of them than the one program takes at once, with what follows them in memory left out."""
+    memory = torch.full((2 * n_parts + 8192,), float("nan"), device=device)
+    parts = memory[: 2 * n_parts].view(2, n_parts).copy_(draw(2, n_parts, device=device).abs())
+    sums, loss = torch.empty(2, device=device), torch.empty((), dtype=torch.bfloat16, device=device)
+    options = {"reduction": "mean", "label_smoothing": 0.0, "ignore_index": -100}
+    tensors = {"logits": parts, "target": None, "weight": None, "parts": parts, "sums": sums, "loss": loss}
+
+    def last(specs, options, device):
+        return module.plan_forward(specs | dict.fromkeys(("weight_sum", "losses", "lse")), options, device)[1:]
+
+    run(last, tensors, **options)
+    exact = parts.double().sum(1)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0.0)
+    assert loss == (exact[0] / exact[1]).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

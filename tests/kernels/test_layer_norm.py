@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from parity import DTYPES, differentiate, guarded_allocations, hold, name_of
 
 import kernels
-from kernels import reference
-from kernels.catalogue import LAYER_NORM
+from kernels import reference, tiles
+from kernels.catalogue import ADD_LAYER_NORM, LAYER_NORM
 from kernels.device import INTERPRETED, TARGETS
-from kernels.op import Case, cdiv, plan_for
+from kernels.op import Case, cdiv, facts_of, plan_for
 
 layer_norm = kernels.layer_norm
 
@@ -43,31 +43,60 @@ def test_every_length_of_row(rows, n, device):
     agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)})
 
 
+@pytest.mark.parametrize("op", [LAYER_NORM, ADD_LAYER_NORM], ids=lambda op: op.name)
 @pytest.mark.parametrize(
-    ("n", "dtype", "parts", "width", "rows"),
+    ("n", "dtype", "parts", "width", "rows", "stages"),
     [
-        (65, torch.bfloat16, 1, 128, 16),
-        (384, torch.bfloat16, 3, 128, 4),
-        (384, torch.float32, 3, 128, 4),
-        (768, torch.bfloat16, 3, 256, 4),
-        (1024, torch.bfloat16, 2, 512, 2),
-        (1500, torch.bfloat16, 3, 512, 2),
-        (1600, torch.float32, 7, 256, 1),
-        (5000, torch.bfloat16, 3, 2048, 1),
+        (65, torch.bfloat16, 1, 128, 16, 1),
+        (384, torch.bfloat16, 3, 128, 4, 3),
+        (384, torch.float32, 3, 128, 4, 3),
+        (768, torch.bfloat16, 3, 256, 4, 2),
+        (1024, torch.bfloat16, 2, 512, 2, 3),
+        (1500, torch.bfloat16, 3, 512, 2, 1),
+        (1600, torch.float32, 7, 256, 1, 3),
+        (5008, torch.bfloat16, 3, 2048, 1, 3),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else None,
+)
+def test_several_blocks_of_rows_in_parts(op, n, dtype, parts, width, rows, stages, device):
+    """As on a GPU: rows in vectors, of which the last may go past a row's end, and blocks that are loaded ahead."""
+    gpu = TARGETS["sm_90"] if INTERPRETED else facts_of(torch.empty(0, device=device))
+    one = dataclasses.replace(gpu, processors=1)
+    shapes = {"input": (67, n), "residual": (67, n), "weight": (n,), "bias": (n,)}
+    if op is LAYER_NORM:
+        del shapes["residual"]
+    case = Case("parts", shapes, {"normalized_shape": (n,)})
+    launches = op.plan(op.inputs(case, dtype, "meta"), case.options, one)
+    backward = next(launch for launch in launches if launch.name == "_layer_norm_backward")
+    if gpu.arch == "sm_90" and not tiles.tuned(gpu, "layer_norm.backward", "512"):  # none of this GPU's own
+        tile = {"N": n, "WIDTH": width, "PARTS": parts, "ROWS": rows, "STAGES": stages}
+        assert backward.constexprs == tile
+    assert backward.grid[0] < cdiv(67, rows), "a program has several blocks"
+    with plan_for(one):
+        hold(op, case, dtype, device, {})
+
+
+@pytest.mark.parametrize(
+    ("arch", "n", "dtype", "stages"),
+    [
+        ("sm_90", 8192, torch.float32, 3),
+        ("sm_80", 8192, torch.float32, 2),
+        ("sm_80", 8192, torch.bfloat16, 3),
+        ("sm_89", 8192, torch.float32, 2),
+        ("sm_89", 1024, torch.bfloat16, 2),
+        ("gfx942", 1024, torch.bfloat16, 1),
     ],
 )
-def test_rows_in_parts(n, dtype, parts, width, rows, device):
-    """As on a GPU: rows in vectors, of which the last may go past a row's end, and several blocks a program."""
-    if not INTERPRETED:
-        pytest.skip("the device's own tiles run in every other test")
-    gpu = dataclasses.replace(TARGETS["sm_90"], processors=1)
-    case = Case("parts", {"input": (131, n), "weight": (n,), "bias": (n,)}, {"normalized_shape": (n,)})
-    launches = LAYER_NORM.plan(LAYER_NORM.inputs(case, dtype, "meta"), case.options, gpu)
+def test_as_many_blocks_ahead_as_shared_memory_has_room_for(arch, n, dtype, stages):
+    """Of dy, s and ds', for all the programs that a processor's registers hold."""
+    case = Case("ahead", dict.fromkeys(("input", "residual"), (4096, n)), {"normalized_shape": (n,)})
+    launches = ADD_LAYER_NORM.plan(ADD_LAYER_NORM.inputs(case, dtype, "meta"), case.options, TARGETS[arch])
     backward = next(launch for launch in launches if launch.name == "_layer_norm_backward")
-    assert backward.constexprs == {"N": n, "WIDTH": width, "PARTS": parts, "ROWS": rows}
-    assert backward.grid[0] < cdiv(131, rows), "a program has several blocks"
-    with plan_for(gpu):
-        hold(LAYER_NORM, case, dtype, device, {})
+    assert backward.constexprs["STAGES"] == stages
+    programs = backward.grid[0] // TARGETS[arch].processors
+    tile = backward.constexprs["ROWS"] * backward.constexprs["PARTS"] * backward.constexprs["WIDTH"]
+    taken = programs * ((stages - 1) * 3 * tile * dtype.itemsize + 1024)
+    assert taken <= TARGETS[arch].shared_memory + 1024
 
 
 @pytest.mark.parametrize("n", [16384, 16385, 65_537, 262_144])

