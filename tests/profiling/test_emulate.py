@@ -65,15 +65,15 @@ def test_counts_and_errors_of_a_case():
 
 
 def test_the_norms_backward_waits_for_bytes_alone():
-    """Issuing its instructions takes less than half of the time of its bytes, and no bank of shared memory is asked
-    twice, as tl.sum would for sums over rows that lie in different warps."""
+    """Issuing its instructions takes less than three fifths of the time of its bytes, and no bank of shared memory is
+    asked twice, as tl.sum would for sums over rows that lie in different warps."""
     done = _run("--op", "layer_norm", "--case", "384", "768", "--programs", "1", "--json", "-")
     assert done.returncode == 0, done.stderr
     launches = [launch for problem in json.loads(done.stdout)["problems"] for launch in problem["launches"]]
     backward = [launch for launch in launches if launch["kernel"] == "_layer_norm_backward"]
     assert len(backward) == 2
     for launch in backward:
-        assert launch["issue_us"] < 0.5 * launch["move_us"] and launch["conflicts"] == 0
+        assert launch["issue_us"] < 0.6 * launch["move_us"] and launch["conflicts"] == 0
 
 
 @pytest.mark.slow
