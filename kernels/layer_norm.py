@@ -449,13 +449,12 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
         launches.append(Launch(_layer_norm_backward, (n_parts,), arguments, constexprs, warps, 1))
     if has_parameters:
-        block_p, block_n = 256, 16  # rows enough that few loads wait for others
-        if device.arch == "interpreter":
-            block_p, block_n = min(256, next_power_of_2(n_parts)), min(1024, next_power_of_2(n))
+        block_p = min(1024, next_power_of_2(n_parts))  # all the rows at once: one wait for memory
+        block_n = min(max(16, next_power_of_2(n)), 1024 if device.arch == "interpreter" else max(16, 4096 // block_p))
         arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
         arguments |= {"n_parts": n_parts, "N": n}
-        constexprs = {"BLOCK_P": block_p, "BLOCK_N": block_n}
-        launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, 8, 1))
+        constexprs, warps = {"BLOCK_P": block_p, "BLOCK_N": block_n}, max(4, block_p * block_n // 1024)
+        launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, warps, 1))
     return launches
 
 
