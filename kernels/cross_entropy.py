@@ -656,8 +656,9 @@ def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
     """Five operations an element forward, six backward; logits read, then read again and their gradient written."""
     logits, target = inputs["input"], inputs["target"]
     rows = target.nbytes + 8 * target.numel()
+    losses = target.numel() * logits.itemsize if options.get("reduction") == "none" else 0
     return (
-        Cost(5 * logits.numel(), logits.nbytes + rows + 8 * target.numel()),
+        Cost(5 * logits.numel(), logits.nbytes + rows + losses),
         Cost(6 * logits.numel(), 2 * logits.nbytes + rows),
     )
 

@@ -172,8 +172,8 @@ def _layer_norm_backward(
     """A program owns every n-th block of ROWS rows, n the number of programs, and one row of each workspace.
 
     Rows are held in PARTS of WIDTH columns: N need not be near a power of 2 then, and warps divide rows among them
-    rather than columns, whose sums would go through shared memory. STAGES - 1 blocks are under way to shared memory
-    while one is computed.
+    rather than columns, whose sums would go through shared memory. STAGES - 2 blocks are under way to shared memory
+    while one is computed: Triton copies after the stores, and waits where a block begins.
     """
     columns = tl.arange(0, WIDTH)[None, :]
     every_row = tl.zeros([ROWS, 1], tl.int32)
@@ -188,15 +188,17 @@ def _layer_norm_backward(
         dbias += (tl.zeros([ROWS, WIDTH], tl.float32),)
 
     for block in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        first = tl.cast(block, tl.int64) * ROWS  # apart from the rows: one number for all threads costs none a register
+        within = tl.arange(0, ROWS).to(tl.int64)[:, None]
+        rows = first + tl.arange(0, ROWS)
         seen = (rows < n_rows)[:, None]
         dys = ()
         xs = ()
         for i in tl.static_range(PARTS):  # all loads before the first use
             at = i * WIDTH + columns
             mask = seen & (at < N)
-            dys += (tl.load(grad_ptr + rows[:, None] * grad_stride + at, mask=mask, other=0.0),)
-            xs += (tl.load(input_ptr + rows[:, None] * row_stride + at, mask=mask, other=0.0),)
+            dys += (tl.load(grad_ptr + first * grad_stride + within * grad_stride + at, mask=mask, other=0.0),)
+            xs += (tl.load(input_ptr + first * row_stride + within * row_stride + at, mask=mask, other=0.0),)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
 
@@ -225,8 +227,8 @@ def _layer_norm_backward(
             sums = ()
             for i in tl.static_range(PARTS if grad_sum_ptr is not None else 0):  # before stores, which no load can pass
                 at = i * WIDTH + columns
-                places = rows[:, None] * grad_sum_stride + at
-                sums += (tl.load(grad_sum_ptr + places, mask=seen & (at < N), other=0.0),)
+                sums_ptr = grad_sum_ptr + rows[:, None] * grad_sum_stride + at
+                sums += (tl.load(sums_ptr, mask=seen & (at < N), other=0.0),)
             for i in tl.static_range(PARTS):
                 at = i * WIDTH + columns
                 mask = seen & (at < N)
@@ -391,15 +393,16 @@ def _held(tile: dict[str, int], warps: int) -> int:
 
 
 def _stages(tile: dict[str, int], warps: int, loaded: Sequence[Spec], device: Device) -> int:
-    """Of the backward kernel: 3, where shared memory has room for two blocks of `loaded` for each program that is held,
-    and registers for the addresses of the second."""
+    """Of the backward kernel: 4, which are two blocks of `loaded` under way and one that is computed, or 3 where that
+    has no room in shared memory for each program that is held, or in registers. With 2 nothing would be under way."""
     if not device.arch.startswith("sm_"):  # nothing copies to shared memory there while programs go on
         return 1
     if any(spec.stride[0] % 16 for spec in loaded):  # rows then begin anywhere, and a copy takes four bytes at least
         return 1
-    deepest = 3 if _elements(tile) <= 16 * 32 * warps else 2
+    deepest = 4 if _elements(tile) <= 16 * 32 * warps else 3
     own = device.shared_memory // _held(tile, warps) - 1024  # what the hardware takes for itself
-    return min(deepest, max(1, 1 + own // (_elements(tile) * sum(spec.dtype.itemsize for spec in loaded))))
+    blocks = own // (_elements(tile) * sum(spec.dtype.itemsize for spec in loaded))
+    return min(deepest, 1 + blocks) if blocks >= 2 else 1
 
 
 def _row_stride(spec: Spec | None) -> int | None:
@@ -449,11 +452,12 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
         launches.append(Launch(_layer_norm_backward, (n_parts,), arguments, constexprs, warps, 1))
     if has_parameters:
-        block_p = min(1024, next_power_of_2(n_parts))  # all the rows at once: one wait for memory
-        block_n = min(max(16, next_power_of_2(n)), 1024 if device.arch == "interpreter" else max(16, 4096 // block_p))
+        block_p, block_n = min(1024, max(256, next_power_of_2(n_parts))), 16  # all rows at once: one wait for memory
+        if device.arch == "interpreter":
+            block_p, block_n = min(256, next_power_of_2(n_parts)), min(1024, next_power_of_2(n))
         arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
         arguments |= {"n_parts": n_parts, "N": n}
-        constexprs, warps = {"BLOCK_P": block_p, "BLOCK_N": block_n}, max(4, block_p * block_n // 1024)
+        constexprs, warps = {"BLOCK_P": block_p, "BLOCK_N": block_n}, max(4, block_p // 64)
         launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, warps, 1))
     return launches
 

@@ -39,10 +39,12 @@ def test_layer_norm_by_hand():
 
 
 def test_cross_entropy_by_hand():
-    """2 rows of 10 in bf16: 40 bytes; targets 16; loss, its weight and the two parts of lse of 2 rows 32."""
-    forward, backward = cost("cross_entropy", {"input": (2, 10), "target": (2,)}, {})
-    assert forward == Cost(100, 40 + 16 + 32)
+    """2 rows of 10 in bf16: 40 bytes; targets 16; the two parts of lse of 2 rows 16; their losses 4, if asked for."""
+    shapes = {"input": (2, 10), "target": (2,)}
+    forward, backward = cost("cross_entropy", shapes, {})
+    assert forward == Cost(100, 40 + 16 + 16)
     assert backward == Cost(120, 80 + 16 + 16)
+    assert cost("cross_entropy", shapes, {"reduction": "none"}) == (Cost(100, 40 + 16 + 16 + 4), backward)
 
 
 def _kernels(op, cases, device, dtype):

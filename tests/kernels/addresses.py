@@ -77,6 +77,12 @@ def _interpreter(kernel, accesses: list, values: dict, wide: bool) -> Iterator:
         for trip in whole if len(whole) <= TRIPS else [*whole[:half], *whole[-half:]]:
             yield tl.tensor(interpreter.TensorHandle(numpy.array([trip], number), kind), kind)
 
+    original_core = interpreter._patch_lang_core
+
+    def core(lang, scope):  # called for every helper anew
+        original_core(lang, scope)
+        scope.set_attr(lang, "range", lambda *bounds, **_: trips(*bounds))
+
     def program(place):
         return lambda self, axis: interpreter.TensorHandle(numpy.array([getattr(self, place)[axis]], numbers), integer)
 
@@ -99,6 +105,7 @@ def _interpreter(kernel, accesses: list, values: dict, wide: bool) -> Iterator:
         for names in modules:
             stack.enter_context(mock.patch.dict(names, {"range": trips}))
         stack.enter_context(_interpreting())
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang_core", core))
         stack.callback(interpreter._patch_lang(kernel.fn).restore)
         yield function, argument, builder
 
@@ -134,8 +141,9 @@ def farthest(launch: Launch, accesses: list) -> dict[str, int]:
     for _, addresses in accesses:  # each of one pointer
         if len(addresses):
             name = names[int(addresses[0]) // APART - 1]
-            offset = int(addresses.max()) % APART // launch.arguments[name].dtype.itemsize
-            found[name] = max(found[name], offset)
+            argument = launch.arguments[name]
+            itemsize = argument.dtype.itemsize if isinstance(argument, Spec) else 1
+            found[name] = max(found[name], int(addresses.max()) % APART // itemsize)
     return dict(found)
 
 
@@ -146,6 +154,8 @@ def wrong_access(launch: Launch, values: dict[str, int] | None = None) -> tuple[
     ours = touched(launch, programs, wide=False, values=values)
     reach = farthest(launch, exact)
     for name, offset in reach.items():
+        if not isinstance(launch.arguments[name], Spec):
+            return f"{launch.name}: an address of no tensor, where {name} would be", reach
         if offset > _span(launch.arguments[name]):
             return f"{launch.name}: {name} goes {offset} elements far, of {_span(launch.arguments[name])}", reach
     for place, ((direction, one), (_, other)) in enumerate(zip(exact, ours, strict=True)):

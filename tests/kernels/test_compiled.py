@@ -35,7 +35,7 @@ QUICK = [
             "linear_cross_entropy-prime",
         )
     ),
-    "tests/kernels/test_layer_norm.py::test_several_blocks_of_rows_in_parts[1024-bfloat16-2-512-2-3-add_layer_norm]",
+    "tests/kernels/test_layer_norm.py::test_several_blocks_of_rows_in_parts[1024-bfloat16-2-512-2-4-add_layer_norm]",
     f"{PARITY}[cross_entropy-prime-float32]",
     f"{OPTIONS}::test_parity_with_both[one_over_a_tile-bfloat16]",
     f"{HOPPER}::test_parity[one_over_a_tile-bfloat16-turns]",

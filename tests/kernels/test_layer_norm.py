@@ -48,13 +48,13 @@ def test_every_length_of_row(rows, n, device):
     ("n", "dtype", "parts", "width", "rows", "stages"),
     [
         (65, torch.bfloat16, 1, 128, 16, 1),
-        (384, torch.bfloat16, 3, 128, 4, 3),
-        (384, torch.float32, 3, 128, 4, 3),
-        (768, torch.bfloat16, 3, 256, 4, 2),
-        (1024, torch.bfloat16, 2, 512, 2, 3),
+        (384, torch.bfloat16, 3, 128, 4, 4),
+        (384, torch.float32, 3, 128, 4, 4),
+        (768, torch.bfloat16, 3, 256, 4, 3),
+        (1024, torch.bfloat16, 2, 512, 2, 4),
         (1500, torch.bfloat16, 3, 512, 2, 1),
-        (1600, torch.float32, 7, 256, 1, 3),
-        (5008, torch.bfloat16, 3, 2048, 1, 3),
+        (1600, torch.float32, 7, 256, 1, 4),
+        (5008, torch.bfloat16, 3, 2048, 1, 4),
     ],
     ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else None,
 )
@@ -68,7 +68,9 @@ def test_several_blocks_of_rows_in_parts(op, n, dtype, parts, width, rows, stage
     case = Case("parts", shapes, {"normalized_shape": (n,)})
     launches = op.plan(op.inputs(case, dtype, "meta"), case.options, one)
     backward = next(launch for launch in launches if launch.name == "_layer_norm_backward")
-    if gpu.arch == "sm_90" and not tiles.tuned(gpu, "layer_norm.backward", "512"):  # none of this GPU's own
+    if op is ADD_LAYER_NORM and n == 1600:  # with a third tensor shared memory has room for no more
+        stages = 3
+    if gpu.arch == "sm_90" and not tiles.table(gpu.name).get("layer_norm.backward"):  # no tiles of this GPU's own
         tile = {"N": n, "WIDTH": width, "PARTS": parts, "ROWS": rows, "STAGES": stages}
         assert backward.constexprs == tile
     assert backward.grid[0] < cdiv(67, rows), "a program has several blocks"
@@ -79,16 +81,17 @@ def test_several_blocks_of_rows_in_parts(op, n, dtype, parts, width, rows, stage
 @pytest.mark.parametrize(
     ("arch", "n", "dtype", "stages"),
     [
+        ("sm_90", 8192, torch.bfloat16, 4),
         ("sm_90", 8192, torch.float32, 3),
-        ("sm_80", 8192, torch.float32, 2),
-        ("sm_80", 8192, torch.bfloat16, 3),
-        ("sm_89", 8192, torch.float32, 2),
-        ("sm_89", 1024, torch.bfloat16, 2),
+        ("sm_80", 8192, torch.bfloat16, 4),
+        ("sm_80", 8192, torch.float32, 1),
+        ("sm_89", 8192, torch.bfloat16, 3),
+        ("sm_89", 1024, torch.bfloat16, 1),
         ("gfx942", 1024, torch.bfloat16, 1),
     ],
 )
 def test_as_many_blocks_ahead_as_shared_memory_has_room_for(arch, n, dtype, stages):
-    """Of dy, s and ds', for all the programs that a processor's registers hold."""
+    """Of dy, s and ds', for all the programs that a processor's registers hold. Two stages would load nothing ahead."""
     case = Case("ahead", dict.fromkeys(("input", "residual"), (4096, n)), {"normalized_shape": (n,)})
     launches = ADD_LAYER_NORM.plan(ADD_LAYER_NORM.inputs(case, dtype, "meta"), case.options, TARGETS[arch])
     backward = next(launch for launch in launches if launch.name == "_layer_norm_backward")
