@@ -54,7 +54,7 @@ def test_every_length_of_row(rows, n, device):
         (1024, torch.bfloat16, 2, 512, 2, 4),
         (1500, torch.bfloat16, 3, 512, 2, 1),
         (1600, torch.float32, 7, 256, 1, 4),
-        (5008, torch.bfloat16, 3, 2048, 1, 4),
+        (2560, torch.bfloat16, 3, 1024, 1, 4),
     ],
     ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else None,
 )
@@ -62,7 +62,8 @@ def test_several_blocks_of_rows_in_parts(op, n, dtype, parts, width, rows, stage
     """As on a GPU: rows in vectors, of which the last may go past a row's end, and blocks that are loaded ahead."""
     gpu = TARGETS["sm_90"] if INTERPRETED else facts_of(torch.empty(0, device=device))
     one = dataclasses.replace(gpu, processors=1)
-    shapes = {"input": (67, n), "residual": (67, n), "weight": (n,), "bias": (n,)}
+    n_rows = 67 if n < 1500 else 23
+    shapes = {"input": (n_rows, n), "residual": (n_rows, n), "weight": (n,), "bias": (n,)}
     if op is LAYER_NORM:
         del shapes["residual"]
     case = Case("parts", shapes, {"normalized_shape": (n,)})
@@ -73,7 +74,7 @@ def test_several_blocks_of_rows_in_parts(op, n, dtype, parts, width, rows, stage
     if gpu.arch == "sm_90" and not tiles.table(gpu.name).get("layer_norm.backward"):  # no tiles of this GPU's own
         tile = {"N": n, "WIDTH": width, "PARTS": parts, "ROWS": rows, "STAGES": stages}
         assert backward.constexprs == tile
-    assert backward.grid[0] < cdiv(67, rows), "a program has several blocks"
+    assert backward.grid[0] < cdiv(n_rows, rows), "a program has several blocks"
     with plan_for(one):
         hold(op, case, dtype, device, {})
 
