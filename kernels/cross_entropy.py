@@ -19,6 +19,8 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), http
 Szegedy et al., "Rethinking the Inception architecture" (2015), https://arxiv.org/abs/1512.00567, for smoothing.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -385,6 +387,12 @@ def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, 
     return block_v, max(1, 2048 // block_v), warps
 
 
+@functools.lru_cache(maxsize=4096)
+def _programs(n_rows: int, n_classes: int, device: Device) -> int:
+    """Of the forward kernel: how many parts the sums come in."""
+    return cdiv(n_rows, tile(n_rows, n_classes, device, "forward")[1])
+
+
 def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
     return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
 
@@ -487,8 +495,7 @@ def _forward(
     none = reduction == "none"
     parts = None
     if not none:
-        _, rows, _ = tile(n_rows, n_classes, facts_of(logits), "forward")
-        parts = lse.new_empty((2, cdiv(n_rows, rows)))
+        parts = lse.new_empty((2, _programs(n_rows, n_classes, facts_of(logits))))
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": loss if none else None, "parts": parts}
     tensors |= {"lse": lse, "sums": None if none else sums, "loss": None if none else loss}

@@ -452,12 +452,13 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         arguments |= pointers(specs, "dweight_parts", "dbias_parts") | {"n_rows": n_rows} | strides
         launches.append(Launch(_layer_norm_backward, (n_parts,), arguments, constexprs, warps, 1))
     if has_parameters:
-        block_p, block_n = min(1024, max(256, next_power_of_2(n_parts))), 16  # all rows at once: one wait for memory
+        most = 256 if n % 4 else 1024  # of rows in no vectors each number has an address of its own, in registers too
+        block_p, block_n = min(most, max(256, next_power_of_2(n_parts))), 16  # all rows at once: one wait for memory
         if device.arch == "interpreter":
             block_p, block_n = min(256, next_power_of_2(n_parts)), min(1024, next_power_of_2(n))
         arguments = pointers(specs, "dweight_parts", "dbias_parts", "dweight", "dbias")
         arguments |= {"n_parts": n_parts, "N": n}
-        constexprs, warps = {"BLOCK_P": block_p, "BLOCK_N": block_n}, max(4, block_p // 64)
+        constexprs, warps = {"BLOCK_P": block_p, "BLOCK_N": block_n}, max(8 if n % 4 else 4, block_p // 64)
         launches.append(Launch(_layer_norm_backward_reduce, (cdiv(n, block_n),), arguments, constexprs, warps, 1))
     return launches
 
