@@ -171,6 +171,8 @@ class Problem:
         costs = {"forward": forward}
         if self.wanted:
             both = type(forward)(forward.flops + backward.flops, forward.bytes + backward.bytes)
+            if self.op.both:
+                both = self.op.both(self.inputs, self.case.options)
             costs |= {"backward": backward, "forward+backward": both}
         return costs
 

@@ -10,8 +10,8 @@ where g is the incoming gradient of the row: for "mean" that of the loss over th
 is ignore_index have loss and gradient zero and no part in that sum. A target outside [0, V) makes its row's
 loss and gradient NaN.
 
-Forward walks a row once with a running maximum and sum, and saves lse in two parts, the maximum and the logarithm of
-the sum: added up, large logits would cost p its digits. Backward makes p from the logits again, so the only
+Forward walks a row once with a running maximum and sum, and saves lse in these two parts: added up, large logits would
+cost p its digits. Backward makes p from the logits again, so the only
 buffer of the logits' size is their gradient. Forward reads the
 logits; backward reads them and writes the gradient; five to ten operations an element: bandwidth is the bound.
 
@@ -23,12 +23,12 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kernels import device as devices
 from kernels import reference, tiles
 from kernels.device import Device
 from kernels.op import (
-    LOG2_E,
     Case,
     Cost,
     Launch,
@@ -101,46 +101,76 @@ def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr,
 
 
 @triton.jit
-def long_row_sums(
-    logits_ptr, lead, weight_ptr, V, BLOCK_V: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """row_sums of one row, in LANES sums of their own that only the end puts together: a lane reads UNIT elements, 16
-    bytes, at a time, and is a thread, so that no tile waits for all threads' largest logit.
+def row_alone(row, stride, width, UNIT: tl.constexpr, ODD: tl.constexpr):
+    """Of a row that a program has to itself: (where it begins, where its first 16 bytes begin, how many elements are
+    between, how many follow in whole 16 bytes). UNIT are 16 bytes; if not ODD rows begin and end with them."""
+    begin = row * stride
+    inner_begin = begin
+    head = 0
+    if ODD:
+        inner_begin = tl.cdiv(begin, UNIT) * UNIT
+        head = (inner_begin - begin).to(tl.int32)
+    return begin, inner_begin, head, tl.maximum(width - head, 0) // UNIT * UNIT
 
-    ODD: the row begins `lead` elements after logits_ptr, where 16 bytes begin; else at logits_ptr. Tiles begin there
-    too, so that all but the first and the last need no mask and load 16 bytes at a time.
+
+@triton.jit
+def ends_of_row(head, inner, width, UNIT: tl.constexpr):
+    """The columns of a row alone that are in no whole 16 bytes, at its begin and its end, and which of them exist."""
+    places = tl.arange(0, 2 * UNIT)
+    columns = tl.where(places < UNIT, places, head + inner + places - UNIT)
+    return columns, ((places >= UNIT) | (places < head)) & (columns < width)
+
+
+@triton.jit
+def long_row_sums(
+    row_ptr, inner_ptr, head, inner, weight_ptr, V,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ENDS: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """row_sums of a row alone, in LANES sums of their own that only the end puts together: a lane reads UNIT elements,
+    16 bytes, at a time, and is a thread, so that no tile waits for all threads' largest logit.
+
+    inner_ptr: row_ptr + head, where 16 bytes begin; ENDS: whether there may be logits beside the inner ones.
     """
-    groups = tl.arange(0, BLOCK_V // (LANES * UNIT))[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    places = groups * UNIT + tl.arange(0, UNIT)[None, None, :]
+    PART: tl.constexpr = LANES * UNIT
+    lanes = tl.arange(0, LANES)[None, :, None] * UNIT + tl.arange(0, UNIT)[None, None, :]
+    places = tl.arange(0, BLOCK_V // PART)[:, None, None] * PART + lanes
     peak = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
     below = tl.zeros([LANES], tl.float32)
     weight_so_far = tl.zeros([LANES], tl.float32)
-    if ODD:
-        last = (lead + V - 1) // BLOCK_V * BLOCK_V
-        inner, edge, end, step = BLOCK_V, 0, last + 1, tl.maximum(last, 1)
-    else:
-        last = V // BLOCK_V * BLOCK_V
-        inner, edge, end, step = 0, last, V, BLOCK_V
-    for start in range(inner, last, BLOCK_V):
-        x = tl.load(logits_ptr + start + places).to(tl.float32)
-        columns = start - lead + places
+    whole = inner // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        x = tl.load(inner_ptr + start + places).to(tl.float32)
+        columns = head + start + places
         peak, total, below, weight_so_far = _add_to_lanes(
             peak, total, below, weight_so_far, x, columns, columns >= 0, weight_ptr, SMOOTH
         )
-    for start in range(edge, end, step):
-        columns = start - lead + places
-        in_row = (columns >= 0) & (columns < V)
-        x = tl.load(logits_ptr + start + places, mask=in_row, other=float("-inf")).to(tl.float32)
+    for start in range(whole, inner, PART):
+        mask = start + lanes < inner
+        x = tl.load(inner_ptr + start + lanes, mask=mask, other=float("-inf")).to(tl.float32)
         peak, total, below, weight_so_far = _add_to_lanes(
-            peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH
+            peak, total, below, weight_so_far, x, head + start + lanes, mask, weight_ptr, SMOOTH
         )
     highest = tl.max(peak, axis=0, keep_dims=True)
+    if ENDS:
+        columns, there = ends_of_row(head, inner, V, UNIT)
+        x = tl.load(row_ptr + columns, mask=there, other=float("-inf")).to(tl.float32)
+        highest = tl.maximum(highest, tl.max(x, axis=0, keep_dims=True))
     base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(total * exp(peak - base), axis=0, keep_dims=True)
     if SMOOTH:
         below += tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-    return highest, tl.sum(total * exp(peak - base), axis=0, keep_dims=True), tl.sum(below, axis=0, keep_dims=True)
+        below = tl.sum(below, axis=0, keep_dims=True)
+    else:
+        below = tl.zeros([1], tl.float32)
+    if ENDS:
+        total += tl.sum(exp(x - base), axis=0, keep_dims=True)
+        if SMOOTH:
+            w = there.to(tl.float32)
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + columns, mask=there, other=0.0).to(tl.float32)
+            below += tl.sum(tl.where(there, w * (x - base), 0.0), axis=0, keep_dims=True)
+    return highest, total, below
 
 
 @triton.jit
@@ -166,7 +196,7 @@ def row_losses(
     logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """(losses, weights of the targets, log of total) of rows whose sums are known; lse is peak + log of total."""
+    """(losses, weights of the targets) of rows whose sums are known; lse is peak + log(total)."""
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
     target_logit = tl.load(logits_ptr + tl.where(valid, target, 0)[:, None], mask=(in_rows & valid)[:, None], other=0.0)
@@ -181,18 +211,22 @@ def row_losses(
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
         loss = (1.0 - smoothing) * loss + smoothing / V * (weight_sum * log_total - below)
-    return tl.where(kept, tl.where(valid, loss, float("nan")), 0.0), target_weight, log_total
+    return tl.where(kept, tl.where(valid, loss, float("nan")), 0.0), target_weight
 
 
 @triton.jit
 def row_scales(
-    target, target_weight, grad, peak, log_total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH: tl.constexpr
-):
-    """What logit_gradients needs of rows: (scale of p, what the target's column has less, what every class has less by
-    its weight, peak, log of total, the target's column or -1, whether the row is kept).
+    target, target_weight, grad, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """What logit_gradients needs of rows: (the scale of exp(x - peak), what the target's column has less, what every
+    class has less by its weight, the peak, the target's column or -1, whether the row is kept).
 
     Ignored rows get zeros, with which their gradients are zeros for any finite logits: loads leave those rows out.
     """
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr)
+        grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
     grad = tl.where(kept, tl.where(valid, grad, float("nan")), 0.0)
@@ -205,23 +239,23 @@ def row_scales(
         spread = smoothing / V * grad
         less = (1.0 - smoothing) * scale
         scale = less + weight_sum * spread
+    scale = tl.where(kept, scale / total, 0.0)
     place = tl.where(kept & valid, target, -1).to(tl.int32)
-    return scale, less, spread, tl.where(kept, peak, 0.0), tl.where(kept, log_total, 0.0), place, kept
+    return scale, less, spread, tl.where(kept, peak, 0.0), place, kept
 
 
 @triton.jit
-def logit_gradients(
-    x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH: tl.constexpr, TARGET: tl.constexpr
-):
+def logit_gradients(x, columns, row, weight_ptr, V, SMOOTH: tl.constexpr, TARGET: tl.constexpr):
     """grad * dloss/dx for the logits x at `columns` of some rows, by their row_scales.
 
-    TARGET: the target of a row may be among the columns. Most tiles have none, and the look for it takes a third of
-    what is left to do for a logit.
+    TARGET: the target of a row may be among the columns. The look for it takes a third of what is left to do for a
+    logit, so that a row alone has its target's gradient made apart.
     """
-    p = tl.exp2(fma(x - peak[:, None], LOG2_E, -LOG2_E * log_total[:, None]))
-    dx = p * scale[:, None]
+    scale, less, spread, peak, place, _ = row
+    part = exp(x - peak[:, None])  # of the sum that scale is over
+    dx = part * scale[:, None]
     if TARGET:
-        dx = tl.where(columns[None, :] == place[:, None], dx - less[:, None], dx)
+        dx = tl.where(columns[None, :] == place[:, None], fma(part, scale[:, None], -less[:, None]), dx)
     if SMOOTH:
         if weight_ptr is not None:
             dx -= tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :] * spread[:, None]
@@ -231,49 +265,141 @@ def logit_gradients(
 
 
 @triton.jit
+def target_gradient(row_ptr, row, there, weight_ptr, V, SMOOTH: tl.constexpr):
+    """logit_gradients of the target of a row alone (1, 1). row_ptr: where it begins; there: whether to look."""
+    place = tl.where(there, row[4], 0)
+    x = tl.load(row_ptr + place[:, None], mask=there[:, None], other=0.0).to(tl.float32)
+    return logit_gradients(x, place, row, weight_ptr, V, SMOOTH, True)
+
+
+@triton.jit
+def _write_whole(logits_ptr, dlogits_ptr, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
+    """Gradients of a tile of a row alone, none of them as a target's: zeros of a row that is not kept."""
+    places = tl.arange(0, columns.shape[0])[None, :]
+    if kept:
+        x = tl.load(logits_ptr + places).to(tl.float32)
+        dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, False)
+        tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), cache_modifier=".cs")
+    else:
+        tl.store(dlogits_ptr + places, tl.zeros([1, columns.shape[0]], dlogits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _write_part(logits_ptr, dlogits_ptr, places, mask, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
+    """_write_whole of the places that the mask has."""
+    places, mask = places[None, :], mask[None, :]
+    x = tl.load(logits_ptr + places, mask=mask & kept, other=0.0).to(tl.float32)
+    dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, False)
+    tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def write_ends(
+    row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT: tl.constexpr, SMOOTH: tl.constexpr
+):
+    """_write_whole of the row's ends_of_row."""
+    columns, there = ends_of_row(head, inner, width, UNIT)
+    _write_part(row_ptr, drow_ptr, columns, there, columns, kept, row, weight_ptr, V, SMOOTH)
+
+
+@triton.jit
+def write_row_gradients(
+    row_ptr, drow_ptr, inner_ptr, dinner_ptr, head, inner, width, kept, row, weight_ptr, V,
+    BLOCK_V: tl.constexpr, PART: tl.constexpr, UNIT: tl.constexpr, ENDS: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a row alone, which may overwrite the logits; `width` of them, V or more, are read and written.
+
+    Pointers, tiles and parts are long_row_sums's, walked back from the row's end: what was read last is in the L2 cache
+    still. The target's gradient is made apart, and written last.
+    """
+    place = row[4]
+    own = target_gradient(row_ptr, row, place >= 0, weight_ptr, V, SMOOTH)
+    tl.debug_barrier()  # before other threads write where this was read
+    if ENDS:
+        write_ends(row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH)
+    whole = inner // BLOCK_V * BLOCK_V
+    for start in range(whole, inner, PART):
+        places = start + tl.arange(0, PART)
+        _write_part(inner_ptr, dinner_ptr, places, places < inner, head + places, kept, row, weight_ptr, V, SMOOTH)
+    for tile in range(0, whole // BLOCK_V):
+        start = whole - (tile + 1) * BLOCK_V
+        columns = head + start + tl.arange(0, BLOCK_V)
+        _write_whole(inner_ptr + start, dinner_ptr + start, columns, kept, row, weight_ptr, V, SMOOTH)
+    tl.debug_barrier()  # and after what they wrote there
+    drow_ptr += place[:, None]
+    tl.store(drow_ptr, cast(own, drow_ptr.dtype.element_ty), mask=(place >= 0)[:, None])
+
+
+@triton.jit
+def _cross_entropy_weigh(target_ptr, weight_ptr, divisor_ptr, n_rows, ignore_index, V, BLOCK: tl.constexpr):
+    """One program adds the weights of the targets in order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        target = tl.load(target_ptr + rows, mask=rows < n_rows, other=-1)
+        weighs = (rows < n_rows) & (target != ignore_index) & (target >= 0) & (target < V)
+        if weight_ptr is not None:
+            total += tl.load(weight_ptr + target, mask=weighs, other=0.0).to(tl.float32)
+        else:
+            total += weighs.to(tl.float32)
+    tl.store(divisor_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit
 def _cross_entropy_forward(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, parts_ptr, lse_ptr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, parts_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
     n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr,
     ODD: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows: the two parts of their lse, and their losses, or its parts of the sums of losses and of
-    the targets' weights.
+    the targets' weights. One row alone, whose weight is in divisor_ptr already, may have its gradient made too, for an
+    incoming gradient of 1.
 
-    LANES, UNIT, ODD: of long_row_sums, which a row alone takes; ODD where rows begin or end within 16 bytes.
+    LANES, UNIT, ODD: of long_row_sums and row_alone, which such a row takes.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n_rows
+    row_ptr = logits_ptr + rows[:, None] * row_stride
+    begin, inner_begin, head, inner = row_alone(tl.program_id(0).to(tl.int64), row_stride, V, UNIT, ODD)
     if ROWS == 1:
-        begin = tl.program_id(0).to(tl.int64) * row_stride
-        lead = 0
-        if ODD:
-            lead = (begin % UNIT).to(tl.int32)
-            begin = begin // UNIT * UNIT
-        peak, total, below = long_row_sums(logits_ptr + begin, lead, weight_ptr, V, BLOCK_V, LANES, UNIT, ODD, SMOOTH)
-        logits_ptr += rows[:, None] * row_stride
+        peak, total, below = long_row_sums(
+            logits_ptr + begin, logits_ptr + inner_begin, head, inner, weight_ptr, V, BLOCK_V, LANES, UNIT, ODD, SMOOTH
+        )
     else:
-        logits_ptr += rows[:, None] * row_stride
-        peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, V, BLOCK_V, ROWS, SMOOTH, False)
+        peak, total, below = row_sums(row_ptr, weight_ptr, in_rows, V, V, BLOCK_V, ROWS, SMOOTH, False)
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
-    loss, target_weight, log_total = row_losses(
-        logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
+    loss, target_weight = row_losses(
+        row_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
     )
     tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
-    tl.store(lse_ptr + 2 * rows + 1, log_total, mask=in_rows)
+    tl.store(lse_ptr + 2 * rows + 1, total, mask=in_rows)
     if losses_ptr is not None:
         tl.store(losses_ptr + rows, cast(loss, losses_ptr.dtype.element_ty), mask=in_rows)
     else:
         parts_ptr += tl.program_id(0)
         tl.store(parts_ptr, tl.sum(tl.where(in_rows, loss, 0.0), axis=0))
-        tl.store(parts_ptr + tl.num_programs(0), tl.sum(tl.where(in_rows, target_weight, 0.0), axis=0))
+        if ROWS > 1:
+            tl.store(parts_ptr + tl.num_programs(0), tl.sum(tl.where(in_rows, target_weight, 0.0), axis=0))
+    if dlogits_ptr is not None:
+        one = tl.full([ROWS], 1.0, tl.float32)
+        row = row_scales(
+            target, target_weight, one, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
+        )
+        kept = tl.load(target_ptr + tl.program_id(0)) != ignore_index
+        write_row_gradients(
+            logits_ptr + begin, dlogits_ptr + begin, logits_ptr + inner_begin, dlogits_ptr + inner_begin, head, inner,
+            V, kept, row, weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, ODD, SMOOTH,
+        )  # fmt: skip
 
 
 @triton.jit
 def _cross_entropy_reduce(
-    parts_ptr, sums_ptr, loss_ptr, n_parts, MEAN: tl.constexpr, GUARDED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program adds the parts in order: the two sums, and the loss, which is their quotient if MEAN.
+    parts_ptr, divisor_ptr, loss_ptr, n_parts,
+    MEAN: tl.constexpr, WEIGHED: tl.constexpr, GUARDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program adds the parts of the losses in order, and those of the weights unless they are WEIGHED already or
+    not asked for: the divisor, and the loss, a quotient if MEAN.
 
     GUARDED: the loss is NaN where the weights add up to zero, whatever the losses do.
     """
@@ -283,12 +409,15 @@ def _cross_entropy_reduce(
     for start in range(0, n_parts, BLOCK):
         mask = start + places < n_parts
         losses += tl.load(parts_ptr + start + places, mask=mask, other=0.0)
-        weights += tl.load(parts_ptr + n_parts + start + places, mask=mask, other=0.0)
+        if MEAN and not WEIGHED:
+            weights += tl.load(parts_ptr + n_parts + start + places, mask=mask, other=0.0)
     loss = tl.sum(losses, axis=0)
-    divisor = tl.sum(weights, axis=0)
-    tl.store(sums_ptr, loss)
-    tl.store(sums_ptr + 1, divisor)
     if MEAN:
+        if WEIGHED:
+            divisor = tl.load(divisor_ptr)
+        else:
+            divisor = tl.sum(weights, axis=0)
+            tl.store(divisor_ptr, divisor)
         loss = tl.div_rn(loss, divisor)
         if GUARDED:
             loss = tl.where(divisor == 0.0, float("nan"), loss)
@@ -297,73 +426,101 @@ def _cross_entropy_reduce(
 
 @triton.jit
 def _cross_entropy_backward(
-    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, sums_ptr, dlogits_ptr,
+    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
+    ALIKE: tl.constexpr, MADE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of ROWS rows of dlogits, which may be the logits' own memory.
 
-    width: how many columns to read and write, V or more if the rows are padded. UNIT: elements in 16 bytes, for single
-    rows that begin or end within them, else 0; a row's tiles then begin where 16 bytes do: there may be one more.
+    width: how many columns to read and write, V or more if the rows are padded. UNIT, ODD: of row_alone; ALIKE: rows
+    of dlogits begin as far within 16 bytes as those of the logits. MADE: forward has made dlogits for a gradient of 1.
+    If it is another, some programs walk all tiles; else they end.
     """
-    blocks = tl.cdiv(V + UNIT - 1, BLOCK_V) if UNIT else tl.cdiv(V, BLOCK_V)
-    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    tiles = tl.cdiv(V, BLOCK_V)
+    if MADE:
+        if tl.load(grad_ptr).to(tl.float32) != 1.0:
+            for tile in range(tl.program_id(0), n_rows * tiles, tl.num_programs(0)):
+                _backward_tile(
+                    tile // tiles, tile % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr,
+                    divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index,
+                    smoothing, V, BLOCK_V, ROWS, SMOOTH, UNIT, ODD, ALIKE,
+                )  # fmt: skip
+    else:
+        _backward_tile(
+            tl.program_id(0) // tiles, tl.program_id(0) % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr,
+            weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride, width,
+            ignore_index, smoothing, V, BLOCK_V, ROWS, SMOOTH, UNIT, ODD, ALIKE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tile(
+    block, tile, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
+    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
+    ALIKE: tl.constexpr,
+):  # fmt: skip
+    """_cross_entropy_backward's tile of one block of rows. The first of a row alone has its ends too."""
+    first = tl.cast(block, tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
     in_rows = rows < n_rows
-
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
-    if sums_ptr is not None:
-        divisor = tl.load(sums_ptr + 1)
-        grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
     peak = tl.load(lse_ptr + 2 * rows, mask=in_rows, other=0.0)
-    log_total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=0.0)
-    target_weight = 1.0
+    total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=1.0)
+    target_weight = tl.full([ROWS], 1.0, tl.float32)
     if weight_ptr is not None:
         weighed = in_rows & (target != ignore_index) & (target >= 0) & (target < V)
         target_weight = tl.load(weight_ptr + target, mask=weighed, other=0.0).to(tl.float32)
-    scale, less, spread, peak, log_total, place, kept = row_scales(
-        target, target_weight, grad, peak, log_total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
+    row = row_scales(
+        target, target_weight, grad, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
     )
-    start = tl.program_id(0) % blocks * BLOCK_V
-    places = start + tl.arange(0, BLOCK_V)
+    start = tile * BLOCK_V
     if ROWS == 1:
-        lead = 0
-        logits_begin, dlogits_begin = first * row_stride, first * dlogits_stride
-        if UNIT:
-            lead = (logits_begin % UNIT).to(tl.int32)
-            logits_begin, dlogits_begin = logits_begin // UNIT * UNIT, dlogits_begin // UNIT * UNIT
-        logits_ptr += logits_begin + start
-        dlogits_ptr += dlogits_begin + start
-        columns = places - lead
+        begin, inner_begin, head, inner = row_alone(first, row_stride, width, UNIT, ODD)
+        dbegin = first * dlogits_stride
+        dinner_begin = tl.cdiv(dbegin, UNIT) * UNIT if ODD and ALIKE else dbegin + head
         row_target = tl.load(target_ptr + first)
-        inside = (start >= lead) & (start + BLOCK_V <= lead + width) & (row_target != ignore_index)
-        if inside & ((row_target < start - lead) | (row_target >= start - lead + BLOCK_V)):
-            whole = tl.arange(0, BLOCK_V)[None, :]
-            x = tl.load(logits_ptr + whole).to(tl.float32)
-            dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, False)
-            tl.store(dlogits_ptr + whole, cast(dx, dlogits_ptr.dtype.element_ty))
-        else:
-            # In parts where each column has a mask and an address of its own: whole, the few tiles at the ends of rows
-            # would set the registers of all.
-            PART: tl.constexpr = BLOCK_V // 4 if UNIT else BLOCK_V
-            for part in range(0, BLOCK_V, PART):
-                own = (part + tl.arange(0, PART))[None, :]
-                classes = start - lead + part + tl.arange(0, PART)
-                mask = ((classes >= 0) & (classes < width))[None, :]
-                xs = tl.load(logits_ptr + own, mask=mask & kept[:, None], other=0.0).to(tl.float32)
-                classes = tl.where(classes < 0, V, classes)  # of no class
-                dxs = logit_gradients(
-                    xs, classes, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True
+        kept = row_target != ignore_index
+        holds = (row_target >= head + start) & (row_target < head + start + BLOCK_V)
+        if ODD:
+            ends = (row_target < head) | (row_target >= head + inner)
+            holds = tl.where(ends, tile == 0, holds)
+        there = (row[4] >= 0) & holds
+        own = target_gradient(logits_ptr + begin, row, there, weight_ptr, V, SMOOTH)
+        if holds:
+            tl.debug_barrier()  # as in write_row_gradients
+        if ODD:
+            if tile == 0:
+                write_ends(
+                    logits_ptr + begin, dlogits_ptr + dbegin, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH
                 )
-                tl.store(dlogits_ptr + own, cast(dxs, dlogits_ptr.dtype.element_ty), mask=mask)
+        logits_ptr += inner_begin + start
+        tile_ptr = dlogits_ptr + dinner_begin + start
+        if start + BLOCK_V <= inner:
+            columns = head + start + tl.arange(0, BLOCK_V)
+            _write_whole(logits_ptr, tile_ptr, columns, kept, row, weight_ptr, V, SMOOTH)
+        else:
+            PART: tl.constexpr = BLOCK_V // 4  # the whole tile would do for the last what that needs not
+            for part in range(0, inner - start, PART):
+                places = part + tl.arange(0, PART)
+                columns_of_part = head + start + places
+                _write_part(
+                    logits_ptr, tile_ptr, places, places < inner - start, columns_of_part, kept, row, weight_ptr, V,
+                    SMOOTH,
+                )  # fmt: skip
+        if holds:
+            tl.debug_barrier()
+            own_ptr = dlogits_ptr + dbegin + row[4][:, None]
+            tl.store(own_ptr, cast(own, dlogits_ptr.dtype.element_ty), mask=there[:, None])
     else:
-        mask = in_rows[:, None] & (places < width)[None, :]
-        x = tl.load(logits_ptr + rows[:, None] * row_stride + places[None, :], mask=mask & kept[:, None], other=0.0).to(
-            tl.float32
-        )
-        dx = logit_gradients(x, places, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True)
-        dlogits_ptr += rows[:, None] * dlogits_stride + places[None, :]
+        columns = start + tl.arange(0, BLOCK_V)
+        mask = in_rows[:, None] & (columns < width)[None, :]
+        kept = row[5][:, None]
+        x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask & kept, other=0.0)
+        dx = logit_gradients(x.to(tl.float32), columns, row, weight_ptr, V, SMOOTH, True)
+        dlogits_ptr += rows[:, None] * dlogits_stride + columns[None, :]
         tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -374,39 +531,54 @@ def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, 
     """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short.
 
     Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else. Forward, a
-    warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else.
+    warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else. Longer
+    rows have a program each, whose second walk is to find in the L2 cache what its first has read: of many warps, for
+    few rows to be there at a time.
     """
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
-        return block_v, min(next_power_of_2(n_rows), max(1, (1 << 18) // block_v)), 4
+        rows = min(max(2, next_power_of_2(n_rows)), (1 << 18) // block_v)
+        return block_v, 1 if which == "forward" and n_classes > 1024 else rows, 4
     tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
     if tuned:
         return tuned
+    if which == "forward" and n_classes > 16384:
+        return 16384, 1, 32 if device.arch.startswith("sm_") else 16  # whose warps have 64 threads, 1,024 at most
     block_v = max(16, min(next_power_of_2(n_classes), 8192 if which == "backward" else 4096))
     warps = 8 if block_v > 2048 else 1 if block_v <= 1024 and which == "forward" else 4
     return block_v, max(1, 2048 // block_v), warps
 
 
 @functools.lru_cache(maxsize=4096)
-def _programs(n_rows: int, n_classes: int, device: Device) -> int:
-    """Of the forward kernel: how many parts the sums come in."""
-    return cdiv(n_rows, tile(n_rows, n_classes, device, "forward")[1])
+def _programs(n_rows: int, n_classes: int, device: Device) -> tuple[int, bool]:
+    """Of the forward kernel: how many, and whether each has a row alone."""
+    rows = tile(n_rows, n_classes, device, "forward")[1]
+    return cdiv(n_rows, rows), rows == 1
+
+
+def _can_make_gradient(logits: torch.Tensor, reduction: str, device: Device) -> bool:
+    """Whether forward can make the gradient, for one of 1, and backward then is likely to have nothing left to do: of
+    rows without gaps that have a program each. In fp16 losses are scaled, so that another gradient comes."""
+    if reduction == "none" or logits.dtype == torch.float16 or not logits.is_contiguous():
+        return False
+    return _programs(*logits.shape, device)[1]
 
 
 def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
     return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
 
 
-def lanes(logits: Spec, block_v: int, warps: int) -> dict[str, int]:
+def lanes(logits: Spec, block_v: int, warps: int, device: Device) -> dict[str, int]:
     """What long_row_sums takes of a tile: a lane for each thread, 16 bytes at a time."""
     unit = 16 // logits.dtype.itemsize
-    return {"LANES": max(1, min(32 * warps, block_v // unit)), "UNIT": unit}
+    threads = block_v if device.arch == "interpreter" else 32 * warps
+    return {"LANES": max(1, min(threads, block_v // unit)), "UNIT": unit}
 
 
-def _unit(logits: Spec, n_classes: int, rows: int) -> int:
-    """Elements in 16 bytes where a program has a row to itself that would else be read one by one, 0 elsewhere."""
+def _odd(logits: Spec, n_classes: int) -> bool:
+    """Whether rows begin or end within 16 bytes."""
     unit = 16 // logits.dtype.itemsize
-    return unit if rows == 1 and logits.aligned and n_classes % unit else 0
+    return n_classes % unit > 0 or logits.stride[0] % unit > 0
 
 
 def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
@@ -415,15 +587,22 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     if specs["weight"] is not None and options["label_smoothing"] > 0.0:
         warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "parts", "lse")
+    arguments |= pointers(specs, "divisor", "dlogits")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
-    constexprs |= lanes(specs["logits"], block_v, warps) | {"ODD": _unit(specs["logits"], n_classes, rows) > 0}
+    constexprs |= lanes(specs["logits"], block_v, warps, device) | {"ODD": _odd(specs["logits"], n_classes)}
     launches = [Launch(_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
+    mean, alone = options["reduction"] == "mean", rows == 1
+    if mean and alone:  # a row's gradient needs what its loss is divided by
+        block = max(16, min(8192, next_power_of_2(n_rows)))  # many loads at once: one program waits for them all
+        arguments = pointers(specs, "target", "weight", "divisor") | {"n_rows": n_rows}
+        arguments |= {"ignore_index": options["ignore_index"], "V": n_classes}
+        launches.insert(0, Launch(_cross_entropy_weigh, (1,), arguments, {"BLOCK": block}, max(4, block // 512), 1))
     if options["reduction"] != "none":
         n_parts = specs["parts"].shape[1]
-        block = max(16, min(8192, next_power_of_2(n_parts)))  # many loads at once: one program waits for them all
-        arguments = pointers(specs, "parts", "sums", "loss") | {"n_parts": n_parts}
-        constexprs = {"MEAN": options["reduction"] == "mean", "BLOCK": block}
+        block = max(16, min(8192, next_power_of_2(n_parts)))
+        arguments = pointers(specs, "parts", "divisor", "loss") | {"n_parts": n_parts}
+        constexprs = {"MEAN": mean, "WEIGHED": alone, "BLOCK": block}
         constexprs["GUARDED"] = specs["weight"] is not None and options["label_smoothing"] > 0.0
         launches.append(Launch(_cross_entropy_reduce, (1,), arguments, constexprs, max(4, block // 512), 1))
     return launches
@@ -432,18 +611,20 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "backward")
-    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "sums", "dlogits")
+    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}
     width = specs["logits"].stride[0] if options.get("padded") else n_classes
     arguments |= strides | {"width": width} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
-    unit = 0 if options.get("padded") else _unit(specs["logits"], n_classes, rows)
-    if unit and (not specs["dlogits"].aligned or (strides["row_stride"] - strides["dlogits_stride"]) % unit):
-        unit = 0  # the gradient's row begins elsewhere within its 16 bytes
-    constexprs["UNIT"] = unit
-    grid = (cdiv(n_rows, rows) * cdiv(n_classes + max(unit - 1, 0), block_v),)
-    return [Launch(_cross_entropy_backward, grid, arguments, constexprs, warps, 1)]
+    unit = 16 // specs["logits"].dtype.itemsize
+    constexprs |= {"UNIT": unit, "ODD": _odd(specs["logits"], width)}
+    constexprs |= {"ALIKE": (strides["row_stride"] - strides["dlogits_stride"]) % unit == 0}
+    constexprs["MADE"] = options.get("made", False)
+    programs = cdiv(n_rows, rows) * cdiv(n_classes, block_v)
+    if constexprs["MADE"]:
+        programs = min(programs, 4 * device.processors)
+    return [Launch(_cross_entropy_backward, (programs,), arguments, constexprs, warps, 1)]
 
 
 # ---------------------------------------------------------------- registration
@@ -468,10 +649,12 @@ def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Ten
     return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
 
 
-def _empty_forward(logits, reduction, out_dtype):
-    loss = logits.new_empty((logits.shape[0],) if reduction == "none" else (), dtype=out_dtype)
-    lse = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
-    return loss, lse, logits.new_empty(0 if reduction == "none" else 2, dtype=torch.float32)
+def _empty_forward(logits, reduction, out_dtype, made):
+    n_rows, device = logits.shape[0], logits.device
+    loss = torch.empty((n_rows,) if reduction == "none" else (), dtype=out_dtype, device=device)
+    lse = torch.empty((n_rows, 2), dtype=torch.float32, device=device)
+    divisor = torch.empty(() if reduction == "mean" else 0, dtype=torch.float32, device=device)
+    return loss, lse, divisor, _empty_backward(logits) if made else torch.empty(0, dtype=logits.dtype, device=device)
 
 
 def _forward(
@@ -482,25 +665,26 @@ def _forward(
     reduction: str,
     label_smoothing: float,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and unless reduction is
-    "none" the sums of losses and of the targets' weights, fp32 (2,), else an empty tensor.
-
-    The sums are one result, as compiled code asserts that results are aligned: the second, alone, would not be.
+    made: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and where they are asked for,
+    else empty: for "mean" the sum of the targets' weights, fp32 (); if `made` the logits' gradient for one of 1.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
         check_targets("cross_entropy", target, n_classes, ignore_index)
-    loss, lse, sums = _empty_forward(logits, reduction, out_dtype)
+    loss, lse, divisor, dlogits = _empty_forward(logits, reduction, out_dtype, made)
     none = reduction == "none"
     parts = None
     if not none:
-        parts = lse.new_empty((2, _programs(n_rows, n_classes, facts_of(logits))))
+        programs, alone = _programs(n_rows, n_classes, facts_of(logits))
+        parts = torch.empty((1 if alone else 2, programs), dtype=torch.float32, device=logits.device)
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": loss if none else None, "parts": parts}
-    tensors |= {"lse": lse, "sums": None if none else sums, "loss": None if none else loss}
+    tensors |= {"lse": lse, "divisor": divisor if reduction == "mean" else None, "loss": None if none else loss}
+    tensors["dlogits"] = dlogits if made else None
     run(plan_forward, tensors, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    return loss, lse, sums
+    return loss, lse, divisor, dlogits
 
 
 def _empty_backward(logits):
@@ -513,43 +697,75 @@ def _backward(
     target: torch.Tensor,
     weight: torch.Tensor | None,
     lse: torch.Tensor,
-    sums: torch.Tensor,
+    divisor: torch.Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
 ) -> torch.Tensor:
     """Gradient of the logits (n_rows, V)."""
     dlogits = _empty_backward(logits)
-    tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
-    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
-    tensors |= {"sums": sums if reduction == "mean" else None, "dlogits": dlogits}
-    run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    _write_gradient(dlogits, grad, logits, target, weight, lse, divisor, ignore_index, reduction, label_smoothing)
     return dlogits
 
 
+def _correct(
+    dlogits: torch.Tensor,
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    divisor: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    """_backward into the gradient that forward made for a grad of 1, where that is not what came."""
+    saved = (logits, target, weight, lse, divisor)
+    _write_gradient(dlogits, grad, *saved, ignore_index, reduction, label_smoothing, made=True)
+
+
+def _write_gradient(
+    dlogits, grad, logits, target, weight, lse, divisor, ignore_index, reduction, label_smoothing, **made
+):
+    tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
+    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
+    tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits}
+    run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing, **made)
+
+
 def _save(ctx, inputs, output):
-    logits, target, weight, ignore_index, reduction, label_smoothing, _ = inputs
-    _, lse, sums = output
-    ctx.mark_non_differentiable(lse, sums)
+    logits, target, weight, ignore_index, reduction, label_smoothing, _, made = inputs
+    _, lse, divisor, dlogits = output
+    # autograd holds on to what is marked for as long as the loss lives: the gradient is not
+    ctx.mark_non_differentiable(lse, divisor)
     ctx.options = (ignore_index, reduction, label_smoothing)
-    ctx.save_for_backward(logits, target, weight, lse, sums)
+    ctx.dlogits = dlogits.detach() if made else None  # another tensor: an output would hold this ctx, and it the output
+    ctx.save_for_backward(logits, target, weight, lse, divisor)
 
 
-def _gradients(ctx, grad, _grad_lse, _grad_sums):
-    dlogits = backward(grad, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
-    return dlogits, None, None, None, None, None, None
+def _gradients(ctx, grad, *_):
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 8
+    dlogits, ctx.dlogits = ctx.dlogits, None  # once: it is its receiver's then, to change or keep
+    if dlogits is None or torch.is_grad_enabled():
+        dlogits = backward(grad, *ctx.saved_tensors, *ctx.options)
+    else:
+        correct(dlogits, grad, *ctx.saved_tensors, *ctx.options)
+    return dlogits, *[None] * 7
 
 
 forward = register(
     "cross_entropy",
     _forward,
-    lambda logits, target, weight, ignore_index, reduction, label_smoothing, out_dtype: _empty_forward(
-        logits, reduction, out_dtype
+    lambda logits, target, weight, ignore_index, reduction, label_smoothing, out_dtype, made: _empty_forward(
+        logits, reduction, out_dtype, made
     ),
     _gradients,
     _save,
 )
 backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
+correct = register("cross_entropy_correct", _correct, lambda *_: None, changes=("dlogits",))
 
 # ---------------------------------------------------------------- public
 
@@ -592,6 +808,16 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
             raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
 
 
+def _makes_gradient(logits: torch.Tensor, reduction: str) -> bool:
+    """Whether forward makes the gradient too. Not where a graph is compiled, or a mode looks on as those that trace do:
+    in a graph, backward cannot know whether it runs for the first time."""
+    if not logits.requires_grad or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return _can_make_gradient(logits, reduction, facts_of(logits))
+
+
 def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -628,7 +854,8 @@ def cross_entropy(
     out_dtype = torch.float32 if autocast_dtype(input.device) else input.dtype
     weight = None if weight is None else weight.contiguous()
     labels = labels.to(torch.int64).contiguous()
-    loss = forward(logits, labels, weight, int(ignore_index), reduction, float(label_smoothing), out_dtype)[0]
+    options = (int(ignore_index), reduction, float(label_smoothing), out_dtype)
+    loss = forward(logits, labels, weight, *options, _makes_gradient(logits, reduction))[0]
     return loss.view(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
@@ -651,11 +878,15 @@ def _draw(name: str, shape: tuple[int, ...], case: Case, generator: torch.Genera
 def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     """The launches of a forward and a backward pass."""
     logits, target = inputs["input"].movedim(min(1, inputs["input"].dim() - 1), -1), inputs["target"]
-    logits = logits.reshape(-1, logits.shape[-1])
+    logits, target, weight = logits.reshape(-1, logits.shape[-1]), target.reshape(-1), inputs.get("weight")
     common = (options.get("ignore_index", -100), options.get("reduction", "mean"), options.get("label_smoothing", 0.0))
     with plan_only(device) as launches:
-        loss, lse, sums = _forward(logits, target.reshape(-1), inputs.get("weight"), *common, logits.dtype)
-        _backward(loss, logits, target.reshape(-1), inputs.get("weight"), lse, sums, *common)
+        made = _can_make_gradient(logits, common[1], device)
+        loss, *saved, dlogits = _forward(logits, target, weight, *common, logits.dtype, made)
+        if made:
+            _correct(dlogits, loss, logits, target, weight, *saved, *common)
+        else:
+            _backward(loss, logits, target, weight, *saved, *common)
     return launches
 
 
@@ -668,6 +899,12 @@ def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
         Cost(5 * logits.numel(), logits.nbytes + rows + losses),
         Cost(6 * logits.numel(), 2 * logits.nbytes + rows),
     )
+
+
+def _both(inputs: dict, options: dict) -> Cost:
+    """Forward and backward: logits read once, as their gradient can be made while they are there."""
+    forward, backward = _cost(inputs, options)
+    return Cost(forward.flops + backward.flops, forward.bytes + inputs["input"].nbytes)
 
 
 def _case(name: str, *shape: int, weight: bool = False, **options) -> Case:
@@ -714,4 +951,5 @@ OP = Op(
     ),
     differentiable=("input",),
     draw=_draw,
+    both=_both,
 )

@@ -45,6 +45,7 @@ from kernels.cross_entropy import (
     row_sums,
     tile,
     weight_sum,
+    write_row_gradients,
 )
 from kernels.cross_entropy import plan_backward as plan_logits_backward
 from kernels.device import Device
@@ -88,31 +89,41 @@ def _linear_cross_entropy_forward(
     row_ptr = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride
     logits_ptr += rows[:, None] * row_stride
     if ROWS == 1:
-        peak, total, below = long_row_sums(row_ptr, 0, weight_ptr, V, BLOCK_V, LANES, UNIT, False, SMOOTH)
+        inner = V // UNIT * UNIT
+        peak, total, below = long_row_sums(
+            row_ptr, row_ptr, 0, inner, weight_ptr, V, BLOCK_V, LANES, UNIT, PADDED, SMOOTH
+        )
     else:
         peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, row_stride, BLOCK_V, ROWS, SMOOTH, PADDED)
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
-    loss, target_weight, log_total = row_losses(
+    loss, target_weight = row_losses(
         logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
     )
     tl.store(losses_ptr + rows, loss, mask=in_rows)
     if lse_ptr is not None:
         tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
-        tl.store(lse_ptr + 2 * rows + 1, log_total, mask=in_rows)
+        tl.store(lse_ptr + 2 * rows + 1, total, mask=in_rows)
     if GRADIENTS:
         factor = tl.full([ROWS], 1.0, tl.float32)
         if factor_ptr is not None:
             factor *= tl.load(factor_ptr)
-        scale, less, spread, peak, log_total, place, kept = row_scales(
-            target, target_weight, factor, peak, log_total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
+        row = row_scales(
+            target, target_weight, factor, None, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
         )
-        tl.debug_barrier()  # another thread may still be reading its target's logit
-        for start in range(0, V, BLOCK_V):
-            columns = start + tl.arange(0, BLOCK_V)
-            mask = in_rows[:, None] & (columns < row_stride)[None, :]
-            x = tl.load(logits_ptr + columns[None, :], mask=mask & kept[:, None], other=0.0).to(tl.float32)
-            dx = logit_gradients(x, columns, scale, less, spread, peak, log_total, place, weight_ptr, V, SMOOTH, True)
-            tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
+        if ROWS == 1:
+            kept = tl.load(target_ptr + tl.program_id(0)) != ignore_index
+            write_row_gradients(
+                row_ptr, row_ptr, row_ptr, row_ptr, 0, row_stride // UNIT * UNIT, row_stride, kept, row, weight_ptr, V,
+                BLOCK_V, LANES * UNIT, UNIT, False, SMOOTH,
+            )  # fmt: skip
+        else:
+            tl.debug_barrier()  # another thread may still be reading its target's logit
+            for start in range(0, V, BLOCK_V):
+                columns = start + tl.arange(0, BLOCK_V)
+                mask = in_rows[:, None] & (columns < row_stride)[None, :]
+                x = tl.load(logits_ptr + columns[None, :], mask=mask & row[5][:, None], other=0.0).to(tl.float32)
+                dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, True)
+                tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -160,7 +171,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     constexprs |= {"PADDED": specs["logits"].stride[0] > n_classes, "GRADIENTS": options["gradients"]}
-    constexprs |= lanes(specs["logits"], block_v, warps)
+    constexprs |= lanes(specs["logits"], block_v, warps, device)
     return [Launch(_linear_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
 
 
@@ -396,7 +407,7 @@ def _backward(
     x, w = _matrix(input, dtype), _matrix(linear_weight, dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     gradients = _Gradients(input, linear_weight, dtype, needs)
-    shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "sums": None}
+    shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "divisor": None}
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "padded": True}
 
     workspace = _workspace(input, n_rows, hidden, n_classes, dtype)

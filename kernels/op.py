@@ -252,15 +252,16 @@ def register(
     fake: Callable,
     gradients: Callable | None = None,
     save: Callable | None = None,
+    changes: tuple[str, ...] = (),
 ) -> torch._ops.OpOverload:
-    """`function`, which overwrites nothing and returns new tensors, as the op torch.ops.kernels.`name`.
+    """`function`, which overwrites nothing but `changes` and returns new tensors, as the op torch.ops.kernels.`name`.
 
     The schema is read off its annotations. `fake` allocates what it returns, strides too. `save(ctx, inputs, outputs)`
     keeps what `gradients(ctx, *grads)` needs for one gradient or None an input; an output without a gradient has
     None there. Without `gradients`, differentiating raises. This is torch.library.custom_op with half its time a call:
     nothing looks for aliases in the results (opcheck does, in the tests) or fills in defaults, as there are none.
     """
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=changes)
     _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kernels::{name}", fake, lib=_LIBRARY)
@@ -406,6 +407,7 @@ class Op:
     differentiable: tuple[str, ...]  # none: the op has no backward
     draw: Callable[[str, tuple[int, ...], Case, torch.Generator], torch.Tensor | None] = field(default=lambda *_: None)
     outputs: tuple[str, ...] = ("output",)  # of several, a tuple is returned
+    both: Callable[[dict, dict], Cost] | None = None  # as cost: the two passes, where together they need less
     replaces: str = ""  # for the README, where `torch` is not one function of torch.nn.functional
 
     def inputs(self, case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict:
@@ -461,4 +463,4 @@ def fma(a, b, c):
     """a * b + c rounded once, as GPUs have it. Triton's interpreter by itself rounds the product too."""
     if INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
-    return a * b + c
+    return tl.fma(a, b, c)

@@ -66,12 +66,15 @@ def test_first_and_last_class(place, n_classes, device):
     agree(draw(3, n_classes, device=device), target, label_smoothing=0.1)
 
 
-def planned_units(x: torch.Tensor) -> list[int]:
-    """What forward and backward of sm_90 take for the elements in 16 bytes; 0: rows are read as they come."""
+def planned_ends(x: torch.Tensor) -> tuple[bool, bool]:
+    """Whether sm_90's kernels expect rows to begin or end within 16 bytes, and those of the gradient in the same place
+    of them."""
     target = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     with plan_only(TARGETS["sm_90"]) as launches:
         cross_entropy(x.detach().requires_grad_(), target, reduction="none").sum().backward()
-    return [launch.constexprs["UNIT"] if launch.constexprs.get("ODD", True) else 0 for launch in launches]
+    forward, backward = (launch.constexprs for launch in launches)
+    assert forward["ODD"] == backward["ODD"] and forward["UNIT"] == backward["UNIT"] == 16 // x.element_size()
+    return forward["ODD"], backward["ALIKE"]
 
 
 def within(n_rows: int, n_classes: int, stride: int, dtype, device, shift: int = 0) -> torch.Tensor:
@@ -91,6 +94,8 @@ def within(n_rows: int, n_classes: int, stride: int, dtype, device, shift: int =
         (8195, 8195, {"label_smoothing": 0.3, "weight": True}),
         (12_287, 12_297, {}),
         (4093, 4096, {"weight": True}),
+        (4096, 4097, {}),
+        (16_387, 16_387, {}),
     ],
 )
 def test_rows_that_begin_within_16_bytes(n_classes, stride, options, dtype, device):
@@ -103,8 +108,7 @@ def test_rows_that_begin_within_16_bytes(n_classes, stride, options, dtype, devi
     if options.pop("weight", False):
         options["weight"] = draw(n_classes, device=device).abs()
         doubles["weight"] = options["weight"].double()
-    unit = 16 // x.element_size()
-    assert planned_units(x) == [unit, unit if (stride - n_classes) % unit == 0 else 0]
+    assert planned_ends(x) == (True, (stride - n_classes) % (16 // x.element_size()) == 0)
     with plan_for(TARGETS["sm_90"]), guarded_allocations():
         loss = cross_entropy(x, target, reduction="none", **options)
         loss.backward(draw(9, dtype=dtype, device=device, seed=3))
@@ -115,11 +119,22 @@ def test_rows_that_begin_within_16_bytes(n_classes, stride, options, dtype, devi
     torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
 
 
-def test_which_rows_are_read_from_where_16_bytes_begin(device):
-    assert planned_units(within(2, 4104, 4104, torch.bfloat16, device)) == [0, 0]  # they begin there anyway
-    assert planned_units(within(2, 1001, 1001, torch.bfloat16, device)) == [0, 0]  # several rows a program
-    assert planned_units(within(2, 50_257, 50_257, torch.bfloat16, device, shift=1)) == [0, 0]
-    assert planned_units(within(2, 50_257, 50_304, torch.bfloat16, device)) == [8, 0]
+def test_which_rows_have_ends_of_their_own(device):
+    assert planned_ends(within(2, 4104, 4104, torch.bfloat16, device)) == (False, True)  # 16 bytes begin and end them
+    assert planned_ends(within(2, 4104, 4105, torch.bfloat16, device)) == (True, False)
+    assert planned_ends(within(2, 4104, 4112, torch.bfloat16, device)) == (False, True)
+    assert planned_ends(within(2, 4104, 4108, torch.float32, device)) == (False, True)
+    assert planned_ends(within(2, 50_257, 50_257, torch.bfloat16, device)) == (True, True)
+    assert planned_ends(within(2, 50_257, 50_304, torch.bfloat16, device)) == (True, False)
+
+
+@pytest.mark.parametrize("shift", [1, 5])
+@pytest.mark.parametrize("n_classes", [4096, 4099])
+def test_logits_that_begin_within_16_bytes(n_classes, shift, device):
+    """As a view into other memory may: no place is then where 16 bytes begin, and none is counted on."""
+    x = within(5, n_classes, n_classes, torch.float32, device, shift)
+    with plan_for(TARGETS["sm_90"]):
+        agree(x, classes(5, n_classes=n_classes, device=device), label_smoothing=0.1)
 
 
 def test_more_rows_than_a_program_owns(device):
@@ -144,16 +159,17 @@ def test_parts_are_added_in_blocks(n_parts, device):
     """More of them than the one program takes at once, with what follows them in memory left out."""
     memory = torch.full((2 * n_parts + 8192,), float("nan"), device=device)
     parts = memory[: 2 * n_parts].view(2, n_parts).copy_(draw(2, n_parts, device=device).abs())
-    sums, loss = torch.empty(2, device=device), torch.empty((), dtype=torch.bfloat16, device=device)
+    divisor, loss = torch.empty((), device=device), torch.empty((), dtype=torch.bfloat16, device=device)
     options = {"reduction": "mean", "label_smoothing": 0.0, "ignore_index": -100}
-    tensors = {"logits": parts, "target": None, "weight": None, "parts": parts, "sums": sums, "loss": loss}
+    tensors = {"logits": draw(2, 9, device=device), "parts": parts, "divisor": divisor, "loss": loss}
 
     def last(specs, options, device):
-        return module.plan_forward(specs | dict.fromkeys(("weight_sum", "losses", "lse")), options, device)[1:]
+        absent = dict.fromkeys(("target", "weight", "weight_sum", "losses", "lse", "dlogits"))
+        return module.plan_forward(specs | absent, options, device)[1:]
 
     run(last, tensors, **options)
     exact = parts.double().sum(1)
-    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(divisor.double(), exact[1], rtol=1e-6, atol=0.0)
     assert loss == (exact[0] / exact[1]).to(torch.bfloat16)
 
 

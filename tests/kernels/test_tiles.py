@@ -52,7 +52,7 @@ def test_attention_takes_what_was_tuned(folder):
     ("name", "case", "slot", "key", "numbers", "expected"),
     [
         ("layer_norm", "768", "layer_norm.forward", "1024", [4, 8], {"ROWS": 4}),
-        ("cross_entropy", "v50304", "cross_entropy.forward", "65536", [512, 2, 4], {"BLOCK_V": 512, "ROWS": 2}),
+        ("cross_entropy", "v50304", "cross_entropy.forward", "65536", [4096, 1, 8], {"BLOCK_V": 4096, "ROWS": 1}),
         ("cross_entropy", "v50304", "cross_entropy.backward", "65536", [256, 4, 4], {"BLOCK_V": 256, "ROWS": 4}),
     ],
 )
