@@ -328,14 +328,13 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
         f"{ceilings[f'matmul_tflops_{DTYPE}']:,.0f} TFLOP/s, whichever takes longer ({origin})."
     )
     yield ""
-    yield "| op | case | shape | forward | backward |"
-    yield "|---|---|---|---|---|"
+    yield "| op | case | shape | forward | backward | both |"
+    yield "|---|---|---|---|---|---|"
     for op in problems.ops_named([]):
         known = {case.name: case for case in problems.all_cases(op, True, False)}
         for name in cases(op):
             case = known[name]
-            inputs = op.inputs(case, problems.DTYPES[DTYPE], "meta")
-            costs = [cost for cost in op.cost(inputs, case.options) if cost]
+            costs = problems.costs(op, op.inputs(case, problems.DTYPES[DTYPE], "meta"), case.options).values()
             shape = " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in case.shapes.values()))
             cells = [report.number(1e3 * suite.roofline_ms(cost, DTYPE, ceilings)) for cost in costs]
-            yield f"| {op.name} | {name} | {shape} | {' | '.join([*cells, ''][:2])} |"
+            yield f"| {op.name} | {name} | {shape} | {' | '.join([*cells, '', ''][:3])} |"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kernels.op import Case, Op
+from kernels.op import Case, Cost, Op
 from minigpt.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -167,14 +167,19 @@ class Problem:
 
     def cost(self) -> dict[str, Any]:
         """Pass -> Cost of the op: forward, backward, and both."""
-        forward, backward = self.op.cost(self.inputs, self.case.options)
-        costs = {"forward": forward}
-        if self.wanted:
-            both = type(forward)(forward.flops + backward.flops, forward.bytes + backward.bytes)
-            if self.op.both:
-                both = self.op.both(self.inputs, self.case.options)
-            costs |= {"backward": backward, "forward+backward": both}
-        return costs
+        found = costs(self.op, self.inputs, self.case.options)
+        return found if self.wanted else {"forward": found["forward"]}
+
+
+def costs(op: Op, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> dict[str, Cost]:
+    """Pass -> Cost of an op: forward, and if it has a backward, that and both."""
+    forward, backward = op.cost(inputs, options)
+    if backward is None:
+        return {"forward": forward}
+    both = Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    if op.both:
+        both = op.both(inputs, options)
+    return {"forward": forward, "backward": backward, "forward+backward": both}
 
 
 def as_tuple(outputs: Any) -> Outputs:

@@ -192,18 +192,24 @@ def _add_to_lanes(peak, total, below, weight_so_far, x, columns, in_row, weight_
 
 
 @triton.jit
+def row_targets(logits_ptr, target, weight_ptr, in_rows, ignore_index, V):
+    """(logit, weight) of the targets of rows that begin at logits_ptr (ROWS, 1), zeros of those that are no class."""
+    there = in_rows & (target >= 0) & (target < V)
+    logit = tl.load(logits_ptr + tl.where(there, target, 0)[:, None], mask=there[:, None], other=0.0).to(tl.float32)
+    weight = tl.where(there & (target != ignore_index), 1.0, 0.0)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + target, mask=there & (target != ignore_index), other=0.0).to(tl.float32)
+    return tl.sum(logit, axis=1), weight
+
+
+@triton.jit
 def row_losses(
-    logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V,
+    target, target_logit, target_weight, weight_ptr, weight_sum_ptr, peak, total, below, ignore_index, smoothing, V,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """(losses, weights of the targets) of rows whose sums are known; lse is peak + log(total)."""
+    """Losses of rows whose sums are known; lse is peak + log(total)."""
     kept = target != ignore_index
     valid = (target >= 0) & (target < V)
-    target_logit = tl.load(logits_ptr + tl.where(valid, target, 0)[:, None], mask=(in_rows & valid)[:, None], other=0.0)
-    target_logit = tl.sum(target_logit.to(tl.float32), axis=1)
-    target_weight = tl.where(kept & valid, 1.0, 0.0)
-    if weight_ptr is not None:
-        target_weight = tl.load(weight_ptr + target, mask=in_rows & kept & valid, other=0.0).to(tl.float32)
     log_total = tl.log(total)
     loss = target_weight * (log_total + (peak - target_logit))
     if SMOOTH:
@@ -211,7 +217,7 @@ def row_losses(
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
         loss = (1.0 - smoothing) * loss + smoothing / V * (weight_sum * log_total - below)
-    return tl.where(kept, tl.where(valid, loss, float("nan")), 0.0), target_weight
+    return tl.where(kept, tl.where(valid, loss, float("nan")), 0.0)
 
 
 @triton.jit
@@ -265,14 +271,6 @@ def logit_gradients(x, columns, row, weight_ptr, V, SMOOTH: tl.constexpr, TARGET
 
 
 @triton.jit
-def target_gradient(row_ptr, row, there, weight_ptr, V, SMOOTH: tl.constexpr):
-    """logit_gradients of the target of a row alone (1, 1). row_ptr: where it begins; there: whether to look."""
-    place = tl.where(there, row[4], 0)
-    x = tl.load(row_ptr + place[:, None], mask=there[:, None], other=0.0).to(tl.float32)
-    return logit_gradients(x, place, row, weight_ptr, V, SMOOTH, True)
-
-
-@triton.jit
 def _write_whole(logits_ptr, dlogits_ptr, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
     """Gradients of a tile of a row alone, none of them as a target's: zeros of a row that is not kept."""
     places = tl.arange(0, columns.shape[0])[None, :]
@@ -294,6 +292,14 @@ def _write_part(logits_ptr, dlogits_ptr, places, mask, columns, kept, row, weigh
 
 
 @triton.jit
+def _write_target(drow_ptr, row, logit, there, weight_ptr, V, SMOOTH: tl.constexpr):
+    """The gradient of the target of a row alone, if it is there, over what was written for it as for any other."""
+    dx = logit_gradients(logit[:, None], row[4], row, weight_ptr, V, SMOOTH, True)
+    tl.debug_barrier()  # that was another thread
+    tl.store(drow_ptr + row[4][:, None], cast(dx, drow_ptr.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
 def write_ends(
     row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT: tl.constexpr, SMOOTH: tl.constexpr
 ):
@@ -304,7 +310,7 @@ def write_ends(
 
 @triton.jit
 def write_row_gradients(
-    row_ptr, drow_ptr, inner_ptr, dinner_ptr, head, inner, width, kept, row, weight_ptr, V,
+    row_ptr, drow_ptr, inner_ptr, dinner_ptr, head, inner, width, kept, row, target_logit, weight_ptr, V,
     BLOCK_V: tl.constexpr, PART: tl.constexpr, UNIT: tl.constexpr, ENDS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a row alone, which may overwrite the logits; `width` of them, V or more, are read and written.
@@ -312,9 +318,7 @@ def write_row_gradients(
     Pointers, tiles and parts are long_row_sums's, walked back from the row's end: what was read last is in the L2 cache
     still. The target's gradient is made apart, and written last.
     """
-    place = row[4]
-    own = target_gradient(row_ptr, row, place >= 0, weight_ptr, V, SMOOTH)
-    tl.debug_barrier()  # before other threads write where this was read
+    tl.debug_barrier()  # before other threads write where target_logit was read
     if ENDS:
         write_ends(row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH)
     whole = inner // BLOCK_V * BLOCK_V
@@ -325,9 +329,7 @@ def write_row_gradients(
         start = whole - (tile + 1) * BLOCK_V
         columns = head + start + tl.arange(0, BLOCK_V)
         _write_whole(inner_ptr + start, dinner_ptr + start, columns, kept, row, weight_ptr, V, SMOOTH)
-    tl.debug_barrier()  # and after what they wrote there
-    drow_ptr += place[:, None]
-    tl.store(drow_ptr, cast(own, drow_ptr.dtype.element_ty), mask=(place >= 0)[:, None])
+    _write_target(drow_ptr, row, target_logit, row[4] >= 0, weight_ptr, V, SMOOTH)
 
 
 @triton.jit
@@ -369,9 +371,11 @@ def _cross_entropy_forward(
     else:
         peak, total, below = row_sums(row_ptr, weight_ptr, in_rows, V, V, BLOCK_V, ROWS, SMOOTH, False)
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
-    loss, target_weight = row_losses(
-        row_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
-    )
+    target_logit, target_weight = row_targets(row_ptr, target, weight_ptr, in_rows, ignore_index, V)
+    loss = row_losses(
+        target, target_logit, target_weight, weight_ptr, weight_sum_ptr, peak, total, below, ignore_index, smoothing, V,
+        SMOOTH,
+    )  # fmt: skip
     tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
     tl.store(lse_ptr + 2 * rows + 1, total, mask=in_rows)
     if losses_ptr is not None:
@@ -389,7 +393,7 @@ def _cross_entropy_forward(
         kept = tl.load(target_ptr + tl.program_id(0)) != ignore_index
         write_row_gradients(
             logits_ptr + begin, dlogits_ptr + begin, logits_ptr + inner_begin, dlogits_ptr + inner_begin, head, inner,
-            V, kept, row, weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, ODD, SMOOTH,
+            V, kept, row, target_logit, weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, ODD, SMOOTH,
         )  # fmt: skip
 
 
@@ -488,9 +492,9 @@ def _backward_tile(
             ends = (row_target < head) | (row_target >= head + inner)
             holds = tl.where(ends, tile == 0, holds)
         there = (row[4] >= 0) & holds
-        own = target_gradient(logits_ptr + begin, row, there, weight_ptr, V, SMOOTH)
+        logit = tl.load(logits_ptr + begin + tl.where(there, row[4], 0), mask=there, other=0.0).to(tl.float32)
         if holds:
-            tl.debug_barrier()  # as in write_row_gradients
+            tl.debug_barrier()  # before another thread writes where this was read
         if ODD:
             if tile == 0:
                 write_ends(
@@ -511,9 +515,7 @@ def _backward_tile(
                     SMOOTH,
                 )  # fmt: skip
         if holds:
-            tl.debug_barrier()
-            own_ptr = dlogits_ptr + dbegin + row[4][:, None]
-            tl.store(own_ptr, cast(own, dlogits_ptr.dtype.element_ty), mask=there[:, None])
+            _write_target(dlogits_ptr + dbegin, row, logit, there, weight_ptr, V, SMOOTH)
     else:
         columns = start + tl.arange(0, BLOCK_V)
         mask = in_rows[:, None] & (columns < width)[None, :]

@@ -43,6 +43,7 @@ from kernels.cross_entropy import (
     row_losses,
     row_scales,
     row_sums,
+    row_targets,
     tile,
     weight_sum,
     write_row_gradients,
@@ -96,9 +97,11 @@ def _linear_cross_entropy_forward(
     else:
         peak, total, below = row_sums(logits_ptr, weight_ptr, in_rows, V, row_stride, BLOCK_V, ROWS, SMOOTH, PADDED)
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
-    loss, target_weight = row_losses(
-        logits_ptr, target, weight_ptr, weight_sum_ptr, in_rows, peak, total, below, ignore_index, smoothing, V, SMOOTH
-    )
+    target_logit, target_weight = row_targets(logits_ptr, target, weight_ptr, in_rows, ignore_index, V)
+    loss = row_losses(
+        target, target_logit, target_weight, weight_ptr, weight_sum_ptr, peak, total, below, ignore_index, smoothing, V,
+        SMOOTH,
+    )  # fmt: skip
     tl.store(losses_ptr + rows, loss, mask=in_rows)
     if lse_ptr is not None:
         tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
@@ -113,8 +116,8 @@ def _linear_cross_entropy_forward(
         if ROWS == 1:
             kept = tl.load(target_ptr + tl.program_id(0)) != ignore_index
             write_row_gradients(
-                row_ptr, row_ptr, row_ptr, row_ptr, 0, row_stride // UNIT * UNIT, row_stride, kept, row, weight_ptr, V,
-                BLOCK_V, LANES * UNIT, UNIT, False, SMOOTH,
+                row_ptr, row_ptr, row_ptr, row_ptr, 0, row_stride // UNIT * UNIT, row_stride, kept, row, target_logit,
+                weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, False, SMOOTH,
             )  # fmt: skip
         else:
             tl.debug_barrier()  # another thread may still be reading its target's logit

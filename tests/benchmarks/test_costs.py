@@ -45,6 +45,23 @@ def test_cross_entropy_by_hand():
     assert forward == Cost(100, 40 + 16 + 16)
     assert backward == Cost(120, 80 + 16 + 16)
     assert cost("cross_entropy", shapes, {"reduction": "none"}) == (Cost(100, 40 + 16 + 16 + 4), backward)
+    op = OPS["cross_entropy"]
+    inputs = op.inputs(Case("by hand", shapes), torch.bfloat16, "meta")
+    together = problems.costs(op, inputs, {})["forward+backward"]  # the logits read once, their gradient written
+    assert together == Cost(220, 80 + 16 + 16)
+
+
+def test_both_passes_need_what_each_needs_or_less():
+    for op in catalogue.OPS:
+        for case in op.sizes:
+            found = problems.costs(op, op.inputs(case, torch.bfloat16, "meta"), case.options)
+            if op.differentiable:
+                forward, backward, both = found.values()
+                assert both.flops == forward.flops + backward.flops
+                assert both.bytes == forward.bytes + backward.bytes or op.both
+                assert max(forward.bytes, backward.bytes) <= both.bytes <= forward.bytes + backward.bytes
+            else:
+                assert [*found] == ["forward"]
 
 
 def _kernels(op, cases, device, dtype):
