@@ -534,8 +534,8 @@ def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, 
 
     Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else. Forward, a
     warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else. Longer
-    rows have a program each, whose second walk is to find in the L2 cache what its first has read: of many warps, for
-    few rows to be there at a time.
+    rows have a program each, and three tiles or four: what every thread does at a row's ends is as much as one of them.
+    Of the longest, whose second walk is to find in the L2 cache what its first has read, few are there at a time.
     """
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
@@ -544,10 +544,11 @@ def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, 
     tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
     if tuned:
         return tuned
-    if which == "forward" and n_classes > 16384:
-        return 16384, 1, 32 if device.arch.startswith("sm_") else 16  # whose warps have 64 threads, 1,024 at most
-    block_v = max(16, min(next_power_of_2(n_classes), 8192 if which == "backward" else 4096))
-    warps = 8 if block_v > 2048 else 1 if block_v <= 1024 and which == "forward" else 4
+    if which == "forward" and n_classes > 1024:
+        block_v = min(16384, max(1024, next_power_of_2(n_classes) // 4))
+        return block_v, 1, block_v // (512 if device.arch.startswith("sm_") else 1024)  # whose warps have 64 threads
+    block_v = max(16, min(next_power_of_2(n_classes), 8192))
+    warps = 1 if which == "forward" else 8 if block_v > 2048 else 4
     return block_v, max(1, 2048 // block_v), warps
 
 
