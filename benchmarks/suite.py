@@ -271,6 +271,7 @@ def closure(name: str, problem: Problem, call: Callable) -> Callable[[], Any]:
         return forward
     if name == "backward":
         outputs = forward()
+        backward_of(outputs, True)  # the first may find its gradient made by the forward pass; all others are alike
         return lambda: backward_of(outputs, True)
     return lambda: backward_of(forward(), False)
 

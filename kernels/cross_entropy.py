@@ -11,9 +11,9 @@ is ignore_index have loss and gradient zero and no part in that sum. A target ou
 loss and gradient NaN.
 
 Forward walks a row once with a running maximum and sum, and saves lse in these two parts: added up, large logits would
-cost p its digits. Backward makes p from the logits again, so the only
-buffer of the logits' size is their gradient. Forward reads the
-logits; backward reads them and writes the gradient; five to ten operations an element: bandwidth is the bound.
+cost p its digits. Backward makes p from the logits again, so the only buffer of the logits' size is their gradient. It
+reads them and writes the gradient; of long rows forward does, while they are in the cache, for an incoming gradient of
+1, and backward only if another comes. Five to ten operations an element: bandwidth is the bound.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
 Szegedy et al., "Rethinking the Inception architecture" (2015), https://arxiv.org/abs/1512.00567, for smoothing.
@@ -105,7 +105,7 @@ def row_alone(row, stride, width, UNIT: tl.constexpr, ODD: tl.constexpr):
     """Of a row that a program has to itself: (where it begins, where its first 16 bytes begin, how many elements are
     between, how many follow in whole 16 bytes). UNIT are 16 bytes; if not ODD rows begin and end with them."""
     begin = row * stride
-    inner_begin = begin
+    inner_begin = row * (stride // UNIT) * UNIT  # which divides by UNIT, as the compiler sees
     head = 0
     if ODD:
         inner_begin = tl.cdiv(begin, UNIT) * UNIT
@@ -244,7 +244,7 @@ def row_scales(
             weight_sum = tl.load(weight_sum_ptr)
         spread = smoothing / V * grad
         less = (1.0 - smoothing) * scale
-        scale = less + weight_sum * spread
+        scale = fma(spread, weight_sum, less)
     scale = tl.where(kept, scale / total, 0.0)
     place = tl.where(kept & valid, target, -1).to(tl.int32)
     return scale, less, spread, tl.where(kept, peak, 0.0), place, kept
@@ -259,14 +259,19 @@ def logit_gradients(x, columns, row, weight_ptr, V, SMOOTH: tl.constexpr, TARGET
     """
     scale, less, spread, peak, place, _ = row
     part = exp(x - peak[:, None])  # of the sum that scale is over
-    dx = part * scale[:, None]
-    if TARGET:
-        dx = tl.where(columns[None, :] == place[:, None], fma(part, scale[:, None], -less[:, None]), dx)
+    # each product that is added to is a fused one by name: which are fused must not differ from kernel to kernel
+    scale, less, spread = scale[:, None], less[:, None], spread[:, None]
     if SMOOTH:
         if weight_ptr is not None:
-            dx -= tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :] * spread[:, None]
+            w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+            less, spread = fma(w, spread, less), w * spread
         else:
-            dx -= spread[:, None]
+            less += spread
+        dx = fma(part, scale, -spread)
+    else:
+        dx = part * scale
+    if TARGET:
+        dx = tl.where(columns[None, :] == place[:, None], fma(part, scale, -less), dx)
     return dx
 
 
@@ -294,7 +299,7 @@ def _write_part(logits_ptr, dlogits_ptr, places, mask, columns, kept, row, weigh
 @triton.jit
 def _write_target(drow_ptr, row, logit, there, weight_ptr, V, SMOOTH: tl.constexpr):
     """The gradient of the target of a row alone, if it is there, over what was written for it as for any other."""
-    dx = logit_gradients(logit[:, None], row[4], row, weight_ptr, V, SMOOTH, True)
+    dx = logit_gradients(logit[:, None], tl.where(there, row[4], 0), row, weight_ptr, V, SMOOTH, True)
     tl.debug_barrier()  # that was another thread
     tl.store(drow_ptr + row[4][:, None], cast(dx, drow_ptr.dtype.element_ty), mask=there[:, None])
 
@@ -350,7 +355,7 @@ def _cross_entropy_weigh(target_ptr, weight_ptr, divisor_ptr, n_rows, ignore_ind
 @triton.jit
 def _cross_entropy_forward(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, parts_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
-    n_rows, row_stride, ignore_index, smoothing, V,
+    changed_ptr, n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr,
     ODD: tl.constexpr,
 ):  # fmt: skip
@@ -386,6 +391,8 @@ def _cross_entropy_forward(
         if ROWS > 1:
             tl.store(parts_ptr + tl.num_programs(0), tl.sum(tl.where(in_rows, target_weight, 0.0), axis=0))
     if dlogits_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(changed_ptr, 0.0)
         one = tl.full([ROWS], 1.0, tl.float32)
         row = row_scales(
             target, target_weight, one, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
@@ -430,21 +437,24 @@ def _cross_entropy_reduce(
 
 @triton.jit
 def _cross_entropy_backward(
-    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr, changed_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
-    ALIKE: tl.constexpr, MADE: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of ROWS rows of dlogits, which may be the logits' own memory.
 
     width: how many columns to read and write, V or more if the rows are padded. UNIT, ODD: of row_alone; ALIKE: rows
-    of dlogits begin as far within 16 bytes as those of the logits. MADE: forward has made dlogits for a gradient of 1.
-    If it is another, some programs walk all tiles; else they end.
+    of dlogits begin as far within 16 bytes as those of the logits. With changed_ptr forward has made dlogits for a
+    gradient of 1: if it is that, and none was another before, programs end; else they walk all tiles between them.
     """
     tiles = tl.cdiv(V, BLOCK_V)
-    if MADE:
-        if tl.load(grad_ptr).to(tl.float32) != 1.0:
-            for tile in range(tl.program_id(0), n_rows * tiles, tl.num_programs(0)):
+    if changed_ptr is not None:
+        other = tl.load(grad_ptr).to(tl.float32) != 1.0
+        if other | (tl.load(changed_ptr) != 0.0):
+            if other:
+                tl.store(changed_ptr, 1.0)
+            for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS) * tiles, tl.num_programs(0)):
                 _backward_tile(
                     tile // tiles, tile % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr,
                     divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index,
@@ -484,7 +494,9 @@ def _backward_tile(
     if ROWS == 1:
         begin, inner_begin, head, inner = row_alone(first, row_stride, width, UNIT, ODD)
         dbegin = first * dlogits_stride
-        dinner_begin = tl.cdiv(dbegin, UNIT) * UNIT if ODD and ALIKE else dbegin + head
+        dinner_begin = dbegin + head
+        if ALIKE:
+            dinner_begin = tl.cdiv(dbegin, UNIT) * UNIT if ODD else first * (dlogits_stride // UNIT) * UNIT
         row_target = tl.load(target_ptr + first)
         kept = row_target != ignore_index
         holds = (row_target >= head + start) & (row_target < head + start + BLOCK_V)
@@ -590,7 +602,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     if specs["weight"] is not None and options["label_smoothing"] > 0.0:
         warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
     arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "parts", "lse")
-    arguments |= pointers(specs, "divisor", "dlogits")
+    arguments |= pointers(specs, "divisor", "dlogits", "changed")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     constexprs |= lanes(specs["logits"], block_v, warps, device) | {"ODD": _odd(specs["logits"], n_classes)}
@@ -615,6 +627,7 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "backward")
     arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
+    arguments |= pointers(specs, "changed")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}
     width = specs["logits"].stride[0] if options.get("padded") else n_classes
@@ -623,9 +636,8 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     unit = 16 // specs["logits"].dtype.itemsize
     constexprs |= {"UNIT": unit, "ODD": _odd(specs["logits"], width)}
     constexprs |= {"ALIKE": (strides["row_stride"] - strides["dlogits_stride"]) % unit == 0}
-    constexprs["MADE"] = options.get("made", False)
     programs = cdiv(n_rows, rows) * cdiv(n_classes, block_v)
-    if constexprs["MADE"]:
+    if specs["changed"]:
         programs = min(programs, 4 * device.processors)
     return [Launch(_cross_entropy_backward, (programs,), arguments, constexprs, warps, 1)]
 
@@ -657,7 +669,9 @@ def _empty_forward(logits, reduction, out_dtype, made):
     loss = torch.empty((n_rows,) if reduction == "none" else (), dtype=out_dtype, device=device)
     lse = torch.empty((n_rows, 2), dtype=torch.float32, device=device)
     divisor = torch.empty(() if reduction == "mean" else 0, dtype=torch.float32, device=device)
-    return loss, lse, divisor, _empty_backward(logits) if made else torch.empty(0, dtype=logits.dtype, device=device)
+    changed = torch.empty(() if made else 0, dtype=torch.float32, device=device)
+    dlogits = _empty_backward(logits) if made else torch.empty(0, dtype=logits.dtype, device=device)
+    return loss, lse, divisor, dlogits, changed
 
 
 def _forward(
@@ -669,14 +683,15 @@ def _forward(
     label_smoothing: float,
     out_dtype: torch.dtype,
     made: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and where they are asked for,
-    else empty: for "mean" the sum of the targets' weights, fp32 (); if `made` the logits' gradient for one of 1.
+    else empty: for "mean" the sum of the targets' weights, fp32 (); if `made` the logits' gradient for one of 1, and
+    zero, fp32 (), which stands for that.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
         check_targets("cross_entropy", target, n_classes, ignore_index)
-    loss, lse, divisor, dlogits = _empty_forward(logits, reduction, out_dtype, made)
+    loss, lse, divisor, dlogits, changed = _empty_forward(logits, reduction, out_dtype, made)
     none = reduction == "none"
     parts = None
     if not none:
@@ -685,9 +700,9 @@ def _forward(
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": loss if none else None, "parts": parts}
     tensors |= {"lse": lse, "divisor": divisor if reduction == "mean" else None, "loss": None if none else loss}
-    tensors["dlogits"] = dlogits if made else None
+    tensors |= {"dlogits": dlogits, "changed": changed} if made else {"dlogits": None, "changed": None}
     run(plan_forward, tensors, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    return loss, lse, divisor, dlogits
+    return loss, lse, divisor, dlogits, changed
 
 
 def _empty_backward(logits):
@@ -707,12 +722,14 @@ def _backward(
 ) -> torch.Tensor:
     """Gradient of the logits (n_rows, V)."""
     dlogits = _empty_backward(logits)
-    _write_gradient(dlogits, grad, logits, target, weight, lse, divisor, ignore_index, reduction, label_smoothing)
+    saved = (logits, target, weight, lse, divisor)
+    _write_gradient(dlogits, None, grad, *saved, ignore_index, reduction, label_smoothing)
     return dlogits
 
 
 def _correct(
     dlogits: torch.Tensor,
+    changed: torch.Tensor,
     grad: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -723,39 +740,60 @@ def _correct(
     reduction: str,
     label_smoothing: float,
 ) -> None:
-    """_backward into the gradient that forward made for a grad of 1, where that is not what came."""
+    """_backward into the gradient that forward made for a grad of 1, where that is not what came.
+
+    `changed` remembers that: a CUDA graph of this alone may be replayed with one grad after another.
+    """
     saved = (logits, target, weight, lse, divisor)
-    _write_gradient(dlogits, grad, *saved, ignore_index, reduction, label_smoothing, made=True)
+    _write_gradient(dlogits, changed, grad, *saved, ignore_index, reduction, label_smoothing)
 
 
 def _write_gradient(
-    dlogits, grad, logits, target, weight, lse, divisor, ignore_index, reduction, label_smoothing, **made
+    dlogits, changed, grad, logits, target, weight, lse, divisor, ignore_index, reduction, label_smoothing
 ):
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
-    tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits}
-    run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing, **made)
+    tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits, "changed": changed}
+    run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
 def _save(ctx, inputs, output):
     logits, target, weight, ignore_index, reduction, label_smoothing, _, made = inputs
-    _, lse, divisor, dlogits = output
+    _, lse, divisor, dlogits, changed = output
     # autograd holds on to what is marked for as long as the loss lives: the gradient is not
     ctx.mark_non_differentiable(lse, divisor)
     ctx.options = (ignore_index, reduction, label_smoothing)
-    ctx.dlogits = dlogits.detach() if made else None  # another tensor: an output would hold this ctx, and it the output
+    # others of the same memory: an output would hold this ctx, and it the output
+    ctx.made = (dlogits.detach(), changed.detach(), _captured(logits)) if made else None
     ctx.save_for_backward(logits, target, weight, lse, divisor)
 
 
 def _gradients(ctx, grad, *_):
     if not ctx.needs_input_grad[0]:
         return (None,) * 8
-    dlogits, ctx.dlogits = ctx.dlogits, None  # once: it is its receiver's then, to change or keep
-    if dlogits is None or torch.is_grad_enabled():
+    made, ctx.made = ctx.made, None  # once: it is its receiver's then, to change or keep
+    if made is None or not _can_take(grad, made[2]):
         dlogits = backward(grad, *ctx.saved_tensors, *ctx.options)
     else:
-        correct(dlogits, grad, *ctx.saved_tensors, *ctx.options)
+        dlogits, changed, _ = made
+        correct(dlogits, changed, grad, *ctx.saved_tensors, *ctx.options)
     return dlogits, *[None] * 7
+
+
+def _captured(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph records what is launched."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _can_take(grad: torch.Tensor, captured: bool) -> bool:
+    """Whether a backward pass for `grad` can take the gradient that forward made.
+
+    Not if it is to be differentiated, nor for several grads at once, nor where compiled autograd runs it as often as it
+    likes; and not in a graph without the forward pass, whose replays would find what the one before has left.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return _captured(grad) == captured and not torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 forward = register(
@@ -768,7 +806,7 @@ forward = register(
     _save,
 )
 backward = register("cross_entropy_backward", _backward, lambda grad, logits, *_: _empty_backward(logits))
-correct = register("cross_entropy_correct", _correct, lambda *_: None, changes=("dlogits",))
+correct = register("cross_entropy_correct", _correct, lambda *_: None, changes=("dlogits", "changed"))
 
 # ---------------------------------------------------------------- public
 
@@ -813,10 +851,13 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
 
 def _makes_gradient(logits: torch.Tensor, reduction: str) -> bool:
     """Whether forward makes the gradient too. Not where a graph is compiled, or a mode looks on as those that trace do:
-    in a graph, backward cannot know whether it runs for the first time."""
+    in a graph, backward cannot know whether it runs for the first time. And not where hooks take away what is saved, as
+    checkpoints do: they would not see it."""
     if not logits.requires_grad or not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return False
     return _can_make_gradient(logits, reduction, facts_of(logits))
 
@@ -885,9 +926,9 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     common = (options.get("ignore_index", -100), options.get("reduction", "mean"), options.get("label_smoothing", 0.0))
     with plan_only(device) as launches:
         made = _can_make_gradient(logits, common[1], device)
-        loss, *saved, dlogits = _forward(logits, target, weight, *common, logits.dtype, made)
+        loss, *saved, dlogits, changed = _forward(logits, target, weight, *common, logits.dtype, made)
         if made:
-            _correct(dlogits, loss, logits, target, weight, *saved, *common)
+            _correct(dlogits, changed, loss, logits, target, weight, *saved, *common)
         else:
             _backward(loss, logits, target, weight, *saved, *common)
     return launches

@@ -410,7 +410,7 @@ def _backward(
     x, w = _matrix(input, dtype), _matrix(linear_weight, dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     gradients = _Gradients(input, linear_weight, dtype, needs)
-    shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "divisor": None}
+    shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "divisor": None, "changed": None}
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "padded": True}
 
     workspace = _workspace(input, n_rows, hidden, n_classes, dtype)

@@ -33,10 +33,10 @@ def problem(n_classes, device, dtype=torch.float32, n_rows=5, weighted=False, ig
 
 
 def made_and_saved(x, target, weight, reduction="mean", label_smoothing=0.0):
-    """The gradient that the forward op makes, and what the backward ops take besides dlogits and grad."""
+    """(The gradient that the forward op makes, and its mark), and what the backward ops take besides these and grad."""
     options = (-100, reduction, label_smoothing)
-    _, lse, divisor, dlogits = module.forward(x, target, weight, *options, x.dtype, True)
-    return dlogits, (x, target, weight, lse, divisor, *options)
+    _, lse, divisor, *made = module.forward(x, target, weight, *options, x.dtype, True)
+    return made, (x, target, weight, lse, divisor, *options)
 
 
 @each_tile
@@ -46,17 +46,19 @@ def made_and_saved(x, target, weight, reduction="mean", label_smoothing=0.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("n_classes", [1025, 4096, 16_387])
 def test_it_is_backwards_for_one_bit_for_bit(n_classes, dtype, weighted, smoothing, reduction, tiles, device):
-    """One tile, a whole one, and several with parts of one at both ends of a row; the target in each of them."""
-    problem_ = problem(n_classes, device, dtype, weighted=weighted)
+    """Several tiles with ends of a row and without; the target in each of them; rows that are sure of it, and one that
+    is ignored. And once another gradient has come, 1 is one like others: graphs replay this kernel alone."""
+    x, target, weight = problem(n_classes, device, dtype, weighted=weighted)
+    x[2:].scatter_add_(1, target[2:, None], torch.full_like(x[2:, :1], 9.0))
     with tiles(), guarded_allocations():
-        dlogits, saved = made_and_saved(*problem_, reduction, smoothing)
-        for number in (1.0, 0.3):
+        made, saved = made_and_saved(x, target, weight, reduction, smoothing)
+        for place, number in enumerate((1.0, 0.3, 1.0)):
             grad = torch.tensor(number, dtype=dtype, device=device)
             expected = module.backward(grad, *saved)
-            if number == 1.0:
-                assert torch.equal(dlogits, expected)
-            module.correct(dlogits, grad, *saved)
-            assert torch.equal(dlogits, expected)
+            if place == 0:
+                assert torch.equal(made[0], expected)
+            module.correct(*made, grad, *saved)
+            assert torch.equal(made[0], expected)
 
 
 @each_tile
@@ -64,13 +66,13 @@ def test_it_is_backwards_for_one_bit_for_bit(n_classes, dtype, weighted, smoothi
 def test_for_one_nothing_is_made_again(dtype, tiles, device):
     """Backward's kernel ends at once: what lies there is not looked at."""
     with tiles():
-        dlogits, saved = made_and_saved(*problem(5000, device, dtype))
+        (dlogits, changed), saved = made_and_saved(*problem(5000, device, dtype))
         noted = dlogits.fill_(7.0).clone()
-        module.correct(dlogits, torch.ones((), dtype=dtype, device=device), *saved)
+        module.correct(dlogits, changed, torch.ones((), dtype=dtype, device=device), *saved)
         assert torch.equal(dlogits, noted)
         for other in (1.0 + 2.0**-7, 0.0, -1.0, float("nan")):
             grad = torch.tensor(other, dtype=dtype, device=device)
-            module.correct(dlogits, grad, *saved)
+            module.correct(dlogits, changed, grad, *saved)
             torch.testing.assert_close(dlogits, module.backward(grad, *saved), rtol=0, atol=0, equal_nan=True)
 
 
@@ -97,8 +99,8 @@ def test_ignored_rows_and_targets_out_of_bounds(wrong, tiles, device, monkeypatc
     x, target, _ = problem(3000, device)
     x[1], target[2] = float("nan"), wrong
     with tiles(), guarded_allocations():
-        dlogits, _ = made_and_saved(x, target, None, "sum")
-        nothing, _ = made_and_saved(x, torch.full_like(target, -100), None)
+        (dlogits, _), _ = made_and_saved(x, target, None, "sum")
+        (nothing, _), _ = made_and_saved(x, torch.full_like(target, -100), None)
     assert (dlogits[1] == 0.0).all() and dlogits[2].isnan().all() and (nothing == 0.0).all()
     right = [0, 3, 4]
     exact = x[right].double().requires_grad_()
@@ -226,16 +228,16 @@ def test_a_leaf_takes_it_without_a_copy(device):
     x, target, _ = problem(1025, device)
     x.requires_grad_()
     loss = cross_entropy(x, target)
-    place = loss.grad_fn.dlogits.data_ptr()
+    place = loss.grad_fn.made[0].data_ptr()
     loss.backward()
-    assert x.grad.data_ptr() == place and loss.grad_fn.dlogits is None
+    assert x.grad.data_ptr() == place and loss.grad_fn.made is None
 
 
 def test_it_goes_with_a_loss_that_is_not_differentiated(device):
     """No cycle holds it until the garbage collector comes by."""
     x, target, _ = problem(1025, device)
     loss = cross_entropy(x.requires_grad_(), target)
-    made = weakref.ref(loss.grad_fn.dlogits)
+    made = weakref.ref(loss.grad_fn.made[0])
     assert made() is not None
     del loss
     assert made() is None
@@ -260,12 +262,41 @@ def test_second_derivatives_raise(device):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_make_it_again(reentrant, device):
+def test_a_checkpoint_holds_none(reentrant, device):
+    """Nor do other hooks that put aside what is saved: they would not see it."""
     x, target, _ = problem(1025, device)
     leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
-    torch.utils.checkpoint.checkpoint(cross_entropy, leaves[0], target, use_reentrant=reentrant).backward()
-    cross_entropy(leaves[1], target).backward()
+    loss = torch.utils.checkpoint.checkpoint(cross_entropy, leaves[0], target, use_reentrant=reentrant)
+    assert reentrant or loss.grad_fn.made is None
+    loss.backward()
+    with torch.autograd.graph.save_on_cpu():
+        loss = cross_entropy(leaves[1], target)
+    assert loss.grad_fn.made is None
+    loss.backward()
     assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+def test_gradients_of_several_at_once(device):
+    """As jacobian(vectorize=True) asks for them."""
+    x, target, _ = problem(1025, device)
+    x.requires_grad_()
+    loss, grads = cross_entropy(x, target), torch.tensor([1.0, -0.5, 1.0], device=device)
+    (batch,) = torch.autograd.grad(loss, x, grads, is_grads_batched=True, retain_graph=True)
+    for grad, got in zip(grads, batch, strict=True):
+        assert torch.equal(got, torch.autograd.grad(loss, x, grad, retain_graph=True)[0])
+
+
+def test_compiled_autograd_may_run_backward_as_often_as_it_likes(device):
+    x, target, _ = problem(1025, device)
+    expected = torch.autograd.grad(cross_entropy(leaf := x.clone().requires_grad_(), target), leaf)[0]
+    loss = cross_entropy(x.requires_grad_(), target)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward(torch.tensor(0.5, device=device), retain_graph=True)
+        assert torch.equal(x.grad, 0.5 * expected)
+        x.grad = None
+        loss.backward()
+    torch.compiler.reset()
+    assert torch.equal(x.grad, expected)
 
 
 def test_both_ops_pass_opcheck(device):
@@ -273,5 +304,5 @@ def test_both_ops_pass_opcheck(device):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # nothing that traces asks for it
     arguments = (x.requires_grad_(), target, None, -100, "mean", 0.1, x.dtype, True)
     torch.library.opcheck(module.forward, arguments, test_utils=checks)
-    dlogits, saved = made_and_saved(x.detach(), target, None)
-    torch.library.opcheck(module.correct, (dlogits, torch.tensor(0.5, device=device), *saved))
+    made, saved = made_and_saved(x.detach(), target, None)
+    torch.library.opcheck(module.correct, (*made, torch.tensor(0.5, device=device), *saved))
