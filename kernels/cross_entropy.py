@@ -450,10 +450,12 @@ def _cross_entropy_backward(
     """
     tiles = tl.cdiv(V, BLOCK_V)
     if changed_ptr is not None:
-        other = tl.load(grad_ptr).to(tl.float32) != 1.0
-        if other | (tl.load(changed_ptr) != 0.0):
-            if other:
-                tl.store(changed_ptr, 1.0)
+        again = tl.load(grad_ptr).to(tl.float32) != 1.0
+        if again:
+            tl.store(changed_ptr, 1.0)
+        else:
+            again = tl.load(changed_ptr) != 0.0
+        if again:
             for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS) * tiles, tl.num_programs(0)):
                 _backward_tile(
                     tile // tiles, tile % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr,
