@@ -89,6 +89,7 @@ def test_the_same_global_batch_gives_the_losses_of_one_process(short, together, 
     assert_same_losses(folder, together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("together", "alone"), INTERPRETED.items())
 def test_so_it_does_with_our_kernels(interpreted, together, alone):
