@@ -10,6 +10,7 @@ op's own count of operations and bytes and from published peaks: an estimate, no
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -119,14 +120,24 @@ def _plain(value):
 
 
 def measure(found: dict[Source, Use], workers: int | None = None, keep: bool = False) -> list[Use]:
-    """Compile every Source over the machine's cores, and fill in its Use; with `keep`, for launches too."""
+    """Compile every Source over the machine's cores, and fill in its Use; with `keep`, for launches too.
+
+    One worker alone is this process, whose compiler then stays set up to measure.
+    """
     workers = min(len(found), workers or os.cpu_count() or 1)
     if workers == 0:
         return []
-    # spawned, not forked: torch has threads by now
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
-        compiling = pool.map(functools.partial(compile_source, keep=keep), found)
+    with contextlib.ExitStack() as stack:
+        if workers == 1:
+            begin_worker()
+            every = map
+        else:
+            # not forked from here: torch has threads by now
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["profiling.compile", "kernels.catalogue", "triton.compiler"])
+            pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker)
+            every = stack.enter_context(pool).map
+        compiling = every(functools.partial(compile_source, keep=keep), found)
         for use, measured in zip(found.values(), compiling, strict=True):
             for name, value in measured.items():
                 setattr(use, name, value)

@@ -1,17 +1,14 @@
 """Kernels compiled before they are launched, by Triton itself; the driver alone is a stand-in."""
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
 import kernels
 from kernels.device import HAS_TRITON, INTERPRETED
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 COMPILED = """
@@ -84,9 +81,7 @@ assert not learner.cold
 
 
 def _run(program: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run("-c", program)
     assert done.returncode == 0, done.stderr
     return done
 

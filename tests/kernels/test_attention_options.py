@@ -6,11 +6,10 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from parity import (
@@ -242,10 +241,7 @@ print(json.dumps({"asked": counts, "launched": launched, "instructions": sass_mi
 
 def test_compiled_it_loads_by_the_tma_unit_with_memory_from_pytorch():
     """Compiled for sm_90 and started twice, the second time past Triton's launcher; the driver alone is a stand-in."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    command = [sys.executable, "-c", COMPILED]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run("-c", COMPILED)
     assert done.returncode == 0, done.stderr[-2000:]
     document = json.loads(done.stdout.splitlines()[-1])
     first, second = document["asked"]

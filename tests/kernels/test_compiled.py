@@ -6,9 +6,8 @@ The default run takes a part of them; `KERNELS_EMULATE=sm_90 pytest tests/kernel
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 from parity import DTYPES
@@ -16,7 +15,6 @@ from parity import DTYPES
 from kernels import catalogue
 from kernels.device import HAS_TRITON
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels are tested on the GPU here"),
@@ -45,16 +43,10 @@ QUICK = [
 
 def emulated(arch: str, *tests: str, slow: bool = False) -> subprocess.CompletedProcess:
     """pytest of these tests with kernels compiled for `arch` and emulated."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTER"))
-    }
-    environment |= {"KERNELS_EMULATE": arch, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-p", "no:hypothesispytest", "-p", "no:benchmark"]  # they take their time to be imported
     command += ["-m", "not network"] if slow else []
-    return subprocess.run(
-        [*command, *tests], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600 * 6
-    )
+    return forked.run(*command, *tests, timeout=3600 * 6, KERNELS_EMULATE=arch)
 
 
 def passed(done: subprocess.CompletedProcess) -> int:

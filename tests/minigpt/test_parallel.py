@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from training_runs import assert_same_run, losses, rows
@@ -47,11 +48,8 @@ def run(folder, *names):
     """What tests/minigpt/parallel_runs.py says of these cases, by name."""
     text = folder / "text.txt"
     text.write_text("".join(f"{number} is {'odd' if number % 2 else 'even'}.\n" for number in range(300)))
-    command = [sys.executable, str(RUNS), str(text), *names]
     # on a machine with a GPU too, kernels run on the CPU, and nothing of CUDA is there to be forked
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = forked.run(str(RUNS), str(text), *names, interpret="1", cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
@@ -91,6 +89,7 @@ def test_the_same_global_batch_gives_the_losses_of_one_process(short, together, 
     assert_same_losses(folder, together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("together", "alone"), INTERPRETED.items())
 def test_so_it_does_with_our_kernels(interpreted, together, alone):

@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -16,19 +14,9 @@ from profiling.emulate import LUCK, call, errors
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    # the interpreter may be chosen in this process; the command must see to that itself
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess:
-    return _python("-m", "profiling", "emulate", *arguments)
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return forked.run("-m", "profiling", "emulate", *arguments, **environment)
 
 
 def test_counts_and_errors_of_a_case():
@@ -107,7 +95,7 @@ def test_the_table_of_some_programs_at_real_size(tmp_path):
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(arguments, says):
-    done = _python("-m", "profiling", "emulate", *arguments, TRITON_INTERPRET="0")
+    done = _run(*arguments)
     assert done.returncode == 1 and done.stdout == ""
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
@@ -129,7 +117,8 @@ def test_warps_in_any_order(seed):
 
 def test_a_tile_that_does_not_fit_is_told_in_a_line():
     tile = "attention.forward half/64 128 128 16 8 0 0 0 0".split()
-    done = _run("--op", "scaled_dot_product_attention", "--case", "one_over_a_tile", "--tile", *tile)
+    chosen = ("--op", "scaled_dot_product_attention", "--case", "one_over_a_tile", "--tile", *tile)
+    done = _run(*chosen, TRITON_INTERPRET="1")  # the command must see to that itself
     assert done.returncode == 1 and done.stderr == ""
     stopped = (
         "stopped: scaled_dot_product_attention, one_over_a_tile, bfloat16: OutOfResources: out of resource: shared"
@@ -153,7 +142,7 @@ door(main)
 
 def test_a_wrong_result():
     """A norm with another eps than it was given."""
-    done = _python("-c", WRONG, "emulate", "--op", "layer_norm", "--case", "gpt2", TRITON_INTERPRET="0")
+    done = forked.run("-c", WRONG, "emulate", "--op", "layer_norm", "--case", "gpt2")
     assert done.returncode == 1, done.stderr
     assert "wrong: layer_norm, gpt2, bfloat16: its error is" in done.stdout.splitlines()[-1]
 
@@ -192,7 +181,7 @@ door(main)
 def test_a_broken_kernel():
     """Without its barriers a row's sum is read before it is written: named with its line, and the status is 1."""
     command = ("emulate", "--op", "layer_norm", "--case", "gpt2", "--json", "-")
-    done = _python("-c", BROKEN, *command, TRITON_INTERPRET="0")
+    done = forked.run("-c", BROKEN, *command)
     assert done.returncode == 1, done.stderr
     (problem,) = json.loads(done.stdout)["problems"]
     assert problem["launches"] == []

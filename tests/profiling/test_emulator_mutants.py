@@ -8,25 +8,18 @@ wait for them is missed only where what they read is written again.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from kernels.device import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def mutants(*arguments: str) -> list[dict]:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    command = [sys.executable, str(Path(__file__).with_name("mutants.py")), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run(str(Path(__file__).with_name("mutants.py")), *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -11,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -25,7 +25,6 @@ from profiling.resources import trial_of
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parents[2]
 EXCEPTIONS = {  # bytes, by version of Triton, kernel, architecture and case
     "3.6.0": {
         ("_attention_backward_key", "sm_90", "d64-ragged-dropout"): 12,
@@ -45,22 +44,17 @@ TENSOR_CORE = {
     "gfx942": "v_mfma",
 }
 SERIALISED = {"C7511", "C7512", "C7515"}  # ptxas: a wait after every wgmma
-ONE_OF_EACH = ["gpt2", "d64-short", "gqa-1k", "768", "262144", "v50304"]  # cases that between them launch every kernel
+ONE_OF_EACH = ["gpt2", "d64-short", "gqa-4k-batch", "768", "262144", "v50304"]  # between them they launch every kernel
 WHOLE = ["sm_80", "sm_90"]  # what the default run compiles every kernel for
 OTHERS = [arch for arch in TARGETS if arch not in WHOLE]
-# compiled for what was chosen, and not for what is here
-WITHOUT_A_GPU = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    # the interpreter may be chosen in this process; the command must see to that itself
-    environment = WITHOUT_A_GPU | environment
-    command = [sys.executable, "-m", "profiling", "resources", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
+    return forked.run("-m", "profiling", "resources", *arguments, timeout=3000, **environment)
 
 
-def _table(*arguments: str, **environment: str) -> dict:
-    done = _run(*arguments, "--json", "-", **environment)
+def _table(*arguments: str) -> dict:
+    done = _run(*arguments, "--json", "-")
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
@@ -134,11 +128,8 @@ def one_of_each(asked, tmp_path_factory) -> dict:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            if cases is ONE_OF_EACH:
-                found = _table(*table)
-            else:  # few: neither starts over nor starts many
-                found = _table(*table, "--workers", "1", TRITON_INTERPRET="0")
-            path.write_text(json.dumps(found))
+            few = () if cases is ONE_OF_EACH else ("--workers", "1")
+            path.write_text(json.dumps(_table(*table, *few)))
     return json.loads(path.read_text())
 
 
@@ -324,8 +315,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def measured() -> dict:
-    environment = WITHOUT_A_GPU | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run("-c", MEASURE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -405,8 +395,7 @@ assert before and sorted(os.listdir(os.environ["TRITON_CACHE_DIR"])) == before, 
 
 def test_a_launch_finds_what_was_kept(tmp_path):
     """Triton's cache has the kernel under the key of a launch: its types, constants, alignments, options."""
-    environment = WITHOUT_A_GPU | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run("-c", KEPT, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
@@ -428,8 +417,7 @@ arguments.run(arguments)
 
 def test_here_means_this_gpu(tmp_path):
     """Also one that is no target: compiled for itself, by its own limits, with the tiles of its kin."""
-    environment = WITHOUT_A_GPU | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", HERE], env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run("-c", HERE, TRITON_CACHE_DIR=str(tmp_path))
     assert done.stdout, done.stderr
     document = json.loads(done.stdout)
     assert {(use["arch"], use["shared_memory_limit"], use["error"]) for use in document["kernels"]} == {
@@ -501,5 +489,5 @@ def test_bad_input_is_told_in_one_line_before_anything_is_compiled(arguments, sa
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=" ".join)
 def test_so_it_is_through_the_door(arguments):
-    done = _run(*arguments)
+    done = _run(*arguments, TRITON_INTERPRET="1")  # the command must see to that itself
     _is_one_line(done.returncode, done.stdout, done.stderr, BAD_INPUT[arguments])

@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -121,9 +121,8 @@ def test_ddp_has_all_gradients_from_the_beginning_as_who_accumulates():
 
 def _runs(*cases) -> list[dict]:
     """What tests/profiling/scaling_runs.py says of these cases."""
-    command = [sys.executable, str(Path(__file__).with_name("scaling_runs.py")), *map(json.dumps, cases)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    program = str(Path(__file__).with_name("scaling_runs.py"))
+    done = forked.run(program, *map(json.dumps, cases), interpret="1", timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
