@@ -44,7 +44,7 @@ def made_and_saved(x, target, weight, reduction="mean", label_smoothing=0.0):
     ("reduction", "smoothing", "weighted"), [("mean", 0.0, False), ("sum", 0.2, False), ("mean", 0.2, True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("n_classes", [1025, 4096, 16_387])
+@pytest.mark.parametrize("n_classes", [1025, 4096, 5003])
 def test_it_is_backwards_for_one_bit_for_bit(n_classes, dtype, weighted, smoothing, reduction, tiles, device):
     """Several tiles with ends of a row and without; the target in each of them; rows that are sure of it, and one that
     is ignored. And once another gradient has come, 1 is one like others: graphs replay this kernel alone."""
@@ -187,11 +187,12 @@ def test_launches(device):
     assert launched(short, target.clamp(max=1023)) == {"forward": 1, "reduce": 1, "backward": 1}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("eager", torch.float32), ("aot_eager", torch.float32), ("aot_eager", torch.bfloat16)]
+)
 def test_compiled_it_is_eager_bit_for_bit(backend, dtype, device):
     """Where the gradient is made in backward: the class weights add up to the same number too."""
-    x, target, weight = problem(1500, device, dtype, n_rows=40, weighted=True)
+    x, target, weight = problem(1025, device, dtype, n_rows=9, weighted=True)
     results = []
     for function in (cross_entropy, torch.compile(cross_entropy, fullgraph=True, backend=backend)):
         leaf = x.clone().requires_grad_()

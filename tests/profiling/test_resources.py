@@ -276,7 +276,7 @@ MEASURE = """
 import json, torch
 from kernels import catalogue
 from kernels.device import TARGETS
-from kernels.op import Launch, Spec
+from kernels.op import Case, Launch, Spec
 from profiling.compile import begin_worker, compile_source, source_of
 
 op = catalogue.LAYER_NORM
@@ -309,6 +309,10 @@ begin_worker()
 out["too few warps"] = compile_source(source_of(few, "sm_90"))
 out["impossible"] = compile_source(source_of(Launch(launch.kernel, launch.grid, launch.arguments,
                                              launch.constexprs | {"BLOCK_K": 100}, 4, 2), "sm_90"))
+op = catalogue.CROSS_ENTROPY
+case = Case("", {"input": (2, 4104), "target": (2,)}, {"reduction": "none"})
+for launch in op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"]):
+    out[launch.name] = compile_source(source_of(launch, "sm_90"))
 print(json.dumps(out))
 """
 
@@ -342,6 +346,15 @@ def test_spills_and_serialised_tensor_cores_are_seen(measured):
     """A tile of 128 x 128 with four warps is known to do both."""
     use = measured["too few warps"]
     assert use["spill_bytes"] > 100 and use["registers"] == 255 and SERIALISED & set(use["advisories"])
+
+
+@pytest.mark.parametrize("name", ["_cross_entropy_forward", "_cross_entropy_backward"])
+def test_rows_of_whole_16_bytes_are_read_so(name, measured):
+    """Of 4,104 classes in 2 bytes, no multiple of the 16 that Triton looks for in an argument. What is 2 bytes: the
+    target, and a row's incoming gradient."""
+    loads, stores = measured[name]["loads"], measured[name]["stores"]
+    assert loads["128"] >= 2 and loads.get("16", 0) <= 3
+    assert stores.get("16", 0) <= 1
 
 
 def test_what_does_not_compile_is_a_row_with_an_error(measured):
