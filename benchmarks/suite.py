@@ -2,8 +2,8 @@
 
 Passes: forward with what it saves for backward (of cross_entropy's long rows the gradient too, whose bytes its floor
 does not count), backward alone as a second one over the same graph is, and both. On a GPU the times are the device's,
-with cold L2, and the host's time per call stands apart; on a CPU PyTorch's providers are timed by the clock, and Triton's
-kernels, which the interpreter runs there, are checked and not timed.
+with cold L2, and the host's time per call stands apart; on a CPU PyTorch's providers are timed by the clock, and
+Triton's kernels, which the interpreter runs there, are checked and not timed.
 """
 
 import argparse
