@@ -67,6 +67,14 @@ def pytest_xdist_auto_num_workers():
     return min(8, _cores())
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Let each process take a stretch of tests, and steal from others in the end: in turns, as it is else, a module's
+    fixtures would be made in all of them."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_modifyitems(items):
     no_gpu = None if torch.cuda.is_available() and not kernels.device.INTERPRETED else "needs a CUDA GPU"
     # without a GPU the interpreter is what is tested: there a misfit is a failure

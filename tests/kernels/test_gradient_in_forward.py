@@ -39,24 +39,22 @@ def made_and_saved(x, target, weight, reduction="mean", label_smoothing=0.0):
     return made, (x, target, weight, lse, divisor, *options)
 
 
-@each_tile
+@pytest.mark.parametrize(("n_classes", "tiles"), [(5003, "here"), (4096, "sm_90"), (5003, "sm_90")])
 @pytest.mark.parametrize(
     ("reduction", "smoothing", "weighted"), [("mean", 0.0, False), ("sum", 0.2, False), ("mean", 0.2, True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("n_classes", [1025, 4096, 5003])
 def test_it_is_backwards_for_one_bit_for_bit(n_classes, dtype, weighted, smoothing, reduction, tiles, device):
     """Several tiles with ends of a row and without; the target in each of them; rows that are sure of it, and one that
     is ignored. And once another gradient has come, 1 is one like others: graphs replay this kernel alone."""
     x, target, weight = problem(n_classes, device, dtype, weighted=weighted)
     x[2:].scatter_add_(1, target[2:, None], torch.full_like(x[2:, :1], 9.0))
-    with tiles(), guarded_allocations():
+    with TILES[tiles](), guarded_allocations():
         made, saved = made_and_saved(x, target, weight, reduction, smoothing)
-        for place, number in enumerate((1.0, 0.3, 1.0)):
-            grad = torch.tensor(number, dtype=dtype, device=device)
-            expected = module.backward(grad, *saved)
-            if place == 0:
-                assert torch.equal(made[0], expected)
+        one, other = (torch.tensor(number, dtype=dtype, device=device) for number in (1.0, 0.3))
+        for_one, for_other = module.backward(one, *saved), module.backward(other, *saved)
+        assert torch.equal(made[0], for_one)
+        for grad, expected in ((one, for_one), (other, for_other), (one, for_one)):
             module.correct(*made, grad, *saved)
             assert torch.equal(made[0], expected)
 
@@ -77,11 +75,11 @@ def test_for_one_nothing_is_made_again(dtype, tiles, device):
 
 
 @each_tile
-@pytest.mark.parametrize("factor", [1.0, 0.25, -3.0])
+@pytest.mark.parametrize("factor", [1.0, -3.0])
 @pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1, "weight": True}], ids=str)
 def test_gradients_are_pytorchs(options, factor, tiles, device):
     """Whatever follows the loss."""
-    x, target, weight = problem(9000, device, weighted="weight" in options)
+    x, target, weight = problem(3000, device, weighted="weight" in options)
     ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     options = {name: value for name, value in options.items() if name != "weight"}
     with tiles(), guarded_allocations():
