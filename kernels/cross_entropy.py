@@ -102,8 +102,8 @@ def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr,
 
 @triton.jit
 def row_alone(row, stride, width, UNIT: tl.constexpr, ODD: tl.constexpr):
-    """Of a row that a program has to itself: (where it begins, where its first 16 bytes begin, how many elements are
-    between, how many follow in whole 16 bytes). UNIT are 16 bytes; if not ODD rows begin and end with them."""
+    """Of a row that a program has to itself: (where it begins, where its first whole 16 bytes do, how many elements are
+    between, how many follow in whole 16 bytes). UNIT elements are 16 bytes; if not ODD, rows begin and end so."""
     begin = row * stride
     inner_begin = row * (stride // UNIT) * UNIT  # which divides by UNIT, as the compiler sees
     head = 0
@@ -520,7 +520,7 @@ def _backward_tile(
             columns = head + start + tl.arange(0, BLOCK_V)
             _write_whole(logits_ptr, tile_ptr, columns, kept, row, weight_ptr, V, SMOOTH)
         else:
-            PART: tl.constexpr = BLOCK_V // 4  # the whole tile would do for the last what that needs not
+            PART: tl.constexpr = BLOCK_V // 4  # what is left may be little
             for part in range(0, inner - start, PART):
                 places = part + tl.arange(0, PART)
                 columns_of_part = head + start + places
