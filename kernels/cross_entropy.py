@@ -25,9 +25,29 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from kernels import device as devices
 from kernels import reference, tiles
 from kernels.device import Device
+from kernels.losses import (
+    CHECK_TARGETS,
+    check_kinds,
+    check_shapes,
+    check_targets,
+    lanes,
+    logit_gradients,
+    long_row_sums,
+    numbers,
+    row_alone,
+    row_losses,
+    row_scales,
+    row_sums,
+    row_targets,
+    target_weights,
+    write_part,
+    write_row_ends,
+    write_row_gradients,
+    write_target,
+    write_whole,
+)
 from kernels.op import (
     Case,
     Cost,
@@ -38,10 +58,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
-    check_number,
-    exp,
     facts_of,
-    fma,
     next_power_of_2,
     plan_only,
     pointers,
@@ -54,287 +71,6 @@ from kernels.op import (
 )
 
 # ---------------------------------------------------------------- kernels
-
-
-@triton.jit
-def row_sums(
-    logits_ptr, weight_ptr, in_rows, V, width, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
-    PADDED: tl.constexpr,
-):  # fmt: skip
-    """One walk over ROWS rows: their largest logit, sum of exp(x - peak), and sum of w_c * (x_c - peak) if SMOOTH.
-
-    logits_ptr: where each of the rows begins (ROWS, 1). A row has V logits and, if PADDED, no logits between V and
-    width, a multiple of 16: reading them too keeps the loads wide. Shared with linear cross-entropy, as the next two.
-    """
-    columns = tl.arange(0, BLOCK_V)[None, :]
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    below = tl.zeros([ROWS], tl.float32)
-    weight_so_far = 0.0
-    for start in range(0, V, BLOCK_V):
-        in_row = start + columns < V
-        mask = in_rows[:, None] & (start + columns < width)
-        x = tl.load(logits_ptr + start + columns, mask=mask, other=float("-inf")).to(tl.float32)
-        if PADDED:
-            x = tl.where(in_row, x, float("-inf"))
-        peak, total, below, weight_so_far = _add_tile(
-            peak, total, below, weight_so_far, x, start + columns, in_row, weight_ptr, SMOOTH
-        )
-    return peak, total, below
-
-
-@triton.jit
-def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH: tl.constexpr):
-    """The running numbers of row_sums, and the weights so far, after the logits x; -inf where none is in_row."""
-    highest = tl.maximum(peak, tl.max(x, axis=1))
-    base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
-    total = total * exp(peak - base) + tl.sum(exp(x - base[:, None]), axis=1)
-    if SMOOTH:
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-        else:
-            w = in_row.to(tl.float32)
-        shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-        below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
-        weight_so_far += tl.sum(w)
-    return highest, total, below, weight_so_far
-
-
-@triton.jit
-def row_alone(row, stride, width, UNIT: tl.constexpr, ODD: tl.constexpr):
-    """Of a row that a program has to itself: (where it begins, where its first whole 16 bytes do, how many elements are
-    between, how many follow in whole 16 bytes). UNIT elements are 16 bytes; if not ODD, rows begin and end so."""
-    begin = row * stride
-    inner_begin = row * (stride // UNIT) * UNIT  # which divides by UNIT, as the compiler sees
-    head = 0
-    if ODD:
-        inner_begin = tl.cdiv(begin, UNIT) * UNIT
-        head = (inner_begin - begin).to(tl.int32)
-    return begin, inner_begin, head, tl.maximum(width - head, 0) // UNIT * UNIT
-
-
-@triton.jit
-def ends_of_row(head, inner, width, UNIT: tl.constexpr):
-    """The columns of a row alone that are in no whole 16 bytes, at its begin and its end, and which of them exist."""
-    places = tl.arange(0, 2 * UNIT)
-    columns = tl.where(places < UNIT, places, head + inner + places - UNIT)
-    return columns, ((places >= UNIT) | (places < head)) & (columns < width)
-
-
-@triton.jit
-def long_row_sums(
-    row_ptr, inner_ptr, head, inner, weight_ptr, V,
-    BLOCK_V: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ENDS: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """row_sums of a row alone, in LANES sums of their own that only the end puts together: a lane reads UNIT elements,
-    16 bytes, at a time, and is a thread, so that no tile waits for all threads' largest logit.
-
-    inner_ptr: row_ptr + head, where 16 bytes begin; ENDS: whether there may be logits beside the inner ones.
-    """
-    PART: tl.constexpr = LANES * UNIT
-    lanes = tl.arange(0, LANES)[None, :, None] * UNIT + tl.arange(0, UNIT)[None, None, :]
-    places = tl.arange(0, BLOCK_V // PART)[:, None, None] * PART + lanes
-    peak = tl.full([LANES], float("-inf"), tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    below = tl.zeros([LANES], tl.float32)
-    weight_so_far = tl.zeros([LANES], tl.float32)
-    whole = inner // BLOCK_V * BLOCK_V
-    for start in range(0, whole, BLOCK_V):
-        x = tl.load(inner_ptr + start + places).to(tl.float32)
-        columns = head + start + places
-        peak, total, below, weight_so_far = _add_to_lanes(
-            peak, total, below, weight_so_far, x, columns, columns >= 0, weight_ptr, SMOOTH
-        )
-    for start in range(whole, inner, PART):
-        mask = start + lanes < inner
-        x = tl.load(inner_ptr + start + lanes, mask=mask, other=float("-inf")).to(tl.float32)
-        peak, total, below, weight_so_far = _add_to_lanes(
-            peak, total, below, weight_so_far, x, head + start + lanes, mask, weight_ptr, SMOOTH
-        )
-    highest = tl.max(peak, axis=0, keep_dims=True)
-    if ENDS:
-        columns, there = ends_of_row(head, inner, V, UNIT)
-        x = tl.load(row_ptr + columns, mask=there, other=float("-inf")).to(tl.float32)
-        highest = tl.maximum(highest, tl.max(x, axis=0, keep_dims=True))
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(total * exp(peak - base), axis=0, keep_dims=True)
-    if SMOOTH:
-        below += tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-        below = tl.sum(below, axis=0, keep_dims=True)
-    else:
-        below = tl.zeros([1], tl.float32)
-    if ENDS:
-        total += tl.sum(exp(x - base), axis=0, keep_dims=True)
-        if SMOOTH:
-            w = there.to(tl.float32)
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + columns, mask=there, other=0.0).to(tl.float32)
-            below += tl.sum(tl.where(there, w * (x - base), 0.0), axis=0, keep_dims=True)
-    return highest, total, below
-
-
-@triton.jit
-def _add_to_lanes(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH: tl.constexpr):
-    """_add_tile for each lane, the middle axis of x. A lane without a finite logit has a base of zero, as a row has."""
-    highest = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    x -= base[None, :, None]
-    total = total * exp(peak - base) + tl.sum(tl.sum(exp(x), axis=2), axis=0)
-    if SMOOTH:
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-        else:
-            w = in_row.to(tl.float32)
-        shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-        below += shift + tl.sum(tl.sum(tl.where(in_row, w * x, 0.0), axis=2), axis=0)
-        weight_so_far += tl.sum(tl.sum(w, axis=2), axis=0)
-    return highest, total, below, weight_so_far
-
-
-@triton.jit
-def row_targets(logits_ptr, target, weight_ptr, in_rows, ignore_index, V):
-    """(logit, weight) of the targets of rows that begin at logits_ptr (ROWS, 1), zeros of those that are no class."""
-    there = in_rows & (target >= 0) & (target < V)
-    logit = tl.load(logits_ptr + tl.where(there, target, 0)[:, None], mask=there[:, None], other=0.0).to(tl.float32)
-    weight = tl.where(there & (target != ignore_index), 1.0, 0.0)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + target, mask=there & (target != ignore_index), other=0.0).to(tl.float32)
-    return tl.sum(logit, axis=1), weight
-
-
-@triton.jit
-def row_losses(
-    target, target_logit, target_weight, weight_ptr, weight_sum_ptr, peak, total, below, ignore_index, smoothing, V,
-    SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """Losses of rows whose sums are known; lse is peak + log(total)."""
-    kept = target != ignore_index
-    valid = (target >= 0) & (target < V)
-    log_total = tl.log(total)
-    loss = target_weight * (log_total + (peak - target_logit))
-    if SMOOTH:
-        weight_sum = V * 1.0
-        if weight_ptr is not None:
-            weight_sum = tl.load(weight_sum_ptr)
-        loss = (1.0 - smoothing) * loss + smoothing / V * (weight_sum * log_total - below)
-    return tl.where(kept, tl.where(valid, loss, float("nan")), 0.0)
-
-
-@triton.jit
-def row_scales(
-    target, target_weight, grad, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V,
-    SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """What logit_gradients needs of rows: (the scale of exp(x - peak), what the target's column has less, what every
-    class has less by its weight, the peak, the target's column or -1, whether the row is kept).
-
-    Ignored rows get zeros, with which their gradients are zeros for any finite logits: loads leave those rows out.
-    """
-    if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr)
-        grad = tl.where(divisor == 0.0, float("nan"), grad / divisor)  # as the loss is, whatever its numerator
-    kept = target != ignore_index
-    valid = (target >= 0) & (target < V)
-    grad = tl.where(kept, tl.where(valid, grad, float("nan")), 0.0)
-    scale = target_weight * grad
-    less, spread = scale, scale
-    if SMOOTH:
-        weight_sum = V * 1.0
-        if weight_sum_ptr is not None:
-            weight_sum = tl.load(weight_sum_ptr)
-        spread = smoothing / V * grad
-        less = (1.0 - smoothing) * scale
-        scale = fma(spread, weight_sum, less)
-    scale = tl.where(kept, scale / total, 0.0)
-    place = tl.where(kept & valid, target, -1).to(tl.int32)
-    return scale, less, spread, tl.where(kept, peak, 0.0), place, kept
-
-
-@triton.jit
-def logit_gradients(x, columns, row, weight_ptr, V, SMOOTH: tl.constexpr, TARGET: tl.constexpr):
-    """grad * dloss/dx for the logits x at `columns` of some rows, by their row_scales.
-
-    TARGET: the target of a row may be among the columns. The look for it takes a third of what is left to do for a
-    logit, so that a row alone has its target's gradient made apart.
-    """
-    scale, less, spread, peak, place, _ = row
-    part = exp(x - peak[:, None])  # of the sum that scale is over
-    # each product that is added to is a fused one by name: which are fused must not differ from kernel to kernel
-    scale, less, spread = scale[:, None], less[:, None], spread[:, None]
-    if SMOOTH:
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-            less, spread = fma(w, spread, less), w * spread
-        else:
-            less += spread
-        dx = fma(part, scale, -spread)
-    else:
-        dx = part * scale
-    if TARGET:
-        dx = tl.where(columns[None, :] == place[:, None], fma(part, scale, -less), dx)
-    return dx
-
-
-@triton.jit
-def _write_whole(logits_ptr, dlogits_ptr, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
-    """Gradients of a tile of a row alone, none of them as a target's: zeros of a row that is not kept."""
-    places = tl.arange(0, columns.shape[0])[None, :]
-    if kept:
-        x = tl.load(logits_ptr + places).to(tl.float32)
-        dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, False)
-        tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), cache_modifier=".cs")
-    else:
-        tl.store(dlogits_ptr + places, tl.zeros([1, columns.shape[0]], dlogits_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _write_part(logits_ptr, dlogits_ptr, places, mask, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
-    """_write_whole of the places that the mask has."""
-    places, mask = places[None, :], mask[None, :]
-    x = tl.load(logits_ptr + places, mask=mask & kept, other=0.0).to(tl.float32)
-    dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, False)
-    tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _write_target(drow_ptr, row, logit, there, weight_ptr, V, SMOOTH: tl.constexpr):
-    """The gradient of the target of a row alone, if it is there, over what was written for it as for any other."""
-    dx = logit_gradients(logit[:, None], tl.where(there, row[4], 0), row, weight_ptr, V, SMOOTH, True)
-    tl.debug_barrier()  # that was another thread
-    tl.store(drow_ptr + row[4][:, None], cast(dx, drow_ptr.dtype.element_ty), mask=there[:, None])
-
-
-@triton.jit
-def write_ends(
-    row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT: tl.constexpr, SMOOTH: tl.constexpr
-):
-    """_write_whole of the row's ends_of_row."""
-    columns, there = ends_of_row(head, inner, width, UNIT)
-    _write_part(row_ptr, drow_ptr, columns, there, columns, kept, row, weight_ptr, V, SMOOTH)
-
-
-@triton.jit
-def write_row_gradients(
-    row_ptr, drow_ptr, inner_ptr, dinner_ptr, head, inner, width, kept, row, target_logit, weight_ptr, V,
-    BLOCK_V: tl.constexpr, PART: tl.constexpr, UNIT: tl.constexpr, ENDS: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a row alone, which may overwrite the logits; `width` of them, V or more, are read and written.
-
-    Pointers, tiles and parts are long_row_sums's, walked back from the row's end: what was read last is in the L2 cache
-    still. The target's gradient is made apart, and written last.
-    """
-    tl.debug_barrier()  # before other threads write where target_logit was read
-    if ENDS:
-        write_ends(row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH)
-    whole = inner // BLOCK_V * BLOCK_V
-    for start in range(whole, inner, PART):
-        places = start + tl.arange(0, PART)
-        _write_part(inner_ptr, dinner_ptr, places, places < inner, head + places, kept, row, weight_ptr, V, SMOOTH)
-    for tile in range(0, whole // BLOCK_V):
-        start = whole - (tile + 1) * BLOCK_V
-        columns = head + start + tl.arange(0, BLOCK_V)
-        _write_whole(inner_ptr + start, dinner_ptr + start, columns, kept, row, weight_ptr, V, SMOOTH)
-    _write_target(drow_ptr, row, target_logit, row[4] >= 0, weight_ptr, V, SMOOTH)
 
 
 @triton.jit
@@ -485,10 +221,7 @@ def _backward_tile(
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
     peak = tl.load(lse_ptr + 2 * rows, mask=in_rows, other=0.0)
     total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=1.0)
-    target_weight = tl.full([ROWS], 1.0, tl.float32)
-    if weight_ptr is not None:
-        weighed = in_rows & (target != ignore_index) & (target >= 0) & (target < V)
-        target_weight = tl.load(weight_ptr + target, mask=weighed, other=0.0).to(tl.float32)
+    target_weight = target_weights(target, weight_ptr, in_rows, ignore_index, V)
     row = row_scales(
         target, target_weight, grad, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
     )
@@ -511,25 +244,25 @@ def _backward_tile(
             tl.debug_barrier()  # before another thread writes where this was read
         if ODD:
             if tile == 0:
-                write_ends(
+                write_row_ends(
                     logits_ptr + begin, dlogits_ptr + dbegin, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH
                 )
         logits_ptr += inner_begin + start
         tile_ptr = dlogits_ptr + dinner_begin + start
         if start + BLOCK_V <= inner:
             columns = head + start + tl.arange(0, BLOCK_V)
-            _write_whole(logits_ptr, tile_ptr, columns, kept, row, weight_ptr, V, SMOOTH)
+            write_whole(logits_ptr, tile_ptr, columns, kept, row, weight_ptr, V, SMOOTH)
         else:
             PART: tl.constexpr = BLOCK_V // 4  # what is left may be little
             for part in range(0, inner - start, PART):
                 places = part + tl.arange(0, PART)
                 columns_of_part = head + start + places
-                _write_part(
+                write_part(
                     logits_ptr, tile_ptr, places, places < inner - start, columns_of_part, kept, row, weight_ptr, V,
                     SMOOTH,
                 )  # fmt: skip
         if holds:
-            _write_target(dlogits_ptr + dbegin, row, logit, there, weight_ptr, V, SMOOTH)
+            write_target(dlogits_ptr + dbegin, row, logit, there, weight_ptr, V, SMOOTH)
     else:
         columns = start + tl.arange(0, BLOCK_V)
         mask = in_rows[:, None] & (columns < width)[None, :]
@@ -579,17 +312,6 @@ def _can_make_gradient(logits: torch.Tensor, reduction: str, device: Device) -> 
     if reduction == "none" or logits.dtype == torch.float16 or not logits.is_contiguous():
         return False
     return _programs(*logits.shape, device)[1]
-
-
-def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
-    return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
-
-
-def lanes(logits: Spec, block_v: int, warps: int, device: Device) -> dict[str, int]:
-    """What long_row_sums takes of a tile: a lane for each thread, 16 bytes at a time."""
-    unit = 16 // logits.dtype.itemsize
-    threads = block_v if device.arch == "interpreter" else 32 * warps
-    return {"LANES": max(1, min(threads, block_v // unit)), "UNIT": unit}
 
 
 def _odd(logits: Spec, n_classes: int) -> bool:
@@ -645,21 +367,6 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
 
 # ---------------------------------------------------------------- registration
-
-CHECK_TARGETS = devices.INTERPRETED or devices.DEBUG
-
-
-def check_targets(name: str, target: torch.Tensor, n_classes: int, ignore_index: int) -> None:
-    outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
-    if outside.any():
-        wrong = target[outside][0].item()
-        raise IndexError(f"{name}: target {wrong} is out of bounds for {n_classes} classes")
-
-
-def check_weight(name: str, weight: torch.Tensor | None) -> None:
-    """RuntimeError for class weights that should have a gradient: the ops have none for them, nor has PyTorch."""
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: not differentiable with respect to weight; pass weight.detach()")
 
 
 def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
@@ -723,9 +430,8 @@ def _backward(
     label_smoothing: float,
 ) -> torch.Tensor:
     """Gradient of the logits (n_rows, V)."""
-    dlogits = _empty_backward(logits)
-    saved = (logits, target, weight, lse, divisor)
-    _write_gradient(dlogits, None, grad, *saved, ignore_index, reduction, label_smoothing)
+    dlogits, saved = _empty_backward(logits), (logits, target, weight, lse, divisor)
+    _correct(dlogits, None, grad, *saved, ignore_index, reduction, label_smoothing)
     return dlogits
 
 
@@ -742,17 +448,11 @@ def _correct(
     reduction: str,
     label_smoothing: float,
 ) -> None:
-    """_backward into the gradient that forward made for a grad of 1, where that is not what came.
+    """Write the gradient (n_rows, V) over dlogits, which forward made for a grad of 1, where that is not what came.
 
-    `changed` remembers that: a CUDA graph of this alone may be replayed with one grad after another.
+    `changed` remembers that: a CUDA graph of this alone may be replayed with one grad after another. Without it, which
+    the op does not allow, nothing was made.
     """
-    saved = (logits, target, weight, lse, divisor)
-    _write_gradient(dlogits, changed, grad, *saved, ignore_index, reduction, label_smoothing)
-
-
-def _write_gradient(
-    dlogits, changed, grad, logits, target, weight, lse, divisor, ignore_index, reduction, label_smoothing
-):
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
     tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits, "changed": changed}
@@ -812,43 +512,15 @@ correct = register("cross_entropy_correct", _correct, lambda *_: None, changes=(
 
 # ---------------------------------------------------------------- public
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def _check(input, target, weight, ignore_index, reduction, label_smoothing):
-    """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
-    check_number("cross_entropy", "ignore_index", ignore_index, whole=True)
-    check_number("cross_entropy", "label_smoothing", label_smoothing)
-    if input.dtype not in DTYPES:
-        raise NotImplementedError(f"cross_entropy: input is {input.dtype}; the kernel has float32, float16, bfloat16")
-    if target.dtype.is_floating_point and target.shape == input.shape:
-        raise NotImplementedError("cross_entropy: probability targets are not implemented; class indices are")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"cross_entropy: target must be int64, got {target.dtype}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    tensors = {"input": input, "weight": weight}
+    check_kinds("cross_entropy", tensors, target, input.shape, ignore_index, reduction, label_smoothing)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
     classes = 0 if input.dim() == 1 else 1
     expected = input.shape[:classes] + input.shape[classes + 1 :]
-    if target.shape != expected:
-        raise (ValueError if input.dim() > 1 and target.shape[:1] != expected[:1] else RuntimeError)(
-            f"cross_entropy: input {list(input.shape)} needs a target of shape {list(expected)}, "
-            f"got {list(target.shape)}"
-        )
-    if weight is not None and weight.shape != (input.shape[classes],):
-        raise RuntimeError(
-            f"cross_entropy: weight must have one element for each of the {input.shape[classes]} classes, "
-            f"got shape {list(weight.shape)}"
-        )
-    if weight is not None and weight.dtype not in DTYPES:
-        raise NotImplementedError(f"cross_entropy: weight is {weight.dtype}; the kernel has float32, float16, bfloat16")
-    check_weight("cross_entropy", weight)
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
+    check_shapes("cross_entropy", tensors, target, expected, input.shape[classes])
 
 
 def _makes_gradient(logits: torch.Tensor, reduction: str) -> bool:

@@ -31,11 +31,14 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.cross_entropy import (
+from kernels.cross_entropy import plan_backward as plan_logits_backward
+from kernels.cross_entropy import tile, weight_sum
+from kernels.device import Device
+from kernels.losses import (
     CHECK_TARGETS,
-    DTYPES,
+    check_kinds,
+    check_shapes,
     check_targets,
-    check_weight,
     lanes,
     logit_gradients,
     long_row_sums,
@@ -44,12 +47,8 @@ from kernels.cross_entropy import (
     row_scales,
     row_sums,
     row_targets,
-    tile,
-    weight_sum,
     write_row_gradients,
 )
-from kernels.cross_entropy import plan_backward as plan_logits_backward
-from kernels.device import Device
 from kernels.op import (
     Case,
     Cost,
@@ -59,7 +58,6 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
-    check_number,
     next_power_of_2,
     plan_only,
     pointers,
@@ -491,26 +489,14 @@ def _backward_flops(grad_shape, input_shape, linear_weight_shape, *arguments, **
 
 
 def _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing):
-    """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
     name = "linear_cross_entropy"
-    check_number(name, "ignore_index", ignore_index, whole=True)
-    check_number(name, "label_smoothing", label_smoothing)
-    autocast = autocast_dtype(input.device) is not None
-    for what, tensor in (
-        ("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("weight", weight),
-    ):  # fmt: skip
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise NotImplementedError(f"{name}: {what} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
-        if tensor is not None and what.startswith("linear") and tensor.dtype != input.dtype and not autocast:
+    tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}
+    probabilities = input.shape[:-1] + linear_weight.shape[:1]
+    check_kinds(name, tensors, target, probabilities, ignore_index, reduction, label_smoothing)
+    for what, tensor in tensors.items():
+        same = tensor is None or tensor.dtype == input.dtype or autocast_dtype(input.device) is not None
+        if what.startswith("linear") and not same:
             raise RuntimeError(f"{name}: {what} is {tensor.dtype}, input {input.dtype}; they must be of one dtype")
-    if target.dtype.is_floating_point and target.shape == (*input.shape[:-1], linear_weight.shape[0]):
-        raise NotImplementedError(f"{name}: probability targets are not implemented; class indices are")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"{name}: target must be int64, got {target.dtype}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if input.dim() == 0:
         raise RuntimeError(f"{name}: input must be (H,) or (..., H), got a scalar")
     if linear_weight.dim() < 2:
@@ -523,23 +509,7 @@ def _check(input, linear_weight, target, linear_bias, weight, ignore_index, redu
     n_classes, hidden = linear_weight.shape
     if input.shape[-1] != hidden:
         raise RuntimeError(f"{name}: input {list(input.shape)} does not end in linear_weight's {hidden} features")
-    for what, tensor in (("linear_bias", linear_bias), ("weight", weight)):
-        if tensor is not None and tensor.shape != (n_classes,):
-            raise RuntimeError(
-                f"{name}: {what} must have one element for each of the {n_classes} classes, got shape "
-                f"{list(tensor.shape)}"
-            )
-    check_weight(name, weight)
-    if target.shape != input.shape[:-1]:
-        raise (ValueError if input.dim() > 1 and target.shape[:1] != input.shape[:1] else RuntimeError)(
-            f"{name}: input {list(input.shape)} needs a target of shape {list(input.shape[:-1])}, "
-            f"got {list(target.shape)}"
-        )
-    for what, tensor in (
-        ("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias), ("weight", weight),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"{name}: {what} is on {tensor.device}, input on {input.device}")
+    check_shapes(name, tensors, target, input.shape[:-1], n_classes)
 
 
 def linear_cross_entropy(
