@@ -6,8 +6,6 @@ one place, and the learning rate is a tensor.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,16 +86,29 @@ def _side(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+class capturing:
     """torch.cuda.graph, with its options. Afterwards the current stream is the one before, whatever has failed: a
-    capture that cannot be ended leaves its own."""
-    before = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, **options):
-            yield
-    finally:
-        torch.cuda.set_stream(before)
+    capture that cannot be ended leaves its own.
+
+    No generator: since Python 3.12 one that another error leaves is a cycle with the frame that has the first.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, **options: Any):
+        self._before = torch.cuda.current_stream()
+        self._capture = torch.cuda.graph(graph, **options)
+
+    def __enter__(self) -> None:
+        try:
+            self._capture.__enter__()
+        except BaseException:
+            torch.cuda.set_stream(self._before)
+            raise
+
+    def __exit__(self, *failure: Any) -> None:
+        try:
+            self._capture.__exit__(*failure)
+        finally:
+            torch.cuda.set_stream(self._before)
 
 
 def capture(work: Any, instead: str) -> tuple[Any, Tensor]:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minigpt.errors import UserError
 from profiling.instructions import cdna_mix, hopper_loops, sass_mix
 
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
@@ -185,5 +186,10 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            f"Triton's nvdisasm cannot read what its ptxas made ({done.stderr.strip()}): set TRITON_NVDISASM_PATH to a "
+            "newer one"
+        )
+    return done.stdout

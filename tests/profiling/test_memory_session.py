@@ -117,8 +117,8 @@ def test_what_does_not_fit_is_a_row_that_says_so(gpu, monkeypatch, error):
 def test_the_prediction_stands_beside_the_measurement(gpu, monkeypatch, capsys, tmp_path):
     """The whole command, as on a GPU: the error is estimate / measured - 1."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cpu = torch.device("cpu")
-    measured = memory_session.measure(_config(), 1, None, cpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    measured = memory_session.measure(_config(), 1, None, torch.device("cpu"))
     monkeypatch.setattr(memory_session, "measure", lambda *_: measured)
     arguments = "memory --preset tiny --kernels torch --dtype fp32 --arch sm_90".split()
     page = tmp_path / "page.html"

@@ -21,6 +21,7 @@ from kernels.device import HAS_TRITON, TARGETS
 from minigpt.errors import UserError, door
 from profiling import __main__, resources
 from profiling.instructions import overlapped
+from profiling.limits import PEAKS
 from profiling.resources import trial_of
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -418,7 +419,7 @@ import torch
 from kernels import device
 from profiling import __main__
 
-gpu = dataclasses.replace(device.TARGETS["sm_100"], arch="sm_103", name="a GPU", shared_memory=70_000)
+gpu = dataclasses.replace(device.TARGETS["sm_89"], arch="sm_87", name="a GPU", shared_memory=70_000)
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 device.facts = lambda device: gpu
@@ -434,13 +435,25 @@ def test_here_means_this_gpu(tmp_path):
     assert done.stdout, done.stderr
     document = json.loads(done.stdout)
     assert {(use["arch"], use["shared_memory_limit"], use["error"]) for use in document["kernels"]} == {
-        ("sm_103", 70_000, "")
+        ("sm_87", 70_000, "")
     }
     compiled = [json.loads(path.read_text()) for path in tmp_path.rglob("_layer_norm_*.json")]
     targets = [kernel["target"]["arch"] for kernel in compiled if "target" in kernel]
-    assert targets == [103] * len(document["kernels"])
+    assert targets == [87] * len(document["kernels"])
     assert {use["occupancy"]["blocks"] > 0 for use in document["kernels"]} == {True}
-    assert {row["product"] for row in document["rooflines"]} == {"B200"}
+    assert {row["product"] for row in document["rooflines"]} == {PEAKS["sm_89"].product}
+
+
+def test_machine_code_that_the_disassembler_cannot_read_is_told_in_a_line(tmp_path):
+    """As Triton 3.6's, older than its ptxas, for compute capability 10.3."""
+    older = tmp_path / "nvdisasm"
+    older.write_text("#!/bin/sh\n[ $1 = --version ] && echo Cuda compilation tools, release 12.8, V12.8.55 && exit\n"
+                     "echo \"nvdisasm fatal   : Cannot decode architecture 'SM103a'\" >&2; exit 1\n")  # fmt: skip
+    older.chmod(0o755)
+    what = "resources --op layer_norm --case 384 --arch sm_90 --dtype bfloat16 --workers 1".split()
+    done = forked.run("-m", "profiling", *what, TRITON_NVDISASM_PATH=str(older))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Cannot decode architecture 'SM103a'" in done.stderr and "TRITON_NVDISASM_PATH" in done.stderr
 
 
 def test_here_without_a_gpu_is_refused(monkeypatch):
