@@ -10,10 +10,11 @@ where g is the incoming gradient of the row: for "mean" that of the loss over th
 is ignore_index have loss and gradient zero and no part in that sum. A target outside [0, V) makes its row's
 loss and gradient NaN.
 
-Forward walks a row once with a running maximum and sum, and saves lse in these two parts: added up, large logits would
-cost p its digits. Backward makes p from the logits again, so the only buffer of the logits' size is their gradient. It
-reads them and writes the gradient; of long rows forward does, while they are in the cache, for an incoming gradient of
-1, and backward only if another comes. Five to ten operations an element: bandwidth is the bound.
+Forward walks a row once with a running maximum and sum, its peak and its total, and saves these two: lse, peak +
+log(total), would cost p its digits where logits are large. Backward makes p from the logits again, so the only buffer
+of the logits' size is their gradient. It reads them and writes the gradient; of long rows forward does, while they are
+in the cache, for an incoming gradient of 1, and backward only if another comes. Five to ten operations an element:
+bandwidth is the bound.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
 Szegedy et al., "Rethinking the Inception architecture" (2015), https://arxiv.org/abs/1512.00567, for smoothing.
@@ -25,15 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from kernels import reference, tiles
+from kernels import reference
 from kernels.device import Device
 from kernels.losses import (
     CHECK_TARGETS,
     check_kinds,
-    check_shapes,
+    check_fit,
     check_targets,
     lanes,
-    logit_gradients,
     long_row_sums,
     numbers,
     row_alone,
@@ -42,9 +42,12 @@ from kernels.losses import (
     row_sums,
     row_targets,
     target_weights,
+    tile,
+    weight_sum,
     write_part,
     write_row_ends,
     write_row_gradients,
+    write_rows,
     write_target,
     write_whole,
 )
@@ -80,22 +83,18 @@ def _cross_entropy_weigh(target_ptr, weight_ptr, divisor_ptr, n_rows, ignore_ind
     for start in range(0, n_rows, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         target = tl.load(target_ptr + rows, mask=rows < n_rows, other=-1)
-        weighs = (rows < n_rows) & (target != ignore_index) & (target >= 0) & (target < V)
-        if weight_ptr is not None:
-            total += tl.load(weight_ptr + target, mask=weighs, other=0.0).to(tl.float32)
-        else:
-            total += weighs.to(tl.float32)
+        total += target_weights(target, weight_ptr, rows < n_rows, ignore_index, V)
     tl.store(divisor_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit
 def _cross_entropy_forward(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, parts_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, losses_ptr, parts_ptr, sums_ptr, divisor_ptr, dlogits_ptr,
     changed_ptr, n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr,
     ODD: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows: the two parts of their lse, and their losses, or its parts of the sums of losses and of
+    """A program owns ROWS rows: their peak and total, and their losses, or its parts of the sums of losses and of
     the targets' weights. One row alone, whose weight is in divisor_ptr already, may have its gradient made too, for an
     incoming gradient of 1.
 
@@ -117,8 +116,8 @@ def _cross_entropy_forward(
         target, target_logit, target_weight, weight_ptr, weight_sum_ptr, peak, total, below, ignore_index, smoothing, V,
         SMOOTH,
     )  # fmt: skip
-    tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
-    tl.store(lse_ptr + 2 * rows + 1, total, mask=in_rows)
+    tl.store(sums_ptr + 2 * rows, peak, mask=in_rows)
+    tl.store(sums_ptr + 2 * rows + 1, total, mask=in_rows)
     if losses_ptr is not None:
         tl.store(losses_ptr + rows, cast(loss, losses_ptr.dtype.element_ty), mask=in_rows)
     else:
@@ -130,13 +129,13 @@ def _cross_entropy_forward(
         if tl.program_id(0) == 0:
             tl.store(changed_ptr, 0.0)
         one = tl.full([ROWS], 1.0, tl.float32)
-        row = row_scales(
+        scales, _ = row_scales(
             target, target_weight, one, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
         )
         kept = tl.load(target_ptr + tl.program_id(0)) != ignore_index
         write_row_gradients(
             logits_ptr + begin, dlogits_ptr + begin, logits_ptr + inner_begin, dlogits_ptr + inner_begin, head, inner,
-            V, kept, row, target_logit, weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, ODD, SMOOTH,
+            V, kept, scales, target_logit, weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, ODD, SMOOTH,
         )  # fmt: skip
 
 
@@ -173,7 +172,7 @@ def _cross_entropy_reduce(
 
 @triton.jit
 def _cross_entropy_backward(
-    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr, changed_ptr,
+    grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, sums_ptr, divisor_ptr, dlogits_ptr, changed_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
     ALIKE: tl.constexpr,
@@ -194,109 +193,97 @@ def _cross_entropy_backward(
         if again:
             for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS) * tiles, tl.num_programs(0)):
                 _backward_tile(
-                    tile // tiles, tile % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr,
-                    divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index,
-                    smoothing, V, BLOCK_V, ROWS, SMOOTH, UNIT, ODD, ALIKE,
+                    tile // tiles, tile % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr,
+                    sums_ptr, divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride, width,
+                    ignore_index, smoothing, V, BLOCK_V, ROWS, SMOOTH, UNIT, ODD, ALIKE,
                 )  # fmt: skip
     else:
         _backward_tile(
             tl.program_id(0) // tiles, tl.program_id(0) % tiles, grad_ptr, logits_ptr, target_ptr, weight_ptr,
-            weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride, width,
-            ignore_index, smoothing, V, BLOCK_V, ROWS, SMOOTH, UNIT, ODD, ALIKE,
+            weight_sum_ptr, sums_ptr, divisor_ptr, dlogits_ptr, n_rows, grad_stride, row_stride, dlogits_stride,
+            width, ignore_index, smoothing, V, BLOCK_V, ROWS, SMOOTH, UNIT, ODD, ALIKE,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_tile(
-    block, tile, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, divisor_ptr, dlogits_ptr,
+    block, tile, grad_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, sums_ptr, divisor_ptr, dlogits_ptr,
     n_rows, grad_stride, row_stride, dlogits_stride, width, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr,
     ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """_cross_entropy_backward's tile of one block of rows. The first of a row alone has its ends too."""
+    """_cross_entropy_backward's tile of one block of rows."""
     first = tl.cast(block, tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
     in_rows = rows < n_rows
     target = tl.load(target_ptr + rows, mask=in_rows, other=0)
     grad = tl.load(grad_ptr + rows * grad_stride, mask=in_rows, other=0.0).to(tl.float32)
-    peak = tl.load(lse_ptr + 2 * rows, mask=in_rows, other=0.0)
-    total = tl.load(lse_ptr + 2 * rows + 1, mask=in_rows, other=1.0)
-    target_weight = target_weights(target, weight_ptr, in_rows, ignore_index, V)
-    row = row_scales(
+    peak = tl.load(sums_ptr + 2 * rows, mask=in_rows, other=0.0)
+    total = tl.load(sums_ptr + 2 * rows + 1, mask=in_rows, other=1.0)
+    target_weight = tl.full([ROWS], 1.0, tl.float32)  # as row_scales asks itself which rows count
+    if weight_ptr is not None:
+        target_weight = target_weights(target, weight_ptr, in_rows, ignore_index, V)
+    scales, kept = row_scales(
         target, target_weight, grad, divisor_ptr, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
     )
-    start = tile * BLOCK_V
     if ROWS == 1:
-        begin, inner_begin, head, inner = row_alone(first, row_stride, width, UNIT, ODD)
-        dbegin = first * dlogits_stride
-        dinner_begin = dbegin + head
-        if ALIKE:
-            dinner_begin = tl.cdiv(dbegin, UNIT) * UNIT if ODD else first * (dlogits_stride // UNIT) * UNIT
-        row_target = tl.load(target_ptr + first)
-        kept = row_target != ignore_index
-        holds = (row_target >= head + start) & (row_target < head + start + BLOCK_V)
-        if ODD:
-            ends = (row_target < head) | (row_target >= head + inner)
-            holds = tl.where(ends, tile == 0, holds)
-        there = (row[4] >= 0) & holds
-        logit = tl.load(logits_ptr + begin + tl.where(there, row[4], 0), mask=there, other=0.0).to(tl.float32)
-        if holds:
-            tl.debug_barrier()  # before another thread writes where this was read
-        if ODD:
-            if tile == 0:
-                write_row_ends(
-                    logits_ptr + begin, dlogits_ptr + dbegin, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH
-                )
-        logits_ptr += inner_begin + start
-        tile_ptr = dlogits_ptr + dinner_begin + start
-        if start + BLOCK_V <= inner:
-            columns = head + start + tl.arange(0, BLOCK_V)
-            write_whole(logits_ptr, tile_ptr, columns, kept, row, weight_ptr, V, SMOOTH)
-        else:
-            PART: tl.constexpr = BLOCK_V // 4  # what is left may be little
-            for part in range(0, inner - start, PART):
-                places = part + tl.arange(0, PART)
-                columns_of_part = head + start + places
-                write_part(
-                    logits_ptr, tile_ptr, places, places < inner - start, columns_of_part, kept, row, weight_ptr, V,
-                    SMOOTH,
-                )  # fmt: skip
-        if holds:
-            write_target(dlogits_ptr + dbegin, row, logit, there, weight_ptr, V, SMOOTH)
+        _write_tile_of_row(
+            first, tile, logits_ptr, dlogits_ptr, tl.load(target_ptr + first), scales, weight_ptr, row_stride,
+            dlogits_stride, width, ignore_index, V, BLOCK_V, SMOOTH, UNIT, ODD, ALIKE,
+        )  # fmt: skip
     else:
-        columns = start + tl.arange(0, BLOCK_V)
-        mask = in_rows[:, None] & (columns < width)[None, :]
-        kept = row[5][:, None]
-        x = tl.load(logits_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask & kept, other=0.0)
-        dx = logit_gradients(x.to(tl.float32), columns, row, weight_ptr, V, SMOOTH, True)
-        dlogits_ptr += rows[:, None] * dlogits_stride + columns[None, :]
-        tl.store(dlogits_ptr, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+        write_rows(
+            logits_ptr + rows[:, None] * row_stride, dlogits_ptr + rows[:, None] * dlogits_stride,
+            tile * BLOCK_V + tl.arange(0, BLOCK_V), in_rows, width, kept, scales, weight_ptr, V, SMOOTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_tile_of_row(
+    row, tile, logits_ptr, dlogits_ptr, target, scales, weight_ptr, row_stride, dlogits_stride, width, ignore_index, V,
+    BLOCK_V: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ODD: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of a row alone. The first has the row's ends too."""
+    start = tile * BLOCK_V
+    begin, inner_begin, head, inner = row_alone(row, row_stride, width, UNIT, ODD)
+    dbegin = row * dlogits_stride
+    dinner_begin = dbegin + head
+    if ALIKE:
+        dinner_begin = tl.cdiv(dbegin, UNIT) * UNIT if ODD else row * (dlogits_stride // UNIT) * UNIT
+    kept = target != ignore_index
+    holds = (target >= head + start) & (target < head + start + BLOCK_V)
+    if ODD:
+        ends = (target < head) | (target >= head + inner)
+        holds = tl.where(ends, tile == 0, holds)
+    place = scales[4]
+    there = (place >= 0) & holds
+    logit = tl.load(logits_ptr + begin + tl.where(there, place, 0), mask=there, other=0.0).to(tl.float32)
+    if holds:
+        tl.debug_barrier()  # before another thread writes where this was read
+    if ODD:
+        if tile == 0:
+            write_row_ends(
+                logits_ptr + begin, dlogits_ptr + dbegin, head, inner, width, kept, scales, weight_ptr, V, UNIT, SMOOTH
+            )
+    logits_ptr += inner_begin + start
+    tile_ptr = dlogits_ptr + dinner_begin + start
+    if start + BLOCK_V <= inner:
+        columns = head + start + tl.arange(0, BLOCK_V)
+        write_whole(logits_ptr, tile_ptr, columns, kept, scales, weight_ptr, V, SMOOTH)
+    else:
+        PART: tl.constexpr = BLOCK_V // 4  # what is left may be little
+        for part in range(0, inner - start, PART):
+            places = part + tl.arange(0, PART)
+            columns_of_part = head + start + places
+            write_part(
+                logits_ptr, tile_ptr, places, places < inner - start, columns_of_part, kept, scales, weight_ptr, V,
+                SMOOTH,
+            )  # fmt: skip
+    if holds:
+        write_target(dlogits_ptr + dbegin, scales, logit, there, weight_ptr, V, SMOOTH)
 
 
 # ---------------------------------------------------------------- plan
-
-
-def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
-    """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short.
-
-    Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else. Forward, a
-    warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else. Longer
-    rows have a program each, and three tiles or four: what every thread does at a row's ends is as much as one of them.
-    Of the longest, whose second walk is to find in the L2 cache what its first has read, few are there at a time.
-    """
-    if device.arch == "interpreter":  # its cost is per program
-        block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
-        rows = min(max(2, next_power_of_2(n_rows)), (1 << 18) // block_v)
-        return block_v, 1 if which == "forward" and n_classes > 1024 else rows, 4
-    tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
-    if tuned:
-        return tuned
-    if which == "forward" and n_classes > 1024:
-        block_v = min(16384, max(1024, next_power_of_2(n_classes) // 4))
-        return block_v, 1, block_v // (512 if device.arch.startswith("sm_") else 1024)  # whose warps have 64 threads
-    block_v = max(16, min(next_power_of_2(n_classes), 8192))
-    warps = 1 if which == "forward" else 8 if block_v > 2048 else 4
-    return block_v, max(1, 2048 // block_v), warps
 
 
 @functools.lru_cache(maxsize=4096)
@@ -325,7 +312,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     block_v, rows, warps = tile(n_rows, n_classes, device, "forward")
     if specs["weight"] is not None and options["label_smoothing"] > 0.0:
         warps = max(warps, min(16, block_v // 256))  # with a tile of weights besides, 8 spill on sm_100
-    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "parts", "lse")
+    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "losses", "parts", "sums")
     arguments |= pointers(specs, "divisor", "dlogits", "changed")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
@@ -350,7 +337,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "backward")
-    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "lse", "divisor", "dlogits")
+    arguments = pointers(specs, "grad", "logits", "target", "weight", "weight_sum", "sums", "divisor", "dlogits")
     arguments |= pointers(specs, "changed")
     arguments |= {"n_rows": n_rows, "grad_stride": specs["grad"].stride[0] if specs["grad"].shape else 0}
     strides = {"row_stride": specs["logits"].stride[0], "dlogits_stride": specs["dlogits"].stride[0]}
@@ -369,18 +356,14 @@ def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 # ---------------------------------------------------------------- registration
 
 
-def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
-    return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None
-
-
 def _empty_forward(logits, reduction, out_dtype, made):
     n_rows, device = logits.shape[0], logits.device
     loss = torch.empty((n_rows,) if reduction == "none" else (), dtype=out_dtype, device=device)
-    lse = torch.empty((n_rows, 2), dtype=torch.float32, device=device)
+    sums = torch.empty((n_rows, 2), dtype=torch.float32, device=device)
     divisor = torch.empty(() if reduction == "mean" else 0, dtype=torch.float32, device=device)
     changed = torch.empty(() if made else 0, dtype=torch.float32, device=device)
     dlogits = _empty_backward(logits) if made else torch.empty(0, dtype=logits.dtype, device=device)
-    return loss, lse, divisor, dlogits, changed
+    return loss, sums, divisor, dlogits, changed
 
 
 def _forward(
@@ -393,14 +376,14 @@ def _forward(
     out_dtype: torch.dtype,
     made: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, parts of lse fp32 (n_rows, 2), and where they are asked for,
-    else empty: for "mean" the sum of the targets' weights, fp32 (); if `made` the logits' gradient for one of 1, and
-    zero, fp32 (), which stands for that.
+    """(n_rows, V), int64 (n_rows,) -> loss of `out_dtype`, peaks and totals fp32 (n_rows, 2), and where they are
+    asked for, else empty: for "mean" the sum of the targets' weights, fp32 (); if `made` the logits' gradient for one
+    of 1, and zero, fp32 (), which stands for that.
     """
     n_rows, n_classes = logits.shape
     if CHECK_TARGETS and not target.is_meta:
         check_targets("cross_entropy", target, n_classes, ignore_index)
-    loss, lse, divisor, dlogits, changed = _empty_forward(logits, reduction, out_dtype, made)
+    loss, sums, divisor, dlogits, changed = _empty_forward(logits, reduction, out_dtype, made)
     none = reduction == "none"
     parts = None
     if not none:
@@ -408,10 +391,14 @@ def _forward(
         parts = torch.empty((1 if alone else 2, programs), dtype=torch.float32, device=logits.device)
     tensors = {"logits": rows_of(logits), "target": target, "weight": weight}
     tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "losses": loss if none else None, "parts": parts}
-    tensors |= {"lse": lse, "divisor": divisor if reduction == "mean" else None, "loss": None if none else loss}
+    tensors |= {
+        "sums": sums,
+        "divisor": divisor if reduction == "mean" else None,
+        "loss": None if none else loss,
+    }
     tensors |= {"dlogits": dlogits, "changed": changed} if made else {"dlogits": None, "changed": None}
     run(plan_forward, tensors, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    return loss, lse, divisor, dlogits, changed
+    return loss, sums, divisor, dlogits, changed
 
 
 def _empty_backward(logits):
@@ -423,15 +410,16 @@ def _backward(
     logits: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     divisor: torch.Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
 ) -> torch.Tensor:
     """Gradient of the logits (n_rows, V)."""
-    dlogits, saved = _empty_backward(logits), (logits, target, weight, lse, divisor)
-    _correct(dlogits, None, grad, *saved, ignore_index, reduction, label_smoothing)
+    dlogits = _empty_backward(logits)
+    saved = (logits, target, weight, sums, divisor)
+    _write_gradient(dlogits, None, grad, *saved, ignore_index, reduction, label_smoothing)
     return dlogits
 
 
@@ -442,32 +430,38 @@ def _correct(
     logits: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     divisor: torch.Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
 ) -> None:
-    """Write the gradient (n_rows, V) over dlogits, which forward made for a grad of 1, where that is not what came.
+    """Gradient of the logits (n_rows, V) over that which forward made for a grad of 1, where another came.
 
-    `changed` remembers that: a CUDA graph of this alone may be replayed with one grad after another. Without it, which
-    the op does not allow, nothing was made.
+    `changed` remembers that: a CUDA graph of this alone may be replayed with one grad after another.
     """
+    saved = (logits, target, weight, sums, divisor)
+    _write_gradient(dlogits, changed, grad, *saved, ignore_index, reduction, label_smoothing)
+
+
+def _write_gradient(
+    dlogits, changed, grad, logits, target, weight, sums, divisor, ignore_index, reduction, label_smoothing
+):
     tensors = {"grad": grad, "logits": rows_of(logits), "target": target, "weight": weight}
-    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "lse": lse}
+    tensors |= {"weight_sum": weight_sum(weight, label_smoothing), "sums": sums}
     tensors |= {"divisor": divisor if reduction == "mean" else None, "dlogits": dlogits, "changed": changed}
     run(plan_backward, tensors, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
 def _save(ctx, inputs, output):
     logits, target, weight, ignore_index, reduction, label_smoothing, _, made = inputs
-    _, lse, divisor, dlogits, changed = output
+    _, sums, divisor, dlogits, changed = output
     # autograd holds on to what is marked for as long as the loss lives: the gradient is not
-    ctx.mark_non_differentiable(lse, divisor)
+    ctx.mark_non_differentiable(sums, divisor)
     ctx.options = (ignore_index, reduction, label_smoothing)
     # others of the same memory: an output would hold this ctx, and it the output
     ctx.made = (dlogits.detach(), changed.detach(), _captured(logits)) if made else None
-    ctx.save_for_backward(logits, target, weight, lse, divisor)
+    ctx.save_for_backward(logits, target, weight, sums, divisor)
 
 
 def _gradients(ctx, grad, *_):
@@ -520,7 +514,7 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
         raise RuntimeError("cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
     classes = 0 if input.dim() == 1 else 1
     expected = input.shape[:classes] + input.shape[classes + 1 :]
-    check_shapes("cross_entropy", tensors, target, expected, input.shape[classes])
+    check_fit("cross_entropy", tensors, target, expected, input.shape[classes])
 
 
 def _makes_gradient(logits: torch.Tensor, reduction: str) -> bool:

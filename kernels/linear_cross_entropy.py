@@ -9,15 +9,15 @@ through in chunks: a product makes the chunk's logits in a workspace, one Triton
 writes dZ over them, two products add the chunk's part to dX and dW. For "mean" and "sum" this happens in
 the forward pass: the incoming gradient g is one number, so dX, dW and db are made for g = 1 and backward
 multiplies. That takes three products of 2 N H V operations, as many as with the logits kept, and no fourth to
-make them again. For "none", where every row has its own g, forward saves lse, two numbers a row, and backward
+make them again. For "none", where every row has its own g, forward saves two numbers a row, and backward
 makes the logits a second time: four products.
 
 For "mean" the division by the sum of the targets' weights waits too: a dZ divided by some ten thousand rows would
 vanish in fp16. The chunks' dZ are made with weights w_y scaled to an average of 1, and the division by the
 number of rows happens in fp32, in the multiplication that backward does anyway.
 
-Saved for backward: dX in the products' dtype, dW and db in fp32 ("mean", "sum"), or the inputs and lse ("none"). dW and
-db are summed in fp32 from products with fp32 results, and rounded once. The products are PyTorch's.
+Saved for backward: dX in the products' dtype, dW and db in fp32 ("mean", "sum"), or the inputs and those numbers
+("none"). dW and db are summed in fp32 from products with fp32 results, and rounded once. The products are PyTorch's.
 
 Chunks whose gradients are made in the forward pass: Liger Kernel, Hsu et al. (2024),
 https://arxiv.org/abs/2410.10989. Softmax in one walk: Milakov and Gimelshein (2018), https://arxiv.org/abs/1805.02867.
@@ -32,22 +32,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.cross_entropy import plan_backward as plan_logits_backward
-from kernels.cross_entropy import tile, weight_sum
 from kernels.device import Device
 from kernels.losses import (
     CHECK_TARGETS,
     check_kinds,
-    check_shapes,
+    check_fit,
     check_targets,
     lanes,
-    logit_gradients,
     long_row_sums,
     numbers,
     row_losses,
     row_scales,
     row_sums,
     row_targets,
+    tile,
+    weight_sum,
     write_row_gradients,
+    write_rows,
 )
 from kernels.op import (
     Case,
@@ -73,12 +74,12 @@ from kernels.op import (
 
 @triton.jit
 def _linear_cross_entropy_forward(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, factor_ptr, losses_ptr, lse_ptr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, factor_ptr, losses_ptr, sums_ptr,
     n_rows, row_stride, ignore_index, smoothing, V,
     BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, PADDED: tl.constexpr, GRADIENTS: tl.constexpr,
     LANES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows of a chunk: their losses, their lse, and if GRADIENTS dZ, written over the logits.
+    """A program owns ROWS rows of a chunk: their losses, peaks and totals, and if GRADIENTS dZ, over the logits.
 
     row_stride is a multiple of 16, so rows are read and written to their end: masks at V would make every access one
     element wide.
@@ -101,34 +102,31 @@ def _linear_cross_entropy_forward(
         SMOOTH,
     )  # fmt: skip
     tl.store(losses_ptr + rows, loss, mask=in_rows)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + 2 * rows, peak, mask=in_rows)
-        tl.store(lse_ptr + 2 * rows + 1, total, mask=in_rows)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + 2 * rows, peak, mask=in_rows)
+        tl.store(sums_ptr + 2 * rows + 1, total, mask=in_rows)
     if GRADIENTS:
         factor = tl.full([ROWS], 1.0, tl.float32)
         if factor_ptr is not None:
             factor *= tl.load(factor_ptr)
-        row = row_scales(
+        scales, kept = row_scales(
             target, target_weight, factor, None, peak, total, weight_sum_ptr, ignore_index, smoothing, V, SMOOTH
         )
         if ROWS == 1:
-            kept = tl.load(target_ptr + tl.program_id(0)) != ignore_index
+            keeps = tl.load(target_ptr + tl.program_id(0)) != ignore_index
             write_row_gradients(
-                row_ptr, row_ptr, row_ptr, row_ptr, 0, row_stride // UNIT * UNIT, row_stride, kept, row, target_logit,
-                weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, False, SMOOTH,
+                row_ptr, row_ptr, row_ptr, row_ptr, 0, row_stride // UNIT * UNIT, row_stride, keeps, scales,
+                target_logit, weight_ptr, V, BLOCK_V, LANES * UNIT, UNIT, False, SMOOTH,
             )  # fmt: skip
         else:
             tl.debug_barrier()  # another thread may still be reading its target's logit
             for start in range(0, V, BLOCK_V):
                 columns = start + tl.arange(0, BLOCK_V)
-                mask = in_rows[:, None] & (columns < row_stride)[None, :]
-                x = tl.load(logits_ptr + columns[None, :], mask=mask & row[5][:, None], other=0.0).to(tl.float32)
-                dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, True)
-                tl.store(logits_ptr + columns[None, :], cast(dx, logits_ptr.dtype.element_ty), mask=mask)
+                write_rows(logits_ptr, logits_ptr, columns, in_rows, row_stride, kept, scales, weight_ptr, V, SMOOTH)
 
 
 @triton.jit
-def _linear_cross_entropy_backward(grad_ptr, count_ptr, saved_ptr, scaled_ptr, n, BLOCK: tl.constexpr):
+def _linear_cross_entropy_backward_scale(grad_ptr, count_ptr, saved_ptr, scaled_ptr, n, BLOCK: tl.constexpr):
     """A program owns BLOCK elements of one gradient: what forward made, times grad, over the count if there is one."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr).to(tl.float32)
@@ -168,7 +166,7 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     """One chunk."""
     n_rows, n_classes = specs["logits"].shape
     block_v, rows, warps = tile(n_rows, n_classes, device, "forward")
-    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "factor", "losses", "lse")
+    arguments = pointers(specs, "logits", "target", "weight", "weight_sum", "factor", "losses", "sums")
     arguments |= {"n_rows": n_rows, "row_stride": specs["logits"].stride[0]} | numbers(n_classes, options)
     constexprs = {"BLOCK_V": block_v, "ROWS": rows, "SMOOTH": options["label_smoothing"] > 0.0}
     constexprs |= {"PADDED": specs["logits"].stride[0] > n_classes, "GRADIENTS": options["gradients"]}
@@ -176,12 +174,12 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     return [Launch(_linear_cross_entropy_forward, (cdiv(n_rows, rows),), arguments, constexprs, warps, 2)]
 
 
-def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
+def plan_scale(specs: Specs, options: dict, device: Device) -> list[Launch]:
     """One gradient."""
     n = math.prod(specs["saved"].shape)
     block = min(max(16, next_power_of_2(n)), 1 << 20) if device.arch == "interpreter" else 2048
     arguments = pointers(specs, "grad", "count", "saved", "scaled") | {"n": n}
-    return [Launch(_linear_cross_entropy_backward, (cdiv(n, block),), arguments, {"BLOCK": block}, 4, 1)]
+    return [Launch(_linear_cross_entropy_backward_scale, (cdiv(n, block),), arguments, {"BLOCK": block}, 4, 1)]
 
 
 # ---------------------------------------------------------------- products
@@ -311,10 +309,10 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, H), (V, H), int64 (N,), (V,), (V,) -> loss of `out_dtype`, what backward needs, and the workspace.
 
-    Backward needs the parts of lse, fp32 (N, 2), for "none"; for "mean" the number of rows that count, at least 1,
-    fp32 (); and the gradients that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32), before
-    that division. The products are in `dtype`, to which autocast may have set them. The workspace is of no use to
-    anyone: it is returned because memory trackers see what ops return and nothing else.
+    Backward needs the rows' peaks and totals, fp32 (N, 2), for "none"; for "mean" the number of rows that count, at
+    least 1, fp32 (); and the gradients that `needs` asks for of input (`dtype`), linear_weight and linear_bias (fp32),
+    before that division. The products are in `dtype`, to which autocast may have set them. The workspace is of no use
+    to anyone: it is returned because memory trackers see what ops return and nothing else.
     """
     (n_rows, hidden), n_classes = input.shape, linear_weight.shape[0]
     if CHECK_TARGETS and not target.is_meta:
@@ -324,7 +322,7 @@ def _forward(
     x, w = _matrix(input, dtype), _matrix(linear_weight, dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     losses = input.new_empty(n_rows, dtype=torch.float32)
-    lse = input.new_empty((n_rows if none else 0, 2), dtype=torch.float32)
+    sums = input.new_empty((n_rows if none else 0, 2), dtype=torch.float32)
     gradients = _Gradients(input, linear_weight, dtype, needs)
     shared = {"weight": weight, "weight_sum": weight_sum(weight, label_smoothing), "factor": factor}
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "gradients": any(needs)}
@@ -332,7 +330,7 @@ def _forward(
     workspace = _workspace(input, n_rows, hidden, n_classes, dtype)
     for rows, logits in _chunks(n_rows, workspace):
         _logits(x[rows], w, bias, logits)
-        own = {"logits": logits, "target": target[rows], "losses": losses[rows], "lse": lse[rows] if none else None}
+        own = {"logits": logits, "target": target[rows], "losses": losses[rows], "sums": sums[rows] if none else None}
         run(plan_forward, own | shared, **options)
         if any(needs):
             gradients.add(logits, rows, x, w)
@@ -340,7 +338,7 @@ def _forward(
     loss = losses if none else losses.sum()
     if reduction == "mean":
         loss = _mean(loss, divisor, weight, label_smoothing)
-    return loss.to(out_dtype), lse, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
+    return loss.to(out_dtype), sums, input.new_empty(0) if count is None else count, *gradients.tensors, workspace
 
 
 def _fake_forward(
@@ -348,13 +346,13 @@ def _fake_forward(
 ):
     n_rows, none = input.shape[0], reduction == "none"
     loss = input.new_empty(n_rows if none else (), dtype=out_dtype)
-    lse = input.new_empty((n_rows if none else 0, 2), dtype=torch.float32)
+    sums = input.new_empty((n_rows if none else 0, 2), dtype=torch.float32)
     if reduction == "mean":
         count = input.new_empty((), dtype=torch.float32)
     else:
         count = input.new_empty(0)
     workspace = _workspace(input, *input.shape, linear_weight.shape[0], dtype)
-    return loss, lse, count, *_empty_gradients(input, linear_weight, dtype, needs), workspace
+    return loss, sums, count, *_empty_gradients(input, linear_weight, dtype, needs), workspace
 
 
 def _rounded(gradients, input, linear_weight, linear_bias):
@@ -378,7 +376,7 @@ def _scale(
     count = count if count.numel() else None
     for need, saved, scaled in zip(needs, (dinput, dweight, dbias), results, strict=True):
         if need:
-            run(plan_backward, {"grad": grad, "count": count, "saved": saved, "scaled": scaled})
+            run(plan_scale, {"grad": grad, "count": count, "saved": saved, "scaled": scaled})
     return results
 
 
@@ -397,7 +395,7 @@ def _backward(
     target: torch.Tensor,
     linear_bias: torch.Tensor | None,
     weight: torch.Tensor | None,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
     dtype: torch.dtype,
@@ -414,7 +412,7 @@ def _backward(
     workspace = _workspace(input, n_rows, hidden, n_classes, dtype)
     for rows, logits in _chunks(n_rows, workspace):
         _logits(x[rows], w, bias, logits)
-        own = {"grad": grad[rows], "logits": logits, "target": target[rows], "lse": lse[rows], "dlogits": logits}
+        own = {"grad": grad[rows], "logits": logits, "target": target[rows], "sums": sums[rows], "dlogits": logits}
         run(plan_logits_backward, own | shared, **options)
         gradients.add(logits, rows, x, w)
 
@@ -422,7 +420,7 @@ def _backward(
 
 
 def _fake_backward(
-    grad, input, linear_weight, target, linear_bias, weight, lse, ignore_index, label_smoothing, dtype, needs
+    grad, input, linear_weight, target, linear_bias, weight, sums, ignore_index, label_smoothing, dtype, needs
 ):
     gradients = _rounded(_empty_gradients(input, linear_weight, dtype, needs), input, linear_weight, linear_bias)
     return *gradients, _workspace(input, *input.shape, linear_weight.shape[0], dtype)
@@ -430,14 +428,14 @@ def _fake_backward(
 
 def _save(ctx, inputs, output):
     input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, dtype, _, made = inputs
-    _, lse, count, *gradients, _ = output
+    _, sums, count, *gradients, _ = output
     # autograd holds on to what is marked for as long as the loss lives, so neither the workspace nor the gradients are.
     # That they count as differentiable has a use: a second derivative finds its way from them to `scale`, and raises.
-    ctx.mark_non_differentiable(lse, count)
+    ctx.mark_non_differentiable(sums, count)
     ctx.reduction = reduction
     if reduction == "none":
         ctx.options = (ignore_index, label_smoothing, dtype)
-        ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, lse)
+        ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, sums)
         return
     ctx.made = made
     ctx.dtypes = (input.dtype, linear_weight.dtype, dtype if linear_bias is None else linear_bias.dtype)
@@ -509,7 +507,7 @@ def _check(input, linear_weight, target, linear_bias, weight, ignore_index, redu
     n_classes, hidden = linear_weight.shape
     if input.shape[-1] != hidden:
         raise RuntimeError(f"{name}: input {list(input.shape)} does not end in linear_weight's {hidden} features")
-    check_shapes(name, tensors, target, input.shape[:-1], n_classes)
+    check_fit(name, tensors, target, input.shape[:-1], n_classes)
 
 
 def linear_cross_entropy(
@@ -602,12 +600,12 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
     needs = [True, True, bias is not None]
     none = reduction == "none"
     with plan_only(device) as launches:
-        loss, lse, count, *gradients, _ = _forward(
+        loss, sums, count, *gradients, _ = _forward(
             input, linear_weight, target, bias, weight, ignore_index, reduction, smoothing, dtype, dtype,
             [False] * 3 if none else needs,
         )  # fmt: skip
         if none:
-            _backward(loss, input, linear_weight, target, bias, weight, lse, ignore_index, smoothing, dtype, needs)
+            _backward(loss, input, linear_weight, target, bias, weight, sums, ignore_index, smoothing, dtype, needs)
         else:
             _scale(loss, count, *gradients, dtype, dtype, dtype, needs)
     return launches
@@ -623,10 +621,10 @@ def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
     (n_classes, hidden), n_rows = linear_weight.shape, target.numel()
     logits = n_rows * n_classes * input.itemsize
     n_chunks = cdiv(n_rows, max(1, chunk_rows(n_rows, hidden, n_classes, input.itemsize, BOUND)))
-    sums = 4 * linear_weight.numel() * max(0, 2 * n_chunks - 1)
+    weights = 4 * linear_weight.numel() * max(0, 2 * n_chunks - 1)
     product = 2 * n_rows * hidden * n_classes
     make = input.nbytes + n_chunks * linear_weight.nbytes + 2 * logits + target.nbytes + 4 * n_rows
-    use = 2 * input.nbytes + n_chunks * linear_weight.nbytes + 2 * logits + sums
+    use = 2 * input.nbytes + n_chunks * linear_weight.nbytes + 2 * logits + weights
     if options.get("reduction") == "none":
         rounded = 4 * linear_weight.numel() + linear_weight.nbytes
         return Cost(product, make), Cost(3 * product, make + logits + use + rounded)

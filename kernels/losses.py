@@ -7,8 +7,9 @@ ones, and a row that a program has to itself, read by 16 bytes.
 import torch
 
 from kernels import device as devices
+from kernels import tiles
 from kernels.device import Device
-from kernels.op import Spec, cast, check_number, exp, fma, tl, triton
+from kernels.op import Spec, cast, check_number, exp, fma, next_power_of_2, tl, triton
 
 # ---------------------------------------------------------------- kernels
 
@@ -190,7 +191,7 @@ def row_scales(
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """What logit_gradients needs of rows: (the scale of exp(x - peak), what the target's column has less, what every
-    class has less by its weight, the peak, the target's column or -1, whether the row is kept).
+    class has less by its weight, the peak, the target's column or -1), and whether they are kept.
 
     Ignored rows get zeros, with which their gradients are zeros for any finite logits: loads leave those rows out.
     """
@@ -211,17 +212,17 @@ def row_scales(
         scale = fma(spread, weight_sum, less)
     scale = tl.where(kept, scale / total, 0.0)
     place = tl.where(kept & valid, target, -1).to(tl.int32)
-    return scale, less, spread, tl.where(kept, peak, 0.0), place, kept
+    return (scale, less, spread, tl.where(kept, peak, 0.0), place), kept
 
 
 @triton.jit
-def logit_gradients(x, columns, row, weight_ptr, V, SMOOTH: tl.constexpr, TARGET: tl.constexpr):
-    """grad * dloss/dx for the logits x at `columns` of some rows, by their row_scales.
+def logit_gradients(x, columns, scales, weight_ptr, V, SMOOTH: tl.constexpr, TARGET: tl.constexpr):
+    """grad * dloss/dx for the logits x at `columns` of some rows, by what row_scales says of those.
 
     TARGET: the target of a row may be among the columns. The look for it takes a third of what is left to do for a
     logit, so that a row alone has its target's gradient made apart.
     """
-    scale, less, spread, peak, place, _ = row
+    scale, less, spread, peak, place = scales
     part = exp(x - peak[:, None])  # of the sum that scale is over
     # each product that is added to is a fused one by name: which are fused must not differ from kernel to kernel
     scale, less, spread = scale[:, None], less[:, None], spread[:, None]
@@ -240,46 +241,56 @@ def logit_gradients(x, columns, row, weight_ptr, V, SMOOTH: tl.constexpr, TARGET
 
 
 @triton.jit
-def write_whole(logits_ptr, dlogits_ptr, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
+def write_rows(logits_ptr, dlogits_ptr, columns, in_rows, width, kept, scales, weight_ptr, V, SMOOTH: tl.constexpr):
+    """Gradients of the columns below width of rows side by side, which begin at these pointers (ROWS, 1)."""
+    mask = in_rows[:, None] & (columns < width)[None, :]
+    x = tl.load(logits_ptr + columns[None, :], mask=mask & kept[:, None], other=0.0).to(tl.float32)
+    dx = logit_gradients(x, columns, scales, weight_ptr, V, SMOOTH, True)
+    tl.store(dlogits_ptr + columns[None, :], cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def write_whole(logits_ptr, dlogits_ptr, columns, kept, scales, weight_ptr, V, SMOOTH: tl.constexpr):
     """Gradients of a tile of a row alone, none of them as a target's: zeros of a row that is not kept."""
     places = tl.arange(0, columns.shape[0])[None, :]
     if kept:
         x = tl.load(logits_ptr + places).to(tl.float32)
-        dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, False)
+        dx = logit_gradients(x, columns, scales, weight_ptr, V, SMOOTH, False)
         tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), cache_modifier=".cs")
     else:
         tl.store(dlogits_ptr + places, tl.zeros([1, columns.shape[0]], dlogits_ptr.dtype.element_ty))
 
 
 @triton.jit
-def write_part(logits_ptr, dlogits_ptr, places, mask, columns, kept, row, weight_ptr, V, SMOOTH: tl.constexpr):
+def write_part(logits_ptr, dlogits_ptr, places, mask, columns, kept, scales, weight_ptr, V, SMOOTH: tl.constexpr):
     """write_whole of the places that the mask has."""
     places, mask = places[None, :], mask[None, :]
     x = tl.load(logits_ptr + places, mask=mask & kept, other=0.0).to(tl.float32)
-    dx = logit_gradients(x, columns, row, weight_ptr, V, SMOOTH, False)
+    dx = logit_gradients(x, columns, scales, weight_ptr, V, SMOOTH, False)
     tl.store(dlogits_ptr + places, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def write_target(drow_ptr, row, logit, there, weight_ptr, V, SMOOTH: tl.constexpr):
+def write_target(drow_ptr, scales, logit, there, weight_ptr, V, SMOOTH: tl.constexpr):
     """The gradient of the target of a row alone, if it is there, over what was written for it as for any other."""
-    dx = logit_gradients(logit[:, None], tl.where(there, row[4], 0), row, weight_ptr, V, SMOOTH, True)
+    place = scales[4]
+    dx = logit_gradients(logit[:, None], tl.where(there, place, 0), scales, weight_ptr, V, SMOOTH, True)
     tl.debug_barrier()  # that was another thread
-    tl.store(drow_ptr + row[4][:, None], cast(dx, drow_ptr.dtype.element_ty), mask=there[:, None])
+    tl.store(drow_ptr + place[:, None], cast(dx, drow_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
 def write_row_ends(
-    row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT: tl.constexpr, SMOOTH: tl.constexpr
+    row_ptr, drow_ptr, head, inner, width, kept, scales, weight_ptr, V, UNIT: tl.constexpr, SMOOTH: tl.constexpr
 ):
     """write_whole of the row's _ends_of_row."""
     columns, there = _ends_of_row(head, inner, width, UNIT)
-    write_part(row_ptr, drow_ptr, columns, there, columns, kept, row, weight_ptr, V, SMOOTH)
+    write_part(row_ptr, drow_ptr, columns, there, columns, kept, scales, weight_ptr, V, SMOOTH)
 
 
 @triton.jit
 def write_row_gradients(
-    row_ptr, drow_ptr, inner_ptr, dinner_ptr, head, inner, width, kept, row, target_logit, weight_ptr, V,
+    row_ptr, drow_ptr, inner_ptr, dinner_ptr, head, inner, width, kept, scales, target_logit, weight_ptr, V,
     BLOCK_V: tl.constexpr, PART: tl.constexpr, UNIT: tl.constexpr, ENDS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a row alone, which may overwrite the logits; `width` of them, V or more, are read and written.
@@ -289,22 +300,46 @@ def write_row_gradients(
     """
     tl.debug_barrier()  # before other threads write where target_logit was read
     if ENDS:
-        write_row_ends(row_ptr, drow_ptr, head, inner, width, kept, row, weight_ptr, V, UNIT, SMOOTH)
+        write_row_ends(row_ptr, drow_ptr, head, inner, width, kept, scales, weight_ptr, V, UNIT, SMOOTH)
     whole = inner // BLOCK_V * BLOCK_V
     for start in range(whole, inner, PART):
         places = start + tl.arange(0, PART)
-        write_part(inner_ptr, dinner_ptr, places, places < inner, head + places, kept, row, weight_ptr, V, SMOOTH)
+        write_part(inner_ptr, dinner_ptr, places, places < inner, head + places, kept, scales, weight_ptr, V, SMOOTH)
     for tile in range(0, whole // BLOCK_V):
         start = whole - (tile + 1) * BLOCK_V
         columns = head + start + tl.arange(0, BLOCK_V)
-        write_whole(inner_ptr + start, dinner_ptr + start, columns, kept, row, weight_ptr, V, SMOOTH)
-    write_target(drow_ptr, row, target_logit, row[4] >= 0, weight_ptr, V, SMOOTH)
+        write_whole(inner_ptr + start, dinner_ptr + start, columns, kept, scales, weight_ptr, V, SMOOTH)
+    write_target(drow_ptr, scales, target_logit, scales[4] >= 0, weight_ptr, V, SMOOTH)
 
 
 # ---------------------------------------------------------------- plan
 
 
+def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
+    """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short.
+
+    Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else. Forward, a
+    warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else. Longer
+    rows have a program each, and three tiles or four: what every thread does at a row's ends is as much as one of them.
+    Of the longest, whose second walk is to find in the L2 cache what its first has read, few are there at a time.
+    """
+    if device.arch == "interpreter":  # its cost is per program
+        block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))
+        rows = min(max(2, next_power_of_2(n_rows)), (1 << 18) // block_v)
+        return block_v, 1 if which == "forward" and n_classes > 1024 else rows, 4
+    tuned = tiles.tuned(device, f"cross_entropy.{which}", str(max(16, next_power_of_2(n_classes))))
+    if tuned:
+        return tuned
+    if which == "forward" and n_classes > 1024:
+        block_v = min(16384, max(1024, next_power_of_2(n_classes) // 4))
+        return block_v, 1, block_v // (512 if device.arch.startswith("sm_") else 1024)  # whose warps have 64 threads
+    block_v = max(16, min(next_power_of_2(n_classes), 8192))
+    warps = 1 if which == "forward" else 8 if block_v > 2048 else 4
+    return block_v, max(1, 2048 // block_v), warps
+
+
 def numbers(n_classes: int, options: dict) -> dict[str, int | float]:
+    """Arguments that every kernel of the losses has."""
     return {"ignore_index": options["ignore_index"], "smoothing": options["label_smoothing"], "V": n_classes}
 
 
@@ -351,11 +386,12 @@ def check_kinds(
         raise RuntimeError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-def check_shapes(
+def check_fit(
     name: str, tensors: dict[str, torch.Tensor | None], target: torch.Tensor, expected: tuple[int, ...], n_classes: int
 ) -> None:
-    """Errors where the target is not of the `expected` shape, where one of a number for each class (linear_bias,
-    weight) is not, where class weights should have a gradient, as the ops have none for them, or devices differ."""
+    """Errors where tensors do not go together: a target of another shape than `expected`, a linear_bias or weight
+    that has not one element for each class, other devices; and class weights that require a gradient, which the ops
+    have none for."""
     input = tensors["input"]
     for what, tensor in tensors.items():
         if tensor is not None and what in ("linear_bias", "weight") and tensor.shape != (n_classes,):
@@ -373,3 +409,8 @@ def check_shapes(
     for what, tensor in {**tensors, "target": target}.items():
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{name}: {what} is on {tensor.device}, input on {input.device}")
+
+
+def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
+    """What smoothing needs of the class weights, fp32 ()."""
+    return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing > 0.0 else None

@@ -164,7 +164,7 @@ def test_parts_are_added_in_blocks(n_parts, device):
     tensors = {"logits": draw(2, 9, device=device), "parts": parts, "divisor": divisor, "loss": loss}
 
     def last(specs, options, device):
-        absent = dict.fromkeys(("target", "weight", "weight_sum", "losses", "lse", "dlogits", "changed"))
+        absent = dict.fromkeys(("target", "weight", "weight_sum", "losses", "sums", "dlogits", "changed"))
         return module.plan_forward(specs | absent, options, device)[1:]
 
     run(last, tensors, **options)

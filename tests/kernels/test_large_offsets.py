@@ -102,7 +102,7 @@ ONE_A_PROGRAM = {("_layer_norm_forward_long", "mean"), ("_layer_norm_forward_lon
 ONE_A_PROGRAM |= {(f"_layer_norm_backward_long_{of}", s) for of in ("input", "parameters") for s in ("mean", "rstd")}
 ONE_A_PROGRAM |= {("_decode_single", "peak"), ("_decode_single", "total")}
 ONE_A_PROGRAM |= {("_cross_entropy_forward", "parts"), ("_cross_entropy_reduce", "parts")}  # two, one after the other
-ONE_ALONE = {("_linear_cross_entropy_backward", "grad"), ("_cross_entropy_reduce", "loss")}  # of a mean or a sum
+ONE_ALONE = {("_linear_cross_entropy_backward_scale", "grad"), ("_cross_entropy_reduce", "loss")}  # of a mean or a sum
 
 
 def _many(op) -> list[Case]:

@@ -119,7 +119,7 @@ def test_triton_kernels_train_the_same_and_run_once_per_op(small):
         norms = 2 * config.n_layer + 1
         expected = {f"_layer_norm_{name}": norms for name in ("forward", "backward", "backward_reduce")}
         expected |= {f"_attention_short_{name}": config.n_layer for name in ("forward", "backward")}
-        assert launches == expected | {"_linear_cross_entropy_forward": 1, "_linear_cross_entropy_backward": 2}
+        assert launches == expected | {"_linear_cross_entropy_forward": 1, "_linear_cross_entropy_backward_scale": 2}
 
 
 def test_accumulating_halves_is_the_whole_batch(small):
