@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks import results
+from kernels import catalogue
 
 WIDE = 0.2
 """From the 20th to the 80th percentile, over the median: a row that is wider is marked."""
@@ -26,8 +27,10 @@ def disturbed(document: dict[str, Any]) -> set[tuple[str, ...]]:
     """The keys of the timed rows that are not to be relied on.
 
     Those whose samples spread over more than WIDE or WAITED, those whose second measurement is more than APART
-    from the first, and forward or backward passes that took longer than both together.
+    from the first, and forward or backward passes that took longer than both together: but for backward of an op whose
+    gradient can be made in forward, which alone makes all of it, and as a part nothing.
     """
+    apart = {op.name for op in catalogue.OPS if op.both}
     timed = {results.key_of(document, row): row for row in document["rows"] if row["status"] == "ok"}
     found = {key for key, row in timed.items() if row["p80_ms"] - row["p20_ms"] > WIDE * row["median_ms"]}
     found |= {key for key, row in timed.items() if row.get("waited", 0.0) > WAITED}
@@ -37,6 +40,8 @@ def disturbed(document: dict[str, Any]) -> set[tuple[str, ...]]:
         twin = (op, case, dtype, which, provider + AGAIN)
         if twin in timed and not 1 / (1 + APART) <= timed[twin]["median_ms"] / row["median_ms"] <= 1 + APART:
             found |= {(op, case, dtype, which, provider), twin}
+        if which == "backward" and op in apart:
+            continue
         whole = timed.get((op, case, dtype, "forward+backward", provider))
         if whole and row["median_ms"] > (1 + APART) * whole["median_ms"]:
             found.add((op, case, dtype, which, provider))

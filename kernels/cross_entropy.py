@@ -30,8 +30,8 @@ from kernels import reference
 from kernels.device import Device
 from kernels.losses import (
     CHECK_TARGETS,
-    check_kinds,
     check_fit,
+    check_kinds,
     check_targets,
     lanes,
     long_row_sums,
@@ -485,11 +485,13 @@ def _can_take(grad: torch.Tensor, captured: bool) -> bool:
     """Whether a backward pass for `grad` can take the gradient that forward made.
 
     Not if it is to be differentiated, nor for several grads at once, nor where compiled autograd runs it as often as it
-    likes; and not in a graph without the forward pass, whose replays would find what the one before has left.
+    likes, nor where a mode looks on, as above; and not in a graph without the forward pass, whose replays would find
+    what the one before has left.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    return _captured(grad) == captured and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    return _captured(grad) == captured and not batched
 
 
 forward = register(

@@ -149,8 +149,8 @@ def _layer_norm_forward_long(
 
 
 @triton.jit
-def _sum_rows(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of x [ROWS, WIDTH] over its rows, [1, WIDTH], pair by pair.
+def _sum_rows(x, WIDTH: tl.constexpr):
+    """The sum of x [rows, WIDTH] over its rows, [1, WIDTH], pair by pair.
 
     tl.sum, with rows in different warps, writes to shared memory with conflicts of up to 32 ways.
     """
@@ -245,9 +245,9 @@ def _layer_norm_backward(
         at = i * WIDTH + columns
         places = tl.program_id(0).to(tl.int64) * N + at
         if dweight_parts_ptr is not None:
-            tl.store(dweight_parts_ptr + places, _sum_rows(dweight[i], ROWS, WIDTH), mask=at < N)
+            tl.store(dweight_parts_ptr + places, _sum_rows(dweight[i], WIDTH), mask=at < N)
         if dbias_parts_ptr is not None:
-            tl.store(dbias_parts_ptr + places, _sum_rows(dbias[i], ROWS, WIDTH), mask=at < N)
+            tl.store(dbias_parts_ptr + places, _sum_rows(dbias[i], WIDTH), mask=at < N)
 
 
 @triton.jit

@@ -35,8 +35,8 @@ from kernels.cross_entropy import plan_backward as plan_logits_backward
 from kernels.device import Device
 from kernels.losses import (
     CHECK_TARGETS,
-    check_kinds,
     check_fit,
+    check_kinds,
     check_targets,
     lanes,
     long_row_sums,
@@ -138,25 +138,20 @@ def _linear_cross_entropy_backward_scale(grad_ptr, count_ptr, saved_ptr, scaled_
 
 # ---------------------------------------------------------------- plan
 
-BOUND: int | None = None  # bytes of a chunk's logits; None leaves it to the shape
 SMALL = 32 << 20  # a chunk's logits may always have as many bytes as this
 FEWEST, MOST = 512, 4096  # rows of a chunk: products of fewer are slow, of more no faster
 
 
-def chunk_rows(n_rows: int, hidden: int, n_classes: int, itemsize: int, bound: int | None = None) -> int:
+def chunk_rows(n_rows: int, hidden: int, n_classes: int, itemsize: int) -> int:
     """How many of n_rows rows go through at once: a multiple of 128, or all of them.
 
-    `bound` bytes of logits, and 128 rows at the least. Without a bound: an eighth of the logits, or as much as a
-    quarter of the fp32 sum of dW, beside which that does not show; but 512 to 4096 rows, and more if 32 MiB hold them.
-    Adding a chunk of c rows to dW reads and writes the sum, so it does c / 4 operations for each byte: few rows would
-    leave a GPU waiting for memory. The chunks come out as even as multiples of 128 allow.
+    An eighth of the logits, or as much as a quarter of the fp32 sum of dW, beside which that does not show; but 512 to
+    4096 rows, and more if 32 MiB hold them. Adding a chunk of c rows to dW reads and writes the sum, so it does c / 4
+    operations for each byte: few rows would leave a GPU waiting for memory. The chunks come out as even as multiples of
+    128 allow.
     """
     row = n_classes * itemsize
-    if bound is None:
-        rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 8, hidden // itemsize)))
-    else:
-        rows = bound // max(row, 1)
-    rows = max(128, rows // 128 * 128)
+    rows = max(SMALL // max(row, 1), min(MOST, max(FEWEST, n_rows // 8, hidden // itemsize))) // 128 * 128
     if rows >= n_rows:
         return n_rows
     return cdiv(cdiv(n_rows, cdiv(n_rows, rows)), 128) * 128
@@ -194,7 +189,7 @@ def _matrix(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _workspace(like: torch.Tensor, n_rows: int, hidden: int, n_classes: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for one chunk's logits; rows begin at multiples of 16 elements, so that they load and multiply fast."""
-    rows = chunk_rows(n_rows, hidden, n_classes, dtype.itemsize, BOUND)
+    rows = chunk_rows(n_rows, hidden, n_classes, dtype.itemsize)
     return like.new_empty((rows, cdiv(n_classes, 16) * 16), dtype=dtype)[:, :n_classes]
 
 
@@ -620,7 +615,7 @@ def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
     input, linear_weight, target = inputs["input"], inputs["linear_weight"], inputs["target"]
     (n_classes, hidden), n_rows = linear_weight.shape, target.numel()
     logits = n_rows * n_classes * input.itemsize
-    n_chunks = cdiv(n_rows, max(1, chunk_rows(n_rows, hidden, n_classes, input.itemsize, BOUND)))
+    n_chunks = cdiv(n_rows, max(1, chunk_rows(n_rows, hidden, n_classes, input.itemsize)))
     weights = 4 * linear_weight.numel() * max(0, 2 * n_chunks - 1)
     product = 2 * n_rows * hidden * n_classes
     make = input.nbytes + n_chunks * linear_weight.nbytes + 2 * logits + target.nbytes + 4 * n_rows

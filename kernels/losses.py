@@ -36,25 +36,28 @@ def row_sums(
         if PADDED:
             x = tl.where(in_row, x, float("-inf"))
         peak, total, below, weight_so_far = _add_tile(
-            peak, total, below, weight_so_far, x, start + columns, in_row, weight_ptr, SMOOTH
-        )
+            peak, total, below, weight_so_far, x, start + columns, in_row, weight_ptr, tl.minimum(V - start, BLOCK_V),
+            SMOOTH,
+        )  # fmt: skip
     return peak, total, below
 
 
 @triton.jit
-def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH: tl.constexpr):
-    """The running numbers of row_sums, and the weights so far, after the logits x; -inf where none is in_row."""
+def _add_tile(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, count, SMOOTH: tl.constexpr):
+    """The running numbers of row_sums, and the weights so far, after the logits x, `count` to a row; -inf where none is
+    in_row."""
     highest = tl.maximum(peak, tl.max(x, axis=1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # no inf - inf before the first finite logit
     total = total * exp(peak - base) + tl.sum(exp(x - base[:, None]), axis=1)
     if SMOOTH:
+        below += tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
         if weight_ptr is not None:
             w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+            below += tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
+            weight_so_far += tl.sum(w)
         else:
-            w = in_row.to(tl.float32)
-        shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-        below += shift + tl.sum(tl.where(in_row, w * (x - base[:, None]), 0.0), axis=1)
-        weight_so_far += tl.sum(w)
+            below += tl.sum(tl.where(in_row, x - base[:, None], 0.0), axis=1)
+            weight_so_far += count
     return highest, total, below, weight_so_far
 
 
@@ -101,13 +104,14 @@ def long_row_sums(
         x = tl.load(inner_ptr + start + places).to(tl.float32)
         columns = head + start + places
         peak, total, below, weight_so_far = _add_to_lanes(
-            peak, total, below, weight_so_far, x, columns, columns >= 0, weight_ptr, SMOOTH
+            peak, total, below, weight_so_far, x, columns, columns >= 0, weight_ptr, BLOCK_V // LANES, SMOOTH
         )
     for start in range(whole, inner, PART):
         mask = start + lanes < inner
         x = tl.load(inner_ptr + start + lanes, mask=mask, other=float("-inf")).to(tl.float32)
+        count = tl.where(start + tl.arange(0, LANES) * UNIT < inner, UNIT, 0)
         peak, total, below, weight_so_far = _add_to_lanes(
-            peak, total, below, weight_so_far, x, head + start + lanes, mask, weight_ptr, SMOOTH
+            peak, total, below, weight_so_far, x, head + start + lanes, mask, weight_ptr, count, SMOOTH
         )
     highest = tl.max(peak, axis=0, keep_dims=True)
     if ENDS:
@@ -132,20 +136,24 @@ def long_row_sums(
 
 
 @triton.jit
-def _add_to_lanes(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, SMOOTH: tl.constexpr):
-    """_add_tile for each lane, the middle axis of x. A lane without a finite logit has a base of zero, as a row has."""
+def _add_to_lanes(peak, total, below, weight_so_far, x, columns, in_row, weight_ptr, count, SMOOTH: tl.constexpr):
+    """_add_tile for each lane, the middle axis of x. A lane without a finite logit has a base of zero, as a row has.
+
+    Without class weights nothing is made of the mask but a choice: a sum of it would go through shared memory.
+    """
     highest = tl.maximum(peak, tl.max(tl.max(x, axis=2), axis=0))
     base = tl.where(highest == float("-inf"), 0.0, highest)
     x -= base[None, :, None]
     total = total * exp(peak - base) + tl.sum(tl.sum(exp(x), axis=2), axis=0)
     if SMOOTH:
+        below += tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
         if weight_ptr is not None:
             w = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+            below += tl.sum(tl.sum(tl.where(in_row, w * x, 0.0), axis=2), axis=0)
+            weight_so_far += tl.sum(tl.sum(w, axis=2), axis=0)
         else:
-            w = in_row.to(tl.float32)
-        shift = tl.where(weight_so_far != 0.0, (peak - base) * weight_so_far, 0.0)
-        below += shift + tl.sum(tl.sum(tl.where(in_row, w * x, 0.0), axis=2), axis=0)
-        weight_so_far += tl.sum(tl.sum(w, axis=2), axis=0)
+            below += tl.sum(tl.sum(tl.where(in_row, x, 0.0), axis=2), axis=0)
+            weight_so_far += count
     return highest, total, below, weight_so_far
 
 
@@ -191,7 +199,8 @@ def row_scales(
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """What logit_gradients needs of rows: (the scale of exp(x - peak), what the target's column has less, what every
-    class has less by its weight, the peak, the target's column or -1), and whether they are kept.
+    class has less, the peak, the target's column or -1), and whether they are kept. With class weights what a class has
+    less is by its weight, and the target's column has it besides.
 
     Ignored rows get zeros, with which their gradients are zeros for any finite logits: loads leave those rows out.
     """
@@ -210,6 +219,8 @@ def row_scales(
         spread = smoothing / V * grad
         less = (1.0 - smoothing) * scale
         scale = fma(spread, weight_sum, less)
+        if weight_sum_ptr is None:
+            less = fma(smoothing / V, grad, less)
     scale = tl.where(kept, scale / total, 0.0)
     place = tl.where(kept & valid, target, -1).to(tl.int32)
     return (scale, less, spread, tl.where(kept, peak, 0.0), place), kept
@@ -230,8 +241,6 @@ def logit_gradients(x, columns, scales, weight_ptr, V, SMOOTH: tl.constexpr, TAR
         if weight_ptr is not None:
             w = tl.load(weight_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
             less, spread = fma(w, spread, less), w * spread
-        else:
-            less += spread
         dx = fma(part, scale, -spread)
     else:
         dx = part * scale

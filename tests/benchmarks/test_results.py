@@ -165,6 +165,13 @@ def test_a_quiet_run_is_not_marked(document):
     assert "busy" not in report.markdown(document) and "~" not in report.markdown(document)
 
 
+def test_a_backward_that_is_no_part_of_the_whole_is_not_held_to_it(document):
+    """Alone it makes the gradient that forward makes in both together; forward is a part there too."""
+    row = document["rows"][0] | {"op": "cross_entropy"}
+    document["rows"] = [row, part(row, "forward+backward", 0.5), part(row, "backward", 0.8)]
+    assert noise.disturbed(document) == {results.key_of(document, row)} and row["pass"] == "forward"
+
+
 def test_pictures_are_drawn(document, tmp_path):
     drawn = pictures.draw(document, stored(document, tmp_path))
     assert [path.name for path in drawn] == ["a-layer_norm-float32.png", "a-roofline-float32.png"]

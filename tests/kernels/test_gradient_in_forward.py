@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from functorch.compile import aot_function, nop
 from parity import guarded_allocations, name_of
 from test_cross_entropy import classes, draw
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernels
 from kernels.device import TARGETS
@@ -35,13 +36,14 @@ def problem(n_classes, device, dtype=torch.float32, n_rows=5, weighted=False, ig
 def made_and_saved(x, target, weight, reduction="mean", label_smoothing=0.0):
     """(The gradient that the forward op makes, and its mark), and what the backward ops take besides these and grad."""
     options = (-100, reduction, label_smoothing)
-    _, lse, divisor, *made = module.forward(x, target, weight, *options, x.dtype, True)
-    return made, (x, target, weight, lse, divisor, *options)
+    _, sums, divisor, *made = module.forward(x, target, weight, *options, x.dtype, True)
+    return made, (x, target, weight, sums, divisor, *options)
 
 
 @pytest.mark.parametrize(("n_classes", "tiles"), [(5003, "here"), (4096, "sm_90"), (5003, "sm_90")])
 @pytest.mark.parametrize(
-    ("reduction", "smoothing", "weighted"), [("mean", 0.0, False), ("sum", 0.2, False), ("mean", 0.2, True)]
+    ("reduction", "smoothing", "weighted"),
+    [("mean", 0.0, False), ("sum", 0.2, False), ("mean", 0.9, False), ("mean", 0.2, True)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_it_is_backwards_for_one_bit_for_bit(n_classes, dtype, weighted, smoothing, reduction, tiles, device):
@@ -283,6 +285,19 @@ def test_gradients_of_several_at_once(device):
     (batch,) = torch.autograd.grad(loss, x, grads, is_grads_batched=True, retain_graph=True)
     for grad, got in zip(grads, batch, strict=True):
         assert torch.equal(got, torch.autograd.grad(loss, x, grad, retain_graph=True)[0])
+    loss = cross_entropy(x, target)
+    once_more = torch.vmap(lambda grad: torch.autograd.grad(loss, x, grad, retain_graph=True)[0])(grads)
+    assert torch.equal(once_more, batch)
+
+
+def test_a_traced_backward_has_results_of_its_own(device):
+    """Not that one which forward made, at each call."""
+    x, target, _ = problem(1025, device)
+    loss, one = cross_entropy(x.requires_grad_(), target), torch.ones((), device=device)
+    traced = make_fx(lambda grad: torch.autograd.grad(loss, x, grad, retain_graph=True)[0])(one)
+    first, second = traced(one), traced(0.5 * one)
+    (expected,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, expected) and torch.equal(second, 0.5 * expected)
 
 
 def test_compiled_autograd_may_run_backward_as_often_as_it_likes(device):

@@ -21,13 +21,14 @@ from kernels.op import count_launches
 linear_cross_entropy = kernels.linear_cross_entropy
 module = importlib.import_module("kernels.linear_cross_entropy")  # the package's attribute of that name is the function
 REDUCTIONS = ("mean", "sum", "none")
-CHUNK = 128  # rows, with the bound that `chunked` sets
+CHUNK = 128  # rows, with what `chunked` sets
 
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """A bound so tight that every chunk has the fewest rows there can be."""
-    monkeypatch.setattr(module, "BOUND", 1)
+    """Every chunk has the fewest rows that there can be."""
+    for name, value in {"SMALL": 0, "FEWEST": CHUNK, "MOST": CHUNK}.items():
+        monkeypatch.setattr(module, name, value)
 
 
 def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
@@ -87,19 +88,18 @@ def test_rows_of_a_chunk(shape, rows):
 
 
 def test_a_chunk_keeps_to_its_bounds():
-    """Multiples of 128 or everything; within the bound; none much smaller than the others."""
+    """Multiples of 128 or everything; everything that is small; none much smaller than the others."""
     rows_of = module.chunk_rows
     for n, hidden, v, size in itertools.product((1, 127, 129, 5000, 16384), (64, 768), (1, 65, 50257, 262144), (2, 4)):
-        for bound in (None, 1, 1 << 20, 1 << 28):
-            rows = rows_of(n, hidden, v, size, bound)
-            assert rows == n or (rows % 128 == 0 and 0 < rows < n)
-            if bound is not None and rows > 128:
-                assert rows * v * size <= bound or rows == n <= 128
-            if bound is None and n * v * size <= module.SMALL:
-                assert rows == n
-            if rows < n:
-                n_chunks = -(-n // rows)
-                assert n_chunks * rows - n < 128 * n_chunks
+        rows = rows_of(n, hidden, v, size)
+        assert rows == n or (rows % 128 == 0 and 0 < rows < n)
+        if n * v * size <= module.SMALL:
+            assert rows == n
+        if rows * v * size > module.SMALL:
+            assert rows <= max(module.FEWEST, min(module.MOST, max(n // 8, hidden // size)))
+        if rows < n:
+            n_chunks = -(-n // rows)
+            assert n_chunks * rows - n < 128 * n_chunks
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -116,8 +116,8 @@ def test_at_the_ends_of_chunks(n_rows, reduction, chunked, device):
 def test_chunks_change_rounding_only(dtype, device, monkeypatch):
     x, w, target, bias = (t.requires_grad_(t.is_floating_point()) for t in problem(400, dtype=dtype, device=device))
     results = []
-    for bound in (None, 1):
-        monkeypatch.setattr(module, "BOUND", bound)
+    for most in (400, CHUNK):
+        monkeypatch.setattr(module, "chunk_rows", lambda *_, most=most: most)
         loss = linear_cross_entropy(x, w, target, linear_bias=bias, label_smoothing=0.1)
         results.append((loss, *torch.autograd.grad(loss, (x, w, bias))))
     eps = torch.finfo(dtype).eps

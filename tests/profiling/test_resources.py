@@ -314,6 +314,9 @@ op = catalogue.CROSS_ENTROPY
 case = Case("", {"input": (2, 4104), "target": (2,)}, {"reduction": "none"})
 for launch in op.plan(op.inputs(case, torch.bfloat16, "meta"), case.options, TARGETS["sm_90"]):
     out[launch.name] = compile_source(source_of(launch, "sm_90"))
+smooth = case.options | {"label_smoothing": 0.1}
+launch = op.plan(op.inputs(case, torch.bfloat16, "meta"), smooth, TARGETS["sm_90"])[0]
+out["smoothed"] = compile_source(source_of(launch, "sm_90"))
 print(json.dumps(out))
 """
 
@@ -356,6 +359,13 @@ def test_rows_of_whole_16_bytes_are_read_so(name, measured):
     loads, stores = measured[name]["loads"], measured[name]["stores"]
     assert loads["128"] >= 2 and loads.get("16", 0) <= 3
     assert stores.get("16", 0) <= 1
+
+
+def test_threads_exchange_a_rows_sums_when_it_ends(measured):
+    """Smoothing is one sum more, not one more for each tile."""
+    smooth, plain = (measured[name]["instructions"] for name in ("smoothed", "_cross_entropy_forward"))
+    for kind in ("shuffles", "barriers", "sts"):
+        assert 0 < smooth[kind] < 2 * plain[kind]
 
 
 def test_what_does_not_compile_is_a_row_with_an_error(measured):
