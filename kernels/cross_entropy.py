@@ -662,6 +662,7 @@ OP = Op(
         _case("v50304", 8192, 50304),
         _case("v131072", 4096, 131072),
         _case("v262144", 2048, 262144),
+        _case("v50304-smooth", 8192, 50304, label_smoothing=0.1),
         _case("v50304-smooth-weighted", 8192, 50304, weight=True, label_smoothing=0.1),
     ),
     differentiable=("input",),
