@@ -1,9 +1,11 @@
 """The README says what is true: its table, its example, its commands and its files."""
 
+import fnmatch
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmarks.__main__
 import profiling.__main__
@@ -43,6 +45,9 @@ def test_commands_are_understood(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where nothing has been trained
     words = line.replace('"ROMEO:"', "ROMEO").split()
     if "--resume" in words:
+        for device in ("cpu", "cuda"):  # the shell finds the run of the first command on either
+            run = f"runs/{config.default_preset(None, torch.device(device))}-1"
+            assert fnmatch.fnmatch(run, words[-1]), run
         with pytest.raises(UserError, match="there is no checkpoint"):
             config.parse(words[2:])
     elif words[1] == "train.py":
