@@ -177,7 +177,7 @@ def candidates(entry: Entry, device: Device) -> list[Candidate]:
         found = [(rows, warps) for rows, warps in grid if 256 * warps <= rows * block <= 2048 * warps]
     else:
         block = min(int(entry.key), 16384)
-        grid = itertools.product({block, block // 2, block // 4, block // 8}, (1, 2, 4, 8, 16), (4, 8, 16))
+        grid = itertools.product({block, block // 2, block // 4, block // 8}, (1, 2, 4, 8, 16), (4, 8, 16, 32))
         found = [n for n in sorted(grid) if n[0] >= 128 and 128 * n[2] <= n[0] * n[1] <= 2048 * n[2]]
     return [Candidate(entry), *(Candidate(entry, numbers) for numbers in found)]
 

@@ -26,7 +26,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "cross_entropy.backward": ("BLOCK_V", "ROWS", "num_warps"),
 }
 _LIMITS = {
-    "BLOCK_Q": (16, 256), "BLOCK_K": (16, 256), "BLOCK_V": (16, 1 << 16), "ROWS": (1, 1024), "num_warps": (1, 16),
+    "BLOCK_Q": (16, 256), "BLOCK_K": (16, 256), "BLOCK_V": (16, 1 << 16), "ROWS": (1, 1024), "num_warps": (1, 32),
     "num_stages": (1, 8), "DESCRIPTORS": (0, 1), "OVERLAP": (0, 1), "WARPGROUPS": (0, 3), "TURNS": (0, 1),
 }  # fmt: skip
 

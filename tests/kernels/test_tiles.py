@@ -100,8 +100,8 @@ BAD = {
     "BLOCK_Q of attention.forward half/64 must be a power of two from 16 to 256, not 96": (
         {"attention.forward": {"half/64": [96, 64, 8, 2, 0, 0, 0, 0]}}, {},
     ),
-    "num_warps of layer_norm.forward 1024 must be a power of two from 1 to 16, not 32": (
-        {"layer_norm.forward": {"1024": [1, 32]}}, {},
+    "num_warps of layer_norm.forward 1024 must be a power of two from 1 to 32, not 64": (
+        {"layer_norm.forward": {"1024": [1, 64]}}, {},
     ),
     "not True": ({"layer_norm.forward": {"1024": [True, 4]}}, {}),
     "num_stages of attention.forward half/64 must be a number from 1 to 8, not 0": (
