@@ -26,7 +26,6 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), http
 """
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +35,7 @@ from kernels import device as devices
 from kernels import reference
 from kernels.attention import scale_of
 from kernels.attention_kernels import _attend, _exp, _head, _last_seen, _load, _offsets, _store
+from kernels.attention_plan import exponent_scale, kind_of, precision
 from kernels.device import Device, allow_tf32
 from kernels.op import (
     Case,
@@ -299,7 +299,6 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, _, size = specs["query"].shape
     n_key_head, t_max = specs["key_cache"].shape[1:3]
     group, splits = _group(specs["query"], specs["key_cache"]), options["splits"]
-    half = specs["query"].dtype != torch.float32
     block_d = max(16, next_power_of_2(size))
     interpreter = device.arch == "interpreter"  # its cost is per program
 
@@ -311,12 +310,12 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         stride_b, stride_h, stride, _ = specs[name].stride
         arguments |= {f"{prefix}_stride_b": stride_b, f"{prefix}_stride_h": stride_h, f"{prefix}_stride": stride}
     shared = {"length_stride": specs["lengths"].stride[0], "n_head": n_head, "n_splits": splits, "t_max": t_max}
-    arguments |= shared | {"exponent_scale": options["scale"] * (math.log2(math.e) if half else 1.0)}
+    arguments |= shared | {"exponent_scale": exponent_scale(specs["query"], options)}
     constexprs = {"D": size}
 
     if group == 1:
         # 32 elements a thread, so that outputs, keys and values stay in registers
-        block_k, warps, stages = 4096 // block_d, 4, 4 if half else 3
+        block_k, warps, stages = 4096 // block_d, 4, 3 if specs["query"].dtype == torch.float32 else 4
         if device.tiles == "gfx942":
             stages = 1
         if interpreter:
@@ -324,16 +323,15 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         kernel, programs = _decode_single, batch * n_head
         constexprs |= {"BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages}
     else:
-        kind = "half" if half else "tf32" if options["allow_tf32"] else "ieee"
         if interpreter:
             block_k, warps, stages = 128, 4, 1
         else:
-            block_k, warps, stages = GROUP[device.tiles][kind][max(64, block_d)]
+            block_k, warps, stages = GROUP[device.tiles][kind_of(specs["query"], options)][max(64, block_d)]
         rows = _rows(group, size, specs["query"].dtype)
         kernel, programs = _decode_group, batch * n_key_head * cdiv(group, rows)
         arguments |= {"group": group}
         constexprs |= {"BLOCK_H": rows, "BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages}
-        constexprs |= {"PRECISION": "tf32" if options["allow_tf32"] else "ieee"}
+        constexprs |= {"PRECISION": precision(options)}
     launches = [Launch(kernel, (programs * splits,), arguments, constexprs, warps, stages)]
     if splits > 1:
         arguments = pointers(specs, "partial", "peak", "total", "lengths", "out") | shared
