@@ -30,6 +30,7 @@ from kernels.op import (
     Launch,
     Op,
     autocast_dtype,
+    check_tensors,
     plan_only,
     refuse_transforms,
     register,
@@ -177,9 +178,9 @@ def add_layer_norm(
 
     Raises RuntimeError if shapes do not fit, NotImplementedError for other dtypes.
     """
+    tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
+    check_tensors("add_layer_norm", tensors, optional=("weight", "bias"))
     refuse_transforms("add_layer_norm", input, residual, weight, bias)
-    if residual is None:
-        raise TypeError("add_layer_norm: residual must be a Tensor, not NoneType")
     full_shape = input.shape
     if residual.shape != full_shape:  # PyTorch's own comparison takes longer than all the rest of a call
         try:

@@ -24,7 +24,7 @@ The kernels are in attention_kernels.py, for short sequences in attention_short.
 and attention_hopper_backward.py; attention_plan.py says which are launched, with what tiles.
 
 Dropout keeps an element when its 16 random bits reach the threshold; Philox gives 8 elements a call,
-8 keys in a row for one query, by (seed, key // 8, query, batch * head), whatever the tiles.
+8 keys in a row for one query, by (seed, key // 8, query, batch * H + head), whatever the tiles.
 
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), https://arxiv.org/abs/1805.02867.
 Dao, "FlashAttention-2" (2023), https://arxiv.org/abs/2307.08691.
@@ -47,6 +47,7 @@ from kernels.op import (
     Op,
     autocast_dtype,
     check_number,
+    check_tensors,
     plan_only,
     refuse_transforms,
     register,
@@ -116,7 +117,7 @@ def _backward(
 
 
 def write_gradients(gradients, grad, query, key, value, out, lse, grad_lse, seed, **options):
-    """Those of query, key and value into `gradients`, three tensors of their shapes, in memory as they like."""
+    """The gradients of query, key and value into the three tensors `gradients`, of the same shapes and any strides."""
     dquery, dkey, dvalue = gradients
     if not query.shape[1]:  # no query head comes to any key
         dkey.zero_()
@@ -147,7 +148,7 @@ backward = register(
 
 
 def _flops(query_shape, key_shape, is_causal, query_offset) -> int:
-    """One product with the scores, or of them: 2 D operations for each that is seen."""
+    """The operations of one matrix product: 2 D for each pair of a query and a key that it sees."""
 
     def rows(n):  # sum of min(m, k_len) for m from 1 to n
         low = max(0, min(n, k_len))
@@ -174,34 +175,35 @@ def _backward_flops(
 
 # ---------------------------------------------------------------- public
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 SMALLEST = torch.finfo(torch.float32).tiny  # a scale below may be zero in the kernels, and -inf times that is NaN
 
 
-def check_common(op, name, tensor, dropout_p, scale):
-    """The dtype and the head size of the op's tensor `name`, and the numbers that every attention takes."""
-    if tensor.dtype not in DTYPES:
-        raise (NotImplementedError if tensor.dtype.is_floating_point else RuntimeError)(
-            f"{op}: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16"
-        )
-    size = tensor.shape[-1]
-    if not 1 <= size <= MAX_HEAD_SIZE:
-        raise NotImplementedError(f"{op}: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
+def check_dropout(op: str, dropout_p: float) -> None:
     check_number(op, "dropout_p", dropout_p)
-    if scale is not None:
-        check_number(op, "scale", scale, finite=True)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
 
 
-def scale_of(scale: float | None, size: int) -> float:
-    """The scale for heads of `size`, 1 / sqrt(size) unless given; 0, which no kernel takes, for one next to it."""
-    scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
-    return 0.0 if abs(scale) < SMALLEST else scale
+def scale_of(op: str, scale: float | None, size: int) -> float:
+    """The scale for heads of `size`, 1 / sqrt(size) unless given; 0, which no kernel takes, for one next to it.
+
+    Raises NotImplementedError for heads that no kernel has, TypeError or ValueError for what is no finite number.
+    """
+    if not 1 <= size <= MAX_HEAD_SIZE:
+        raise NotImplementedError(f"{op}: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
+    if scale is None:
+        return 1.0 / math.sqrt(size)
+    check_number(op, "scale", scale, finite=True)
+    return 0.0 if abs(scale) < SMALLEST else float(scale)
 
 
-def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset):
+def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """(query, scale) of the same scores for a scale of zero or below: kernels take the maximum before they scale."""
+    return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+
+
+def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, query_offset):
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernel cannot."""
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
@@ -211,8 +213,6 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
             raise RuntimeError(f"scaled_dot_product_attention: {name} must be at least 2-D, got {list(tensor.shape)}")
         if tensor.dtype != query.dtype:
             raise RuntimeError(f"scaled_dot_product_attention: {name} is {tensor.dtype}, query is {query.dtype}")
-        if tensor.device != query.device:
-            raise RuntimeError(f"scaled_dot_product_attention: {name} is on {tensor.device}, query on {query.device}")
     check_number("scaled_dot_product_attention", "query_offset", query_offset, whole=True)
     if query_offset and not is_causal:
         raise RuntimeError("scaled_dot_product_attention: query_offset moves the causal diagonal; pass is_causal=True")
@@ -226,7 +226,7 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         raise NotImplementedError(
             f"scaled_dot_product_attention: a value head of another size ({value.shape[-1]}) than query's ({size})"
         )
-    check_common("scaled_dot_product_attention", "query", query, dropout_p, scale)
+    check_dropout("scaled_dot_product_attention", dropout_p)
     if enable_gqa:
         if min(tensor.dim() for tensor in tensors.values()) < 3:
             raise RuntimeError("scaled_dot_product_attention: enable_gqa needs a head dimension, (..., H, T, D)")
@@ -263,17 +263,22 @@ def scaled_dot_product_attention(
     With is_causal, query i sees key j when j <= i + query_offset: 0 is PyTorch's own meaning, Tk - Tq suits a
     cache. A query that sees no key gives zeros. return_lse adds log(sum(exp(scores))), (..., H, Tq) in fp32,
     -inf where no key is seen, with its gradient. The dropout mask comes from PyTorch's generator on the device,
-    dropout_p in steps of 2^-16. Under autocast the inputs are cast as PyTorch's own.
+    dropout_p in steps of 2^-16. Under autocast query, key and value are cast to its dtype, as with PyTorch's.
 
-    Raises RuntimeError or ValueError for inputs that do not fit or a scale that is not finite, where PyTorch's kernels
-    differ among themselves, NotImplementedError for attn_mask, a value head of another size, D above 256 and other
-    dtypes.
+    Raises TypeError for what is no tensor or no number; RuntimeError for shapes, dtypes, devices and options that do
+    not fit together; ValueError for a scale that is not finite, with which PyTorch's own kernels give one result or
+    another; NotImplementedError for attn_mask, a value head of another size, D above 256 and other dtypes, inside
+    torch.func's transforms, for forward-mode tangents, and for second derivatives.
+
+    The method is FlashAttention-2 (Dao, 2023).
     """
+    check_tensors("scaled_dot_product_attention", {"query": query, "key": key, "value": value})
     refuse_transforms("scaled_dot_product_attention", query, key, value)
     dtype = autocast_dtype(query.device)
-    if dtype is not None and query.dtype.is_floating_point and query.dtype != torch.float64:
+    if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset)
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, query_offset)
+    scale = scale_of("scaled_dot_product_attention", scale, query.shape[-1])
 
     if enable_gqa:
         lead = _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
@@ -284,9 +289,8 @@ def scaled_dot_product_attention(
     key, value = _four_dimensions(key, kv_heads), _four_dimensions(value, kv_heads)
 
     q_len, k_len, size = query.shape[-2], key.shape[-2], query.shape[-1]
-    scale = scale_of(scale, size)
-    if scale <= 0.0:  # the kernel takes the maximum before it scales
-        query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+    if scale <= 0.0:
+        query, scale = positive_scale(query, scale)
     query_offset = max(-q_len, min(k_len, query_offset)) if is_causal else 0
     seed = draw_seed(query.device) if dropout_p > 0.0 else None
     out, lse = forward(query, key, value, seed, float(dropout_p), is_causal, scale, query_offset)

@@ -29,16 +29,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LOG2_E = gl.constexpr(1.4426950408889634)
+from kernels.op import LOG2_E
 
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT mbarriers, each for so many arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
 
 
 @gluon.jit
@@ -57,7 +57,9 @@ def buffer(matrices, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def begin(a, buffer, slot, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+def issue_product(
+    a, buffer, slot, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
     """a b^T under way, b a tile in a buffer's slot."""
     b = buffer.index(slot).reshape([BLOCK_B, BLOCK_D]).permute((1, 0))
     return warpgroup_mma(a, b, gl.zeros([BLOCK_A, BLOCK_B], gl.float32, LAYOUT), use_acc=False, is_async=True)
@@ -77,7 +79,7 @@ def store_rows(
 
 
 @gluon.jit
-def work(round, tiles, n_head, ROWS: gl.constexpr, LAST_FIRST: gl.constexpr):
+def tile_of_round(round, tiles, n_head, ROWS: gl.constexpr, LAST_FIRST: gl.constexpr):
     """(batch, head, first row) of this program's tile in this round; a batch beyond the last where none is left.
 
     Those of a head's tiles that have most to do come first: its last, for queries, or its first. Every other round goes
@@ -108,12 +110,12 @@ def key_tiles(
 
 @gluon.jit
 def copy(
-    things,
+    packed,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies: a tile of queries of each of the `own` matrices, and its keys and values, tile by tile."""
-    own, own_buffers, walked, buffers, own_signals, k_signals, v_signals, problem = things
+    own, own_buffers, walked, buffers, own_signals, k_signals, v_signals, problem = packed
     keys, values = walked
     k_buffer, v_buffer = buffers
     own_full, own_empty = own_signals
@@ -124,7 +126,7 @@ def copy(
     OWN: gl.constexpr = len(own)
     copied = 0  # tiles of keys, since the program began
     for round in range(rounds):
-        batch, head, first = work(round, tiles, n_head, ROWS, True)
+        batch, head, first = tile_of_round(round, tiles, n_head, ROWS, True)
         if batch < batches:
             _, end = key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
             mbarrier.wait(own_empty, round & 1 ^ 1)
@@ -192,7 +194,7 @@ def _attend(
     mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
-    s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+    s = issue_product(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
     mbarrier.wait(v_full.index(before), (taken - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_buffer.index(before).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
     if TURNS:
@@ -211,17 +213,17 @@ def _attend(
 
 @gluon.jit
 def _compute(
-    things, WHICH: gl.constexpr,
+    packed, WHICH: gl.constexpr,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup WHICH of those that compute."""
+    """Warpgroup WHICH of those that compute; `packed` is what all of them are given, the kernel's `to_compute`."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = BLOCK_Q * WARPGROUPS
     FIRST: gl.constexpr = IS_CAUSAL or not EVEN  # whether the first tile has a mask
-    out_ptr, lse_ptr, o_strides, q_buffer, buffers, q_signals, k_signals, v_signals, turns, problem, scale = things
+    out_ptr, lse_ptr, o_strides, q_buffer, buffers, q_signals, k_signals, v_signals, turns, problem, scale = packed
     k_buffer, v_buffer = buffers
     q_full, q_empty = q_signals
     k_full, k_empty = k_signals
@@ -231,7 +233,7 @@ def _compute(
     q = q_buffer.index(WHICH).reshape([BLOCK_Q, BLOCK_D])
     taken = 0  # tiles of keys, since the program began
     for round in range(rounds):
-        batch, head, first = work(round, tiles, n_head, ROWS, True)
+        batch, head, first = tile_of_round(round, tiles, n_head, ROWS, True)
         if batch < batches:
             full, end = key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
             first += WHICH * BLOCK_Q
@@ -243,7 +245,7 @@ def _compute(
             mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
             if TURNS:
                 mbarrier.wait(mine, taken & 1)
-            s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+            s = issue_product(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
             if TURNS:
                 mbarrier.arrive(next_one, count=1)
             s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
@@ -305,20 +307,21 @@ def _attention_forward_hopper(
     mbarrier.arrive(turns.index(0), count=1)
     problem = (batches, n_head, group, q_len, k_len, query_offset, tiles, rounds)
     o_strides = (o_stride_b, o_stride_h, o_stride)
-    things = (out_ptr, lse_ptr, o_strides, q_buffer, buffers, q_signals, k_signals, v_signals, turns, problem,
-              exponent_scale)  # fmt: skip
-    copied = ((queries,), (q_buffer,), (keys, values), buffers, q_signals, k_signals, v_signals, problem)
+    to_compute = (
+        out_ptr, lse_ptr, o_strides, q_buffer, buffers, q_signals, k_signals, v_signals, turns, problem, exponent_scale
+    )  # fmt: skip
+    to_copy = ((queries,), (q_buffer,), (keys, values), buffers, q_signals, k_signals, v_signals, problem)
     # constexprs stay such only if they are written here; registers are a thread's, 64K the processor's
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_compute, (things, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-            (_compute, (things, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-            (copy, (copied, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
+            (_compute, (to_compute, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (_compute, (to_compute, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (copy, (to_copy, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_compute, (things, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-            (_compute, (things, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-            (_compute, (things, 2, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-            (copy, (copied, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
+            (_compute, (to_compute, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (_compute, (to_compute, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (_compute, (to_compute, 2, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+            (copy, (to_copy, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip

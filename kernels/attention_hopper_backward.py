@@ -28,18 +28,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.attention_hopper import (
-    LOG2_E,
     barriers,
-    begin,
     buffer,
     copy,
     is_seen,
+    issue_product,
     key_tiles,
     last_seen,
     matrices,
     store_rows,
-    work,
+    tile_of_round,
 )
+from kernels.op import LOG2_E
 
 
 @gluon.jit
@@ -86,8 +86,8 @@ def _query_step(
     mbarrier.wait(v_full.index(slot), phase)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
-    s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
-    dp = begin(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+    s = issue_product(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+    dp = issue_product(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
     dq = warpgroup_mma(ds, k_buffer.index(before).reshape([BLOCK_K, BLOCK_D]), dq, is_async=True)
     if TURNS:
         mbarrier.arrive(next_one, count=1)
@@ -120,17 +120,17 @@ def _delta(
 
 @gluon.jit
 def _compute_query(
-    things, WHICH: gl.constexpr,
+    packed, WHICH: gl.constexpr,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup WHICH of those that compute."""
+    """Warpgroup WHICH of those that compute; `packed` is what all of them are given, the kernel's `to_compute`."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = BLOCK_Q * WARPGROUPS
     FIRST: gl.constexpr = IS_CAUSAL or not EVEN  # whether the first tile has a mask
-    pointers, strides, own_buffers, buffers, own_signals, k_signals, v_signals, turns, problem, scales = things
+    pointers, strides, own_buffers, buffers, own_signals, k_signals, v_signals, turns, problem, scales = packed
     out_ptr, grad_ptr, lse_ptr, statistics_ptr, dquery_ptr = pointers
     o_strides, g_strides, dq_strides = strides
     k_buffer, v_buffer = buffers
@@ -144,7 +144,7 @@ def _compute_query(
     dout = own_buffers[1].index(WHICH).reshape([BLOCK_Q, BLOCK_D])
     taken = 0  # tiles of keys, since the program began
     for round in range(rounds):
-        batch, head, first = work(round, tiles, n_head, ROWS, True)
+        batch, head, first = tile_of_round(round, tiles, n_head, ROWS, True)
         if batch < batches:
             full, end = key_tiles(first, q_len, k_len, query_offset, ROWS, BLOCK_K, IS_CAUSAL)
             first += WHICH * BLOCK_Q
@@ -166,8 +166,8 @@ def _compute_query(
             mbarrier.wait(v_full.index(slot), phase)
             if TURNS:
                 mbarrier.wait(mine, taken & 1)
-            s = begin(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
-            dp = begin(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+            s = issue_product(q, k_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
+            dp = issue_product(dout, v_buffer, slot, BLOCK_Q, BLOCK_K, BLOCK_D, S_LAYOUT)
             if TURNS:
                 mbarrier.arrive(next_one, count=1)
             ds = _score_gradients(
@@ -225,13 +225,13 @@ def _attention_backward_query_hopper(
     strides = (
         (o_stride_b, o_stride_h, o_stride), (g_stride_b, g_stride_h, g_stride), (dq_stride_b, dq_stride_h, dq_stride),
     )  # fmt: skip
-    things = (pointers, strides, own_buffers, buffers, own_signals, k_signals, v_signals, turns, problem,
-              (exponent_scale, scale))  # fmt: skip
-    copied = ((queries, grads), own_buffers, (keys, values), buffers, own_signals, k_signals, v_signals, problem)
+    scales = (exponent_scale, scale)
+    to_compute = (pointers, strides, own_buffers, buffers, own_signals, k_signals, v_signals, turns, problem, scales)
+    to_copy = ((queries, grads), own_buffers, (keys, values), buffers, own_signals, k_signals, v_signals, problem)
     gl.warp_specialize([
-        (_compute_query, (things, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-        (_compute_query, (things, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
-        (copy, (copied, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
+        (_compute_query, (to_compute, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+        (_compute_query, (to_compute, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, EVEN, TURNS)),
+        (copy, (to_copy, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -253,19 +253,19 @@ def _query_tiles(
 
 @gluon.jit
 def _copy_key(
-    things,
+    packed,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies: a tile of keys and values, and the queries and gradients that it is walked with."""
-    own, own_buffers, walked, buffers, own_signals, signals, problem = things
+    own, own_buffers, walked, buffers, own_signals, signals, problem = packed
     own_full, own_empty = own_signals
     full, empty = signals
     batches, n_key_head, group, q_len, _k_len, query_offset, tiles, rounds = problem
     ROWS: gl.constexpr = BLOCK_K * WARPGROUPS
     copied = 0  # tiles of queries, since the program began
     for round in range(rounds):
-        batch, key_head, first = work(round, tiles, n_key_head, ROWS, False)
+        batch, key_head, first = tile_of_round(round, tiles, n_key_head, ROWS, False)
         if batch < batches:
             begin, _, end = _query_tiles(first, q_len, query_offset, ROWS, BLOCK_Q, IS_CAUSAL)
             mbarrier.wait(own_empty, round & 1 ^ 1)
@@ -311,8 +311,8 @@ def _key_step(
     mbarrier.wait(full.index(slot), taken // STAGES & 1)
     if TURNS:
         mbarrier.wait(mine, taken & 1)
-    s = begin(k, q_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
-    dp = begin(v, g_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
+    s = issue_product(k, q_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
+    dp = issue_product(v, g_buffer, slot, BLOCK_K, BLOCK_Q, BLOCK_D, S_LAYOUT)
     if TURNS:
         mbarrier.arrive(next_one, count=1)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
@@ -335,16 +335,16 @@ def _key_step(
 
 @gluon.jit
 def _compute_key(
-    things, WHICH: gl.constexpr,
+    packed, WHICH: gl.constexpr,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, IS_CAUSAL: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup WHICH of those that compute."""
+    """Warpgroup WHICH of those that compute; `packed` is what all of them are given, the kernel's `to_compute`."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = BLOCK_K * WARPGROUPS
-    pointers, strides, own_buffers, buffers, own_signals, signals, turns, problem, scales = things
+    pointers, strides, own_buffers, buffers, own_signals, signals, turns, problem, scales = packed
     statistics_ptr, dkey_ptr, dvalue_ptr = pointers
     dk_strides, dv_strides = strides
     own_full, own_empty = own_signals
@@ -355,7 +355,7 @@ def _compute_key(
     v = own_buffers[1].index(WHICH).reshape([BLOCK_K, BLOCK_D])
     taken = 0  # tiles of queries, since the program began
     for round in range(rounds):
-        batch, key_head, first = work(round, tiles, n_key_head, ROWS, False)
+        batch, key_head, first = tile_of_round(round, tiles, n_key_head, ROWS, False)
         if batch < batches:
             begin, full, end = _query_tiles(first, q_len, query_offset, ROWS, BLOCK_Q, IS_CAUSAL)
             first += WHICH * BLOCK_K
@@ -410,10 +410,10 @@ def _attention_backward_key_hopper(
     pointers = (statistics_ptr, dkey_ptr, dvalue_ptr)
     strides = ((dk_stride_b, dk_stride_h, dk_stride), (dv_stride_b, dv_stride_h, dv_stride))
     scales = (exponent_scale, scale)
-    things = (pointers, strides, own_buffers, buffers, own_signals, signals, turns, problem, scales)
-    copied = ((keys, values), own_buffers, (queries, grads), buffers, own_signals, signals, problem)
+    to_compute = (pointers, strides, own_buffers, buffers, own_signals, signals, turns, problem, scales)
+    to_copy = ((keys, values), own_buffers, (queries, grads), buffers, own_signals, signals, problem)
     gl.warp_specialize([
-        (_compute_key, (things, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, TURNS)),
-        (_compute_key, (things, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, TURNS)),
-        (_copy_key, (copied, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
+        (_compute_key, (to_compute, 0, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, TURNS)),
+        (_compute_key, (to_compute, 1, D, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES, WARPGROUPS, IS_CAUSAL, TURNS)),
+        (_copy_key, (to_copy, BLOCK_Q, BLOCK_K, STAGES, WARPGROUPS, IS_CAUSAL)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -547,7 +547,3 @@ def _attention_backward_key(
     dv_offsets = _offsets(BLOCK_K, BLOCK_D, dv_stride)
     _store(dkey_ptr, first, dk_offsets, dk_stride, k_len, dk * scale, D, BLOCK_K, BLOCK_D)
     _store(dvalue_ptr, first, dv_offsets, dv_stride, k_len, dv, D, BLOCK_K, BLOCK_D)
-
-
-# Short sequences: all queries and keys of a head fit one tile, so several heads share a program, there is no loop over
-# tiles, and one launch gives all three gradients.

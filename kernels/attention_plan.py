@@ -104,7 +104,12 @@ BACKWARD_KEY = {
         "ieee": {64: (16, 64, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
-for _table in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
+TILES = {  # by slot, see tiles.py
+    "attention.forward": FORWARD,
+    "attention.backward_query": BACKWARD_QUERY,
+    "attention.backward_key": BACKWARD_KEY,
+}
+for _table in TILES.values():
     _table["sm_100"] = dict(_table["sm_90"])
     # There, products of 64 rows and more with an operand that comes from tl.join, as dropout's does, are TF32 on the
     # tensor cores even under "ieee" (Triton 3.6 and 3.7 take the operand for a widened 16-bit one): fewer rows.
@@ -137,29 +142,38 @@ def _short_tile(table: dict, specs: Specs, options: dict, device: Device) -> tup
     length = max(16, next_power_of_2(longest))
     if device.arch == "interpreter":  # its cost is per program
         return (length, 128, 4) if length <= 64 else None
-    sizes = table[_kind(specs["query"], options)]
+    sizes = table[kind_of(specs["query"], options)]
     block, warps = sizes.get(max(64, next_power_of_2(specs["query"].shape[-1])), (0, 0))
     return (length, length, max(1, warps * length // block)) if length <= block else None
 
 
-def _kind(spec: Spec, options: dict) -> str:
+def precision(options: dict) -> str:
+    """What fp32 products are made in; those of 16 bits take no notice."""
+    return "tf32" if options["allow_tf32"] else "ieee"
+
+
+def kind_of(spec: Spec, options: dict) -> str:
     """The kind of product that a tile table goes by."""
-    return "half" if spec.dtype != torch.float32 else "tf32" if options["allow_tf32"] else "ieee"
+    return precision(options) if spec.dtype == torch.float32 else "half"
+
+
+def exponent_scale(spec: Spec, options: dict) -> float:
+    """The scale as _exp in attention_kernels.py takes it: for exponents to base 2 in 16 bits, to base e in fp32."""
+    return options["scale"] * (1.0 if spec.dtype == torch.float32 else math.log2(math.e))
 
 
 def _tile(
-    table: dict, spec: Spec, options: dict, device: Device, walked: tuple[Spec, ...] = (), *,
+    slot: str, spec: Spec, options: dict, device: Device, walked: tuple[Spec, ...], *,
     grouped: bool = False, hopper: bool = True,
 ) -> Tile:  # fmt: skip
     """The tile of one of the kernels that loop, and walk these (B, H, T, D); `hopper`: those for Hopper will do."""
     if device.arch == "interpreter":  # its cost is per program
         return Tile(128, 128, 4, 1)
-    rows = table[device.tiles]
-    kind, size = _kind(spec, options), max(64, next_power_of_2(spec.shape[-1]))
+    rows = TILES[slot][device.tiles]
+    kind, size = kind_of(spec, options), max(64, next_power_of_2(spec.shape[-1]))
     traits = ["-dropout"] * (options["dropout_p"] > 0.0) + ["-grouped"] * grouped
     exact = kind + "".join(traits)
-    slot = "forward" if table is FORWARD else "backward_query" if table is BACKWARD_QUERY else "backward_key"
-    if tuned := tiles.tuned(device, f"attention.{slot}", f"{exact}/{size}"):
+    if tuned := tiles.tuned(device, slot, f"{exact}/{size}"):
         tile = Tile(*tuned)
         # those describe all heads together: a head or batch that is another one again has no stride
         apart = all(spec.stride[0] > 0 < spec.stride[1] for spec in walked)
@@ -184,10 +198,11 @@ def _describable(device: Device, *matrices: Spec) -> bool:
     return device.descriptors
 
 
-def _strides(**specs: Spec) -> dict[str, int]:
-    """Batch, head and row strides by prefix, as the kernels name them."""
+def _strides(specs: Specs, **names: str) -> dict[str, int]:
+    """Batch, head and row strides of the tensors of these names, by prefix, as the kernels name them."""
     strides = {}
-    for prefix, spec in specs.items():
+    for prefix, name in names.items():
+        spec = specs[name]
         strides |= {f"{prefix}_stride_b": spec.stride[0], f"{prefix}_stride_h": spec.stride[1]}
         strides |= {f"{prefix}_stride": spec.stride[2]}
     return strides
@@ -204,7 +219,7 @@ def _numbers(specs: Specs, options: dict) -> dict[str, int | float]:
         "q_len": q_len,
         "k_len": k_len,
         "query_offset": options["query_offset"],
-        "exponent_scale": options["scale"] * (1.0 if specs["query"].dtype == torch.float32 else math.log2(math.e)),
+        "exponent_scale": exponent_scale(specs["query"], options),
         "scale": options["scale"],
         "threshold": threshold,
         "keep_scale": 65536 / (65536 - threshold) if threshold < 65536 else 0.0,
@@ -227,7 +242,7 @@ def _constexprs(specs: Specs, options: dict) -> dict:
         "D": d,
         "BLOCK_D": max(16, next_power_of_2(d)),
         "IS_CAUSAL": options["is_causal"],
-        "PRECISION": "tf32" if options["allow_tf32"] else "ieee",
+        "PRECISION": precision(options),
     }
 
 
@@ -278,13 +293,13 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     numbers = _numbers(specs, options)
     del numbers["scale"]
     arguments = pointers(specs, "query", "key", "value", "out", "lse", "seed")
-    arguments |= _strides(q=specs["query"], k=specs["key"], v=specs["value"], o=specs["out"]) | numbers
+    arguments |= _strides(specs, q="query", k="key", v="value", o="out") | numbers
     if short := _short_tile(SHORT_FORWARD, specs, options, device):
         return [_short_launch(_attention_short_forward, specs, options, arguments, short)]
     options = _with_diagonal(specs, options)
     arguments["query_offset"] = options["query_offset"]
     walked = (specs["query"], specs["key"], specs["value"])
-    tile = _tile(FORWARD, specs["query"], options, device, walked)
+    tile = _tile("attention.forward", specs["query"], options, device, walked)
     even = specs["key"].shape[2] % tile.block_k == 0
     if tile.warpgroups:
         name = "_attention_forward_hopper"
@@ -296,55 +311,48 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
 
 def plan_backward(specs: Specs, options: dict, device: Device) -> list[Launch]:
-    batch, n_head, q_len, _ = specs["query"].shape
-    n_key_head, k_len = specs["key"].shape[1:3]
-    if not n_head:
+    if not specs["query"].shape[1]:
         return []
-    inputs = {"q": specs["query"], "k": specs["key"], "v": specs["value"]}
-    outputs = {"dq": specs["dquery"], "dk": specs["dkey"], "dv": specs["dvalue"]}
-    numbers = _numbers(specs, options)
     if short := _short_tile(SHORT_BACKWARD, specs, options, device):
         names = ("query", "key", "value", "out", "grad", "lse", "grad_lse", "seed", "dquery", "dkey", "dvalue")
-        arguments = pointers(specs, *names) | _strides(**inputs, o=specs["out"], g=specs["grad"], **outputs) | numbers
+        strides = _strides(specs, q="query", k="key", v="value", o="out", g="grad", dq="dquery", dk="dkey", dv="dvalue")
+        arguments = pointers(specs, *names) | strides | _numbers(specs, options)
         return [_short_launch(_attention_short_backward, specs, options, arguments, short)]
-
     options = _with_diagonal(specs, options)
-    numbers["query_offset"] = options["query_offset"]
-    walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
-    tile = _tile(BACKWARD_QUERY, specs["query"], options, device, walked, hopper=specs["grad_lse"] is None)
+    return [_plan_dquery(specs, options, device), _plan_dkey_dvalue(specs, options, device)]
+
+
+def _plan_dquery(specs: Specs, options: dict, device: Device) -> Launch:
+    """dquery, and the statistics that the other launch reads."""
+    batch, n_head, q_len, _ = specs["query"].shape
     names = ("query", "key", "value", "out", "grad", "lse", "grad_lse", "seed", "statistics", "dquery")
-    strides = _strides(**inputs, o=specs["out"], g=specs["grad"], dq=specs["dquery"])
-    arguments = pointers(specs, *names) | strides | numbers
-    even = k_len % tile.block_k == 0
+    strides = _strides(specs, q="query", k="key", v="value", o="out", g="grad", dq="dquery")
+    arguments = pointers(specs, *names) | strides | _numbers(specs, options)
+    walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
+    hopper = specs["grad_lse"] is None
+    tile = _tile("attention.backward_query", specs["query"], options, device, walked, hopper=hopper)
+    even = specs["key"].shape[2] % tile.block_k == 0
     if tile.warpgroups:
         name = "_attention_backward_query_hopper"
-        by_query = _hopper_launch(name, specs, options, arguments, tile, device, "query", even)
-    else:
-        by_query = Launch(
-            _attention_backward_query,
-            (cdiv(q_len, tile.block_q) * batch * n_head,),
-            arguments,
-            _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked),
-            tile.warps,
-            tile.stages,
-        )
+        return _hopper_launch(name, specs, options, arguments, tile, device, "query", even)
+    constexprs = _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked)
+    grid = (cdiv(q_len, tile.block_q) * batch * n_head,)
+    return Launch(_attention_backward_query, grid, arguments, constexprs, tile.warps, tile.stages)
 
-    tile = _tile(BACKWARD_KEY, specs["query"], options, device, walked, grouped=n_head > n_key_head)
+
+def _plan_dkey_dvalue(specs: Specs, options: dict, device: Device) -> Launch:
+    batch, n_key_head, k_len, _ = specs["key"].shape
+    n_head, q_len = specs["query"].shape[1:3]
     names = ("query", "key", "value", "grad", "seed", "statistics", "dkey", "dvalue")
-    strides = _strides(**inputs, g=specs["grad"], dk=specs["dkey"], dv=specs["dvalue"])
-    arguments = pointers(specs, *names) | strides | numbers
-    even = q_len % tile.block_q == 0 and (not options["is_causal"] or options["query_offset"] % tile.block_q == 0)
+    strides = _strides(specs, q="query", k="key", v="value", g="grad", dk="dkey", dv="dvalue")
+    arguments = pointers(specs, *names) | strides | _numbers(specs, options)
+    walked = (specs["query"], specs["key"], specs["value"], specs["grad"])
+    grouped = n_head > n_key_head
+    tile = _tile("attention.backward_key", specs["query"], options, device, walked, grouped=grouped)
     if tile.warpgroups:
-        by_key = _hopper_launch("_attention_backward_key_hopper", specs, options, arguments, tile, device, "key")
-    else:
-        by_key = Launch(
-            _attention_backward_key,
-            (cdiv(k_len, tile.block_k) * batch * n_key_head,),
-            arguments,
-            _constexprs(specs, options)
-            | _tile_constexprs(tile, even, device, *walked)
-            | {"COPIES": _copies(tile, device)},
-            tile.warps,
-            tile.stages,
-        )
-    return [by_query, by_key]
+        return _hopper_launch("_attention_backward_key_hopper", specs, options, arguments, tile, device, "key")
+    even = q_len % tile.block_q == 0 and (not options["is_causal"] or options["query_offset"] % tile.block_q == 0)
+    constexprs = _constexprs(specs, options) | _tile_constexprs(tile, even, device, *walked)
+    constexprs["COPIES"] = _copies(tile, device)
+    grid = (cdiv(k_len, tile.block_k) * batch * n_key_head,)
+    return Launch(_attention_backward_key, grid, arguments, constexprs, tile.warps, tile.stages)

@@ -19,7 +19,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import attention, reference
 from kernels.device import Device
-from kernels.op import Case, Cost, Launch, Op, autocast_dtype, plan_only, refuse_transforms, register, rows_of
+from kernels.op import (
+    Case,
+    Cost,
+    Launch,
+    Op,
+    autocast_dtype,
+    check_tensors,
+    plan_only,
+    refuse_transforms,
+    register,
+    rows_of,
+)
 
 # ---------------------------------------------------------------- registration
 
@@ -116,24 +127,28 @@ def scaled_dot_product_attention_qkvpacked(
     is_causal, scale, autocast and return_lse are as in kernels.scaled_dot_product_attention; lse is (..., H, T). The
     gradient of qkv is one tensor, which nothing had to put together.
 
-    Raises RuntimeError for shapes and numbers that do not fit, ValueError for a scale that is not finite,
-    NotImplementedError for D above 256 and other dtypes.
+    Raises TypeError for what is no tensor or no number, RuntimeError for a shape or a dropout_p that does not fit,
+    ValueError for a scale that is not finite, NotImplementedError for D above 256 and other dtypes, inside torch.func's
+    transforms, for forward-mode tangents, and for second derivatives.
+
+    The method is FlashAttention-2 (Dao, 2023).
     """
     name = "scaled_dot_product_attention_qkvpacked"
+    check_tensors(name, {"qkv": qkv})
     refuse_transforms(name, qkv)
     dtype = autocast_dtype(qkv.device)
-    if dtype is not None and qkv.dtype.is_floating_point and qkv.dtype != torch.float64:
+    if dtype is not None:
         qkv = qkv.to(dtype)
     if qkv.dim() < 4 or qkv.shape[-3] != 3:
         raise RuntimeError(f"{name}: qkv must be (..., T, 3, H, D), got {list(qkv.shape)}")
-    attention.check_common(name, "qkv", qkv, dropout_p, scale)
+    attention.check_dropout(name, dropout_p)
 
     *lead, length, _, heads, size = qkv.shape
-    scale = attention.scale_of(scale, size)
-    if scale <= 0.0:  # the kernel takes the maximum before it scales
+    scale = attention.scale_of(name, scale, size)
+    if scale <= 0.0:
         query, key, value = qkv.unbind(-3)
-        qkv = torch.stack((-query if scale < 0.0 else query * 0.0, key, value), -3)
-        scale = -scale if scale < 0.0 else 1.0
+        query, scale = attention.positive_scale(query, scale)
+        qkv = torch.stack((query, key, value), -3)
     if len(lead) != 1:
         qkv = qkv.reshape(math.prod(lead), length, 3, heads, size)
     seed = attention.draw_seed(qkv.device) if dropout_p > 0.0 else None

@@ -61,6 +61,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_tensors,
     facts_of,
     next_power_of_2,
     plan_only,
@@ -554,6 +555,8 @@ def cross_entropy(
     do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets and
     other dtypes.
     """
+    tensors = {"input": input, "target": target, "weight": weight}
+    check_tensors("cross_entropy", tensors, optional=("weight",), integers=("target",))
     refuse_transforms("cross_entropy", input, weight)
     if size_average is not None or reduce is not None:
         reduction = reference.reduction_of(size_average, reduce)

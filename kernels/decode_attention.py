@@ -26,18 +26,18 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), http
 """
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import device as devices
 from kernels import reference
-from kernels.attention import scale_of
+from kernels.attention import positive_scale, scale_of
 from kernels.attention_kernels import _attend, _exp, _head, _last_seen, _load, _offsets, _store
+from kernels.attention_plan import exponent_scale, kind_of, precision
 from kernels.device import Device, allow_tf32
 from kernels.op import (
+    CHECK_VALUES,
     Case,
     Cost,
     Launch,
@@ -46,7 +46,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
-    check_number,
+    check_tensors,
     facts_of,
     next_power_of_2,
     plan_only,
@@ -299,7 +299,6 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
     batch, n_head, _, size = specs["query"].shape
     n_key_head, t_max = specs["key_cache"].shape[1:3]
     group, splits = _group(specs["query"], specs["key_cache"]), options["splits"]
-    half = specs["query"].dtype != torch.float32
     block_d = max(16, next_power_of_2(size))
     interpreter = device.arch == "interpreter"  # its cost is per program
 
@@ -311,12 +310,12 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         stride_b, stride_h, stride, _ = specs[name].stride
         arguments |= {f"{prefix}_stride_b": stride_b, f"{prefix}_stride_h": stride_h, f"{prefix}_stride": stride}
     shared = {"length_stride": specs["lengths"].stride[0], "n_head": n_head, "n_splits": splits, "t_max": t_max}
-    arguments |= shared | {"exponent_scale": options["scale"] * (math.log2(math.e) if half else 1.0)}
+    arguments |= shared | {"exponent_scale": exponent_scale(specs["query"], options)}
     constexprs = {"D": size}
 
     if group == 1:
         # 32 elements a thread, so that outputs, keys and values stay in registers
-        block_k, warps, stages = 4096 // block_d, 4, 4 if half else 3
+        block_k, warps, stages = 4096 // block_d, 4, 3 if specs["query"].dtype == torch.float32 else 4
         if device.tiles == "gfx942":
             stages = 1
         if interpreter:
@@ -324,16 +323,15 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
         kernel, programs = _decode_single, batch * n_head
         constexprs |= {"BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages}
     else:
-        kind = "half" if half else "tf32" if options["allow_tf32"] else "ieee"
         if interpreter:
             block_k, warps, stages = 128, 4, 1
         else:
-            block_k, warps, stages = GROUP[device.tiles][kind][max(64, block_d)]
+            block_k, warps, stages = GROUP[device.tiles][kind_of(specs["query"], options)][max(64, block_d)]
         rows = _rows(group, size, specs["query"].dtype)
         kernel, programs = _decode_group, batch * n_key_head * cdiv(group, rows)
         arguments |= {"group": group}
         constexprs |= {"BLOCK_H": rows, "BLOCK_K": block_k, "BLOCK_D": block_d, "STAGES": stages}
-        constexprs |= {"PRECISION": "tf32" if options["allow_tf32"] else "ieee"}
+        constexprs |= {"PRECISION": precision(options)}
     launches = [Launch(kernel, (programs * splits,), arguments, constexprs, warps, stages)]
     if splits > 1:
         arguments = pointers(specs, "partial", "peak", "total", "lengths", "out") | shared
@@ -343,8 +341,6 @@ def plan_forward(specs: Specs, options: dict, device: Device) -> list[Launch]:
 
 
 # ---------------------------------------------------------------- registration
-
-CHECK_LENGTHS = devices.INTERPRETED or devices.DEBUG
 
 
 def _check_lengths(lengths: torch.Tensor, t_max: int) -> None:
@@ -368,7 +364,7 @@ def _forward(
     """(B, H, 1, D), (B, Hk, Tmax, D) twice, (B,) int32 or int64, scale > 0 -> (B, H, 1, D)."""
     batch, n_head, _, size = query.shape
     n_key_head, t_max = key_cache.shape[1:3]
-    if CHECK_LENGTHS and not lengths.is_meta:
+    if CHECK_VALUES and not lengths.is_meta:
         _check_lengths(lengths, t_max)
     group = _group(query, key_cache)
     programs = batch * n_key_head * cdiv(group, _rows(group, size, query.dtype))
@@ -408,9 +404,6 @@ def _forward_flops(query_shape, key_shape, value_shape, lengths_shape, scale, **
 
 # ---------------------------------------------------------------- public
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_SIZE = 256
-
 
 def _check(query, key_cache, value_cache, lengths, enable_gqa):
     """Bad arguments raise at once; lengths' values are on the device, see _check_lengths."""
@@ -420,10 +413,6 @@ def _check(query, key_cache, value_cache, lengths, enable_gqa):
             raise ValueError(f"decode_attention: {name} must be 4-D, (B, H, T, D), got {list(tensor.shape)}")
         if tensor.dtype != query.dtype:
             raise RuntimeError(f"decode_attention: {name} is {tensor.dtype}, query is {query.dtype}")
-    if query.dtype not in DTYPES:
-        raise NotImplementedError(
-            f"decode_attention: query is {query.dtype}; the kernel has float32, float16, bfloat16"
-        )
     batch, heads, q_len, size = query.shape
     if q_len != 1:
         raise NotImplementedError(
@@ -439,8 +428,6 @@ def _check(query, key_cache, value_cache, lengths, enable_gqa):
         raise NotImplementedError(
             f"decode_attention: a value head of another size ({value_cache.shape[3]}) than query's ({size})"
         )
-    if not 1 <= size <= MAX_HEAD_SIZE:
-        raise NotImplementedError(f"decode_attention: head size {size}; the kernel has 1 to {MAX_HEAD_SIZE}")
     key_heads = key_cache.shape[1]
     if enable_gqa and (key_heads == 0 or heads % key_heads):
         raise RuntimeError(f"decode_attention: {key_heads} key heads must divide the {heads} query heads")
@@ -450,9 +437,6 @@ def _check(query, key_cache, value_cache, lengths, enable_gqa):
         raise RuntimeError(f"decode_attention: lengths must be int32 or int64, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise RuntimeError(f"decode_attention: lengths must have shape [{batch}], got {list(lengths.shape)}")
-    for name, tensor in (tensors | {"lengths": lengths}).items():
-        if tensor.device != query.device:
-            raise RuntimeError(f"decode_attention: {name} is on {tensor.device}, query on {query.device}")
 
 
 def decode_attention(
@@ -476,27 +460,26 @@ def decode_attention(
     caches are not cast, which would copy them at every call: query takes their dtype, the result autocast's.
 
     A length below 0 or above Tmax makes its sequence's result NaN; in the interpreter, and with KERNELS_DEBUG=1, it
-    raises IndexError. Raises ValueError or RuntimeError for inputs that do not fit or a scale that is not finite,
-    NotImplementedError for any other number of query tokens than one (scaled_dot_product_attention with query_offset
-    takes them), a value head of another size, D above 256 and other dtypes; and in backward and vmap, as there is
-    neither.
+    raises IndexError. Raises TypeError for what is no tensor or no number; RuntimeError for shapes, dtypes and devices
+    that do not fit together; ValueError for a tensor that is not 4-D or a scale that is not finite; NotImplementedError
+    for any other number of query tokens than one (scaled_dot_product_attention with query_offset takes them), a value
+    head of another size, D above 256 and other dtypes, inside torch.func's transforms, for forward-mode tangents, and
+    in backward, as there is none.
 
     The method is flash-decoding (Dao et al., 2023).
     """
+    tensors = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "lengths": lengths}
+    check_tensors("decode_attention", tensors, integers=("lengths",))
     refuse_transforms("decode_attention", query, key_cache, value_cache)
     dtype = autocast_dtype(query.device)
-    if dtype is not None and query.dtype in DTYPES and key_cache.dtype in DTYPES:
-        query = query.to(key_cache.dtype)
-    else:
+    if dtype is None:
         dtype = query.dtype
-    if not isinstance(lengths, torch.Tensor):
-        raise TypeError(f"decode_attention: lengths must be a Tensor, not {type(lengths).__name__}")
-    if scale is not None:
-        check_number("decode_attention", "scale", scale, finite=True)
+    else:
+        query = query.to(key_cache.dtype)
     _check(query, key_cache, value_cache, lengths, enable_gqa)
-    scale = scale_of(scale, query.shape[-1])
-    if scale <= 0.0:  # the kernels take the maximum before they scale
-        query, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+    scale = scale_of("decode_attention", scale, query.shape[-1])
+    if scale <= 0.0:
+        query, scale = positive_scale(query, scale)
     return forward(query, key_cache, value_cache, lengths, scale).to(dtype)
 
 

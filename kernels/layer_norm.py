@@ -44,6 +44,7 @@ from kernels.op import (
     cast,
     cdiv,
     check_number,
+    check_tensors,
     facts_of,
     next_power_of_2,
     plan_only,
@@ -628,6 +629,7 @@ def layer_norm(
 
     Raises RuntimeError if a shape does not fit normalized_shape, NotImplementedError for other dtypes.
     """
+    check_tensors("layer_norm", {"input": input, "weight": weight, "bias": bias}, optional=("weight", "bias"))
     refuse_transforms("layer_norm", input, weight, bias)
     shape = check("layer_norm", input.shape, normalized_shape, eps=eps, input=input, weight=weight, bias=bias)
     out_dtype = autocast_dtype(input.device) or input.dtype

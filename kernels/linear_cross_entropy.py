@@ -59,6 +59,7 @@ from kernels.op import (
     autocast_dtype,
     cast,
     cdiv,
+    check_tensors,
     next_power_of_2,
     plan_only,
     pointers,
@@ -533,6 +534,9 @@ def linear_cross_entropy(
     do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets,
     K-dimensional linear weights, options and other dtypes.
     """
+    tensors = {"input": input, "linear_weight": linear_weight, "target": target}
+    tensors |= {"linear_bias": linear_bias, "weight": weight}
+    check_tensors("linear_cross_entropy", tensors, optional=("linear_bias", "weight"), integers=("target",))
     refuse_transforms("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     if options is not None:
         raise NotImplementedError("linear_cross_entropy: options are not implemented; chunk_rows chooses the chunks")

@@ -318,27 +318,52 @@ _BELOW_AUTOGRAD = torch._C._after_autograd_keyset - torch._C.DispatchKeySet(_KEY
 _PLAIN = (_KEY.CPU, _KEY.CUDA)
 
 
-def refuse_transforms(name: str, *tensors: torch.Tensor | None) -> None:
-    """Raise TypeError for what is no tensor (None may stand for all but the first), and NotImplementedError inside
-    torch.func's transforms and for tensors with a forward-mode tangent.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHECK_VALUES = devices.INTERPRETED or devices.DEBUG  # of targets and lengths, which has the host wait for the device
+
+
+def check_tensors(
+    op: str,
+    tensors: Mapping[str, torch.Tensor | None],
+    *,
+    optional: tuple[str, ...] = (),
+    integers: tuple[str, ...] = (),
+) -> None:
+    """The tensor arguments by name. Raises TypeError for what is no tensor, as PyTorch's parser does (None may stand
+    for the `optional`), RuntimeError for one that is not on the first one's device, and NotImplementedError for dtypes
+    other than DTYPES; those of the `integers` are the op's to check.
+    """
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES and name not in integers:
+            raise NotImplementedError(f"{op}: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise RuntimeError(f"{op}: {name} is on {tensor.device}, {first} on {device}")
+
+
+def refuse_transforms(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError inside torch.func's transforms and for tensors with a forward-mode tangent.
 
     PyTorch's custom ops have no formula for these: grad fails with a message about something else, a tangent
     would be dropped without a word, and vmap launches every sample by itself.
     """
-    for place, tensor in enumerate(tensors, 1):
-        if not isinstance(tensor, torch.Tensor) and (place == 1 or tensor is not None):
-            raise TypeError(f"{name}: argument {place} must be a Tensor, not {type(tensor).__name__}")
-    if torch.compiler.is_compiling():  # transforms are traced away there, or refused by the compiler
+    if torch.compiler.is_dynamo_compiling():  # transforms are traced away there, or refused by the compiler
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
-            f"{name}: the transforms of torch.func (vmap, grad, vjp, jvp, jacrev, ...) are not implemented; dimensions "
+            f"{op}: the transforms of torch.func (vmap, grad, vjp, jvp, jacrev, ...) are not implemented; dimensions "
             "in front are a batch already, and tensor.backward() and torch.autograd.grad differentiate"
         )
     if torch.autograd.forward_ad._current_level >= 0:
         unpack = torch.autograd.forward_ad.unpack_dual
         if any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors):
-            raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; reverse mode is")
+            raise NotImplementedError(f"{op}: forward-mode derivatives are not implemented; reverse mode is")
 
 
 def check_number(op: str, name: str, value: Any, *, whole: bool = False, finite: bool = False) -> None:

@@ -361,6 +361,16 @@ def test_autocast(device):
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=name_of)
+def test_autocast_leaves_what_pytorchs_leaves(dtype, device):
+    """Of float64 and integers neither makes 16 bits; beside others in 16 bits that is an error in both."""
+    inputs = problem(device)
+    inputs["key"] = inputs["key"].to(dtype)
+    for function in (attention, F.scaled_dot_product_attention):
+        with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(RuntimeError):
+            function(**inputs)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -385,7 +395,7 @@ def test_autocast(device):
             "query is torch.int32",
         ),
         ({"query": torch.ones(1, 4, 5, 8)}, {}, RuntimeError, "enable_gqa"),
-        ({"query": [[1.0]]}, {}, TypeError, "argument 1 must be a Tensor, not list"),
+        ({"query": [[1.0]]}, {}, TypeError, "query must be a Tensor, not list"),
         ({}, {"dropout_p": 1.5}, RuntimeError, "dropout_p"),
         ({}, {"dropout_p": -0.1}, RuntimeError, "dropout_p"),
         ({}, {"dropout_p": "a"}, TypeError, "dropout_p must be a number, not str"),

@@ -166,7 +166,7 @@ def test_compiled_whole_for_every_length_it_is_eager(backend, device):
         (torch.ones(1, 5, 3, 1, 0), {}, NotImplementedError, "head size 0"),
         (torch.ones(1, 5, 3, 1, 8, dtype=torch.float64), {}, NotImplementedError, "float64"),
         (torch.ones(1, 5, 3, 1, 8, dtype=torch.int32), {}, RuntimeError, "qkv is torch.int32"),
-        ([[1.0]], {}, TypeError, "argument 1 must be a Tensor, not list"),
+        ([[1.0]], {}, TypeError, "qkv must be a Tensor, not list"),
         (torch.ones(1, 5, 3, 1, 8), {"dropout_p": 1.5}, RuntimeError, "dropout_p must be in"),
         (torch.ones(1, 5, 3, 1, 8), {"dropout_p": "a"}, TypeError, "dropout_p must be a number, not str"),
         (torch.ones(1, 5, 3, 1, 8), {"scale": "a"}, TypeError, "scale must be a number, not str"),

@@ -243,7 +243,7 @@ def test_lengths_are_not_read_by_the_host(device, monkeypatch):
     monkeypatch.setattr(module, "run", lambda *_, **__: None)
     inputs = problem(device, (10, 200))
     for checks, reads in ((True, True), (False, False)):
-        monkeypatch.setattr(module, "CHECK_LENGTHS", checks)
+        monkeypatch.setattr(module, "CHECK_VALUES", checks)
         with _Called() as called:
             module._forward(*inputs.values(), 1.0)
         allocations = {"aten.empty_like.default", "aten.new_empty.default"}
@@ -254,7 +254,7 @@ def test_lengths_are_not_read_by_the_host(device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=name_of)
 @KINDS
 def test_lengths_out_of_range_give_nan_there_and_read_nothing(heads, key_heads, dtype, splits, device, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_LENGTHS", False)
+    monkeypatch.setattr(module, "CHECK_VALUES", False)
     monkeypatch.setattr(module, "_splits", lambda *_: splits)
     wrong = {torch.int32: (-1, 301, 2**31 - 1, -(2**31)), torch.int64: (-1, 301, 2**32 + 5, -(2**63))}[dtype]
     inputs = problem(device, (0, 300, 7, 129, 5, 300), heads=heads, key_heads=key_heads)
@@ -269,7 +269,7 @@ def test_lengths_out_of_range_give_nan_there_and_read_nothing(heads, key_heads, 
 
 @pytest.mark.parametrize("wrong", [-1, 301])
 def test_lengths_out_of_range_are_told(wrong, device, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_LENGTHS", True)
+    monkeypatch.setattr(module, "CHECK_VALUES", True)
     with pytest.raises(IndexError, match=f"length {wrong} is out of bounds for caches of 300 slots"):
         run(problem(device, (5, wrong, 300)))
 

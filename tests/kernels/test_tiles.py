@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import catalogue, op, tiles
-from kernels.attention_plan import BACKWARD_KEY, FORWARD, _tile
+from kernels.attention_plan import _tile
 from kernels.device import INTERPRETER, TARGETS
 from kernels.layer_norm import _programs
 from kernels.op import Spec
@@ -40,12 +40,16 @@ def test_slug():
 def test_attention_takes_what_was_tuned(folder):
     numbers = {"half/64": [32, 32, 4, 1, 1, 0, 0, 0], "half-dropout/64": [64, 32, 4, 2, 0, 0, 0, 1]}
     device = write(folder, {"attention.forward": numbers})
-    default = _tile(FORWARD, SPEC, OPTIONS, TARGETS["sm_90"])
-    assert _tile(FORWARD, SPEC, OPTIONS, device) == (32, 32, 4, 1, 1, 0, 0, 0) != default
-    assert _tile(FORWARD, SPEC, OPTIONS | {"dropout_p": 0.1}, device) == (64, 32, 4, 2, 0, 0, 0, 1)
+
+    def tile(slot, device, dropout_p=0.0, **traits):
+        return _tile(f"attention.{slot}", SPEC, OPTIONS | {"dropout_p": dropout_p}, device, (SPEC,), **traits)
+
+    default = tile("forward", TARGETS["sm_90"])
+    assert tile("forward", device) == (32, 32, 4, 1, 1, 0, 0, 0) != default
+    assert tile("forward", device, 0.1) == (64, 32, 4, 2, 0, 0, 0, 1)
     # what has no entry keeps its default, and so does every other kernel
-    assert _tile(FORWARD, SPEC, OPTIONS, device, grouped=True) == default
-    assert _tile(BACKWARD_KEY, SPEC, OPTIONS, device) == _tile(BACKWARD_KEY, SPEC, OPTIONS, TARGETS["sm_90"])
+    assert tile("forward", device, grouped=True) == default
+    assert tile("backward_key", device) == tile("backward_key", TARGETS["sm_90"])
 
 
 @pytest.mark.parametrize(
