@@ -176,7 +176,8 @@ def add_layer_norm(
 
     Both results are differentiable; the gradients of the two are added inside the backward kernel.
 
-    Raises RuntimeError if shapes do not fit, NotImplementedError for other dtypes.
+    Raises TypeError for what is no tensor or no number, RuntimeError if shapes do not fit or devices differ,
+    NotImplementedError for other dtypes, second derivatives and torch.func's transforms.
     """
     tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
     check_tensors("add_layer_norm", tensors, optional=("weight", "bias"))
@@ -189,8 +190,7 @@ def add_layer_norm(
             raise RuntimeError(
                 f"add_layer_norm: input {list(input.shape)} and residual {list(residual.shape)} do not broadcast"
             ) from None
-    tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
-    shape = check("add_layer_norm", full_shape, normalized_shape, eps=eps, **tensors)
+    shape = check("add_layer_norm", full_shape, normalized_shape, eps, weight, bias)
     sum_dtype = _sum_dtype(input, residual)
     out_dtype = autocast_dtype(input.device) or sum_dtype
     if input.shape != full_shape or residual.shape != full_shape:

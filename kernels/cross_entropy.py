@@ -29,9 +29,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from kernels import reference
 from kernels.device import Device
 from kernels.losses import (
-    CHECK_TARGETS,
-    check_fit,
-    check_kinds,
+    check_options,
+    check_shapes,
     check_targets,
     lanes,
     long_row_sums,
@@ -52,6 +51,7 @@ from kernels.losses import (
     write_whole,
 )
 from kernels.op import (
+    CHECK_VALUES,
     Case,
     Cost,
     Launch,
@@ -382,7 +382,7 @@ def _forward(
     of 1, and zero, fp32 (), which stands for that.
     """
     n_rows, n_classes = logits.shape
-    if CHECK_TARGETS and not target.is_meta:
+    if CHECK_VALUES and not target.is_meta:
         check_targets("cross_entropy", target, n_classes, ignore_index)
     loss, sums, divisor, dlogits, changed = _empty_forward(logits, reduction, out_dtype, made)
     none = reduction == "none"
@@ -511,13 +511,12 @@ correct = register("cross_entropy_correct", _correct, lambda *_: None, changes=(
 
 
 def _check(input, target, weight, ignore_index, reduction, label_smoothing):
-    tensors = {"input": input, "weight": weight}
-    check_kinds("cross_entropy", tensors, target, input.shape, ignore_index, reduction, label_smoothing)
+    check_options("cross_entropy", target, input.shape, ignore_index, reduction, label_smoothing)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
     classes = 0 if input.dim() == 1 else 1
     expected = input.shape[:classes] + input.shape[classes + 1 :]
-    check_fit("cross_entropy", tensors, target, expected, input.shape[classes])
+    check_shapes("cross_entropy", input, target, expected, input.shape[classes], weight)
 
 
 def _makes_gradient(logits: torch.Tensor, reduction: str) -> bool:
@@ -551,9 +550,9 @@ def cross_entropy(
     another of these dtypes than input. size_average and reduce are PyTorch's old words for reduction, and replace it.
 
     A target outside [0, C) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
-    KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes and options that
-    do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets and
-    other dtypes.
+    KERNELS_DEBUG=1, it raises IndexError. Raises TypeError for what is no tensor or no number, RuntimeError or
+    ValueError for shapes, devices and options that do not fit, RuntimeError for a weight that requires a gradient,
+    NotImplementedError for probability targets, other dtypes, second derivatives and torch.func's transforms.
     """
     tensors = {"input": input, "target": target, "weight": weight}
     check_tensors("cross_entropy", tensors, optional=("weight",), integers=("target",))

@@ -577,19 +577,16 @@ backward = register(
 
 # ---------------------------------------------------------------- public
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def check(
     op: str,
     input_shape: Sequence[int],
     normalized_shape: int | Sequence[int],
-    *,
     eps: float,
-    input: torch.Tensor,
-    **others: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> tuple[int, ...]:
-    """normalized_shape as a tuple; errors as PyTorch has them, NotImplementedError for what the kernels lack."""
+    """normalized_shape as a tuple; errors as PyTorch has them."""
     check_number(op, "eps", eps)
     sizes = [normalized_shape] if isinstance(normalized_shape, int | torch.SymInt) else normalized_shape
     if not isinstance(sizes, list | tuple):
@@ -602,14 +599,8 @@ def check(
             f"{op}: normalized_shape={list(shape)} needs an input of shape [*, {', '.join(map(str, shape))}], "
             f"got {list(input_shape)}"
         )
-    for name, tensor in ({"input": input} | others).items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            raise NotImplementedError(f"{op}: {name} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
-        if tensor.device != input.device:
-            raise RuntimeError(f"{op}: {name} is on {tensor.device}, input on {input.device}")
-        if name in ("weight", "bias") and tuple(tensor.shape) != shape:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
     return shape
 
@@ -627,11 +618,13 @@ def layer_norm(
     sums are fp32. Under autocast the result has autocast's dtype, where PyTorch returns fp32: the
     product that follows would cast it anyway.
 
-    Raises RuntimeError if a shape does not fit normalized_shape, NotImplementedError for other dtypes.
+    Ba, Kiros and Hinton (2016), https://arxiv.org/abs/1607.06450. Raises TypeError for what is no tensor or no number,
+    RuntimeError if a shape does not fit normalized_shape or devices differ, NotImplementedError for other dtypes,
+    second derivatives and torch.func's transforms.
     """
     check_tensors("layer_norm", {"input": input, "weight": weight, "bias": bias}, optional=("weight", "bias"))
     refuse_transforms("layer_norm", input, weight, bias)
-    shape = check("layer_norm", input.shape, normalized_shape, eps=eps, input=input, weight=weight, bias=bias)
+    shape = check("layer_norm", input.shape, normalized_shape, eps, weight, bias)
     out_dtype = autocast_dtype(input.device) or input.dtype
     return forward(input, row(weight), row(bias), len(shape), float(eps), out_dtype)[0]
 

@@ -34,9 +34,8 @@ from kernels import reference
 from kernels.cross_entropy import plan_backward as plan_logits_backward
 from kernels.device import Device
 from kernels.losses import (
-    CHECK_TARGETS,
-    check_fit,
-    check_kinds,
+    check_options,
+    check_shapes,
     check_targets,
     lanes,
     long_row_sums,
@@ -51,6 +50,7 @@ from kernels.losses import (
     write_rows,
 )
 from kernels.op import (
+    CHECK_VALUES,
     Case,
     Cost,
     Launch,
@@ -311,7 +311,7 @@ def _forward(
     to anyone: it is returned because memory trackers see what ops return and nothing else.
     """
     (n_rows, hidden), n_classes = input.shape, linear_weight.shape[0]
-    if CHECK_TARGETS and not target.is_meta:
+    if CHECK_VALUES and not target.is_meta:
         check_targets("linear_cross_entropy", target, n_classes, ignore_index)
     none = reduction == "none"
     divisor, count, factor = _normalisers(target, weight, n_classes, ignore_index, reduction)
@@ -484,12 +484,11 @@ def _backward_flops(grad_shape, input_shape, linear_weight_shape, *arguments, **
 
 def _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing):
     name = "linear_cross_entropy"
-    tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}
     probabilities = input.shape[:-1] + linear_weight.shape[:1]
-    check_kinds(name, tensors, target, probabilities, ignore_index, reduction, label_smoothing)
-    for what, tensor in tensors.items():
+    check_options(name, target, probabilities, ignore_index, reduction, label_smoothing)
+    for what, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         same = tensor is None or tensor.dtype == input.dtype or autocast_dtype(input.device) is not None
-        if what.startswith("linear") and not same:
+        if not same:
             raise RuntimeError(f"{name}: {what} is {tensor.dtype}, input {input.dtype}; they must be of one dtype")
     if input.dim() == 0:
         raise RuntimeError(f"{name}: input must be (H,) or (..., H), got a scalar")
@@ -503,7 +502,7 @@ def _check(input, linear_weight, target, linear_bias, weight, ignore_index, redu
     n_classes, hidden = linear_weight.shape
     if input.shape[-1] != hidden:
         raise RuntimeError(f"{name}: input {list(input.shape)} does not end in linear_weight's {hidden} features")
-    check_fit(name, tensors, target, input.shape[:-1], n_classes)
+    check_shapes(name, input, target, input.shape[:-1], n_classes, weight, linear_bias)
 
 
 def linear_cross_entropy(
@@ -530,9 +529,10 @@ def linear_cross_entropy(
     the forward pass, of those tensors that require one then; "none" makes the logits again in backward.
 
     A target outside [0, V) that is not ignore_index makes its row's loss NaN; in the interpreter, and with
-    KERNELS_DEBUG=1, it raises IndexError. Raises RuntimeError or ValueError for shapes, dtypes and options that
-    do not fit, RuntimeError for a weight that requires a gradient, NotImplementedError for probability targets,
-    K-dimensional linear weights, options and other dtypes.
+    KERNELS_DEBUG=1, it raises IndexError. Raises TypeError for what is no tensor or no number, RuntimeError or
+    ValueError for shapes, dtypes, devices and options that do not fit, RuntimeError for a weight that requires a
+    gradient, NotImplementedError for probability targets, K-dimensional linear weights, options, other dtypes, second
+    derivatives and torch.func's transforms.
     """
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     tensors |= {"linear_bias": linear_bias, "weight": weight}

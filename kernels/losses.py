@@ -6,7 +6,6 @@ ones, and a row that a program has to itself, read by 16 bytes.
 
 import torch
 
-from kernels import device as devices
 from kernels import tiles
 from kernels.device import Device
 from kernels.op import Spec, cast, check_number, exp, fma, next_power_of_2, tl, triton
@@ -361,9 +360,6 @@ def lanes(logits: Spec, block_v: int, warps: int, device: Device) -> dict[str, i
 
 # ---------------------------------------------------------------- arguments
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHECK_TARGETS = devices.INTERPRETED or devices.DEBUG
-
 
 def check_targets(name: str, target: torch.Tensor, n_classes: int, ignore_index: int) -> None:
     outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
@@ -372,19 +368,16 @@ def check_targets(name: str, target: torch.Tensor, n_classes: int, ignore_index:
         raise IndexError(f"{name}: target {wrong} is out of bounds for {n_classes} classes")
 
 
-def check_kinds(
-    name: str, tensors: dict[str, torch.Tensor | None], target: torch.Tensor, probabilities: tuple[int, ...],
-    ignore_index: int, reduction: str, label_smoothing: float,
+def check_options(
+    name: str, target: torch.Tensor, probabilities: tuple[int, ...], ignore_index: int, reduction: str,
+    label_smoothing: float,
 ) -> None:  # fmt: skip
     """Errors as PyTorch has them, and NotImplementedError for what PyTorch can do and the kernels cannot.
 
-    tensors: all but the target, by name; probabilities: the shape that a target of probabilities would have.
+    probabilities: the shape that a target of probabilities would have.
     """
     check_number(name, "ignore_index", ignore_index, whole=True)
     check_number(name, "label_smoothing", label_smoothing)
-    for what, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise NotImplementedError(f"{name}: {what} is {tensor.dtype}; the kernel has float32, float16, bfloat16")
     if target.dtype.is_floating_point and target.shape == probabilities:
         raise NotImplementedError(f"{name}: probability targets are not implemented; class indices are")
     if target.dtype not in (torch.int64, torch.uint8):
@@ -395,29 +388,29 @@ def check_kinds(
         raise RuntimeError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-def check_fit(
-    name: str, tensors: dict[str, torch.Tensor | None], target: torch.Tensor, expected: tuple[int, ...], n_classes: int
+def check_shapes(
+    name: str,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    expected: tuple[int, ...],
+    n_classes: int,
+    weight: torch.Tensor | None,
+    linear_bias: torch.Tensor | None = None,
 ) -> None:
-    """Errors where tensors do not go together: a target of another shape than `expected`, a linear_bias or weight
-    that has not one element for each class, other devices; and class weights that require a gradient, which the ops
-    have none for."""
-    input = tensors["input"]
-    for what, tensor in tensors.items():
-        if tensor is not None and what in ("linear_bias", "weight") and tensor.shape != (n_classes,):
+    """Errors for a target that is not of the `expected` shape and for what has not one element for each class; and for
+    class weights that require a gradient: the ops have none for them, nor has PyTorch."""
+    for what, tensor in (("linear_bias", linear_bias), ("weight", weight)):
+        if tensor is not None and tensor.shape != (n_classes,):
             raise RuntimeError(
                 f"{name}: {what} must have one element for each of the {n_classes} classes, got shape "
                 f"{list(tensor.shape)}"
             )
-    weight = tensors["weight"]
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: not differentiable with respect to weight; pass weight.detach()")
     if target.shape != expected:
         raise (ValueError if input.dim() > 1 and target.shape[:1] != expected[:1] else RuntimeError)(
             f"{name}: input {list(input.shape)} needs a target of shape {list(expected)}, got {list(target.shape)}"
         )
-    for what, tensor in {**tensors, "target": target}.items():
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"{name}: {what} is on {tensor.device}, input on {input.device}")
 
 
 def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:

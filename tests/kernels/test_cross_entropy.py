@@ -302,7 +302,7 @@ def test_nan_and_infinity_stay_in_their_row(value, device):
 @pytest.mark.parametrize("wrong", [-1, 9, 10**9, -(2**40), 2**62])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_target_out_of_bounds_spoils_its_row_only(wrong, smoothing, device, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_TARGETS", False)
+    monkeypatch.setattr(module, "CHECK_VALUES", False)
     x, target = draw(5, 9, device=device).requires_grad_(), classes(5, n_classes=9, device=device)
     weight = draw(9, seed=3, device=device).abs()
     target[3] = wrong
@@ -317,7 +317,7 @@ def test_a_target_out_of_bounds_spoils_its_row_only(wrong, smoothing, device, mo
 
 @pytest.mark.parametrize("wrong", [-1, 9])
 def test_a_target_out_of_bounds_is_told(wrong, device, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_TARGETS", True)
+    monkeypatch.setattr(module, "CHECK_VALUES", True)
     target = torch.tensor([0, wrong, 3], device=device)
     with pytest.raises(IndexError, match=f"{wrong} is out of bounds for 9"):
         cross_entropy(draw(3, 9, device=device), target)

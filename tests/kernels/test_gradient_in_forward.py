@@ -95,7 +95,7 @@ def test_gradients_are_pytorchs(options, factor, tiles, device):
 @pytest.mark.parametrize("wrong", [-1, 3000])
 def test_ignored_rows_and_targets_out_of_bounds(wrong, tiles, device, monkeypatch):
     """Zeros for the one, whatever its logits, NaN for the other, and neither in other rows; all ignored: zeros too."""
-    monkeypatch.setattr(module, "CHECK_TARGETS", False)
+    monkeypatch.setattr(module, "CHECK_VALUES", False)
     x, target, _ = problem(3000, device)
     x[1], target[2] = float("nan"), wrong
     with tiles(), guarded_allocations():

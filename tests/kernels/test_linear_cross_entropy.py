@@ -598,7 +598,7 @@ def test_activation_checkpointing(reentrant, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("wrong", [-1, 20, 2**40, -(2**62)])
 def test_a_target_out_of_bounds_spoils_its_row(wrong, reduction, chunked, device, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_TARGETS", False)
+    monkeypatch.setattr(module, "CHECK_VALUES", False)
     x, w, target, bias = problem(CHUNK + 9, device=device)
     weight = draw(20, seed=5, device=device).abs()
     target[CHUNK + 3] = wrong
@@ -618,7 +618,7 @@ def test_a_target_out_of_bounds_spoils_its_row(wrong, reduction, chunked, device
 
 @pytest.mark.parametrize("wrong", [-1, 20])
 def test_a_target_out_of_bounds_is_told(wrong, device, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_TARGETS", True)
+    monkeypatch.setattr(module, "CHECK_VALUES", True)
     x, w, target, _ = problem(5, device=device)
     target[2] = wrong
     with pytest.raises(IndexError, match=f"linear_cross_entropy: target {wrong} is out of bounds for 20"):
