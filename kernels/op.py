@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 
 from kernels import device as devices
 from kernels.device import Device
+from kernels.interpreting import interpreting
 
 if devices.HAS_TRITON:
     import triton
@@ -114,33 +114,6 @@ def count_launches() -> Iterator[collections.Counter]:
         _counters.remove(counter)
 
 
-@contextlib.contextmanager
-def _interpreting() -> Iterator[None]:
-    """Let one launch in Triton's interpreter be silent and quicker.
-
-    Padding may divide by zero, as silently as on a GPU. And at every call of a helper, of tl.sum and tl.zeros too, the
-    interpreter looks through all of triton.language for what it has yet to replace, which takes half of its time:
-    once a launch is enough for each module that a function was written in.
-    """
-    from triton.runtime import interpreter
-
-    replace, seen = interpreter._patch_lang, set()
-
-    def replace_once(function):
-        module = id(function.__globals__)
-        if module in seen:
-            return interpreter._LangPatchScope()
-        seen.add(module)
-        return replace(function)
-
-    interpreter._patch_lang = replace_once
-    try:
-        with numpy.errstate(all="ignore"):
-            yield
-    finally:
-        interpreter._patch_lang = replace
-
-
 class _Ready:
     """A planned launch and, once it has run on a GPU, its compiled kernel, started without asking Triton again.
 
@@ -171,7 +144,7 @@ class _Ready:
                 f"{launch.name} is written in Gluon, which Triton's interpreter does not run: unset TRITON_INTERPRET "
                 "where there is a GPU, or run it in the emulator (docs/profiling.md)"
             )
-        with _interpreting() if devices.INTERPRETED else _nothing:
+        with interpreting() if devices.INTERPRETED else _nothing:
             compiled = launch.kernel[launch.grid](
                 *arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
             )

@@ -16,7 +16,8 @@ import torch
 from parity import as_tuple
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.op import IMPLEMENTATIONS, Launch, Spec, _interpreting, plan_only
+from kernels.interpreting import interpreting
+from kernels.op import IMPLEMENTATIONS, Launch, Spec, plan_only
 
 APART = 1 << 50  # bytes between tensors
 TRIPS = 2  # of a loop: the first and the last
@@ -104,7 +105,7 @@ def _interpreter(kernel, accesses: list, values: dict, wide: bool) -> Iterator:
             stack.enter_context(mock.patch.object(kind, name, method))
         for names in modules:
             stack.enter_context(mock.patch.dict(names, {"range": trips}))
-        stack.enter_context(_interpreting())
+        stack.enter_context(interpreting())
         stack.enter_context(mock.patch.object(interpreter, "_patch_lang_core", core))
         stack.callback(interpreter._patch_lang(kernel.fn).restore)
         yield function, argument, builder

@@ -35,7 +35,9 @@ SPLIT = 1024
 @pytest.fixture(autouse=True)
 def _however_many_it_would_choose(monkeypatch):
     """All rows in one chunk of logits, and splits however many programs there are: nothing is left to a device."""
-    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "BOUND", 1 << 60)
+    monkeypatch.setattr(
+        importlib.import_module("kernels.linear_cross_entropy"), "chunk_rows", lambda n_rows, *_: n_rows
+    )
     decode = importlib.import_module("kernels.decode_attention")
     monkeypatch.setattr(decode, "_splits", lambda programs, t_max, *_: SPLITS if t_max >= SPLIT else 1)
 
