@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 OPS = {op.name: op for op in catalogue.OPS}
 LAID = {"plain": lambda tensor: tensor} | {layout.__name__: layout for layout in LAYOUTS}
-FEW, MANY = 6, 300
+FEW, MANY = 4, 300
 
 
 def _attention(draw: random.Random) -> Case:
