@@ -11,7 +11,6 @@ that is lost would hardly show.
 import argparse
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,8 @@ SPREAD = 2.0
 """Times the weights that training starts with. Attention's scores then have a standard deviation above 1."""
 FEWEST = 48
 """Tokens of each row that are compared, at least."""
+LENGTHS = 8
+"""Different ones of the prompts, at most: without a cache each has a forward pass of its own for every token."""
 SEED = 0
 """Of what is drawn."""
 TOLERANCE = 3e-4
@@ -96,9 +97,14 @@ def run(arguments: argparse.Namespace) -> int:
     for block, batch in cases(arguments.block, batches):
         shape = replace(settings.model_config(CHARACTERS), block_size=block)
         made = functools.partial(GPT, shape, backends.resolve("torch", here.torch_device))
-        rows = measure(made, preset, batch, kinds, here.torch_device, rounds, document["ceilings"].get("copy_gbps"))
-        document["rows"] += rows
-        results.save(document, path)
+        before = document["rows"]
+
+        def keep(rows: list[dict[str, Any]], before: list = before) -> None:
+            document["rows"] = before + rows
+            results.save(document, path)
+
+        copy_gbps = document["ceilings"].get("copy_gbps")
+        rows = measure(made, preset, batch, kinds, here.torch_device, rounds, copy_gbps, keep)
         for row in rows:
             said = f"{row['tokens_per_second']:,.0f} tokens/s" if row["status"] == "ok" else row["reason"]
             print(f"{row['case']}, {row['configuration']}: {said}", flush=True)
@@ -108,8 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def cases(blocks: list[int], batches: list[int]) -> list[tuple[int, int]]:
-    """Blocks with batches, the most tokens first: they tell the most, and a run may be cut short."""
-    return sorted(itertools.product(blocks, batches), key=math.prod, reverse=True)
+    """Blocks with batches, the longest block first and of that the smallest batch, which everybody looks for: a run may
+    be cut short."""
+    return sorted(itertools.product(blocks, batches), key=lambda case: (-case[0], case[1]))
 
 
 def configurations(kernels: list[str]) -> list[Configuration]:
@@ -126,11 +133,12 @@ def configurations(kernels: list[str]) -> list[Configuration]:
 
 def measure(
     made: Callable[[], GPT], preset: str, batch: int, kinds: list[Configuration], device: torch.device, rounds: int,
-    copy_gbps: float | None,
+    copy_gbps: float | None, keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one model and batch: the tokens of every configuration first, then the times of those that agree.
 
-    The first of `kinds` is the one that the others are held to.
+    The first of `kinds` is the one that the others are held to. `keep` is given the rows as they stand whenever there
+    is news.
     """
     torch.manual_seed(0)
     model = made().to(device).eval()
@@ -153,20 +161,27 @@ def measure(
                 timers[kind.name] = Timer(model, kind, batch, device)
         except Exception as error:  # one configuration's failure must not end the others
             row |= ladder.failure(error)
-    samples, failed = timing.interleaved(timers, rounds, seconds=120.0)
+        keep(rows)
+
+    def enter(samples: dict[str, list[float]]) -> None:
+        for row in rows:
+            name = row["configuration"]
+            if name in samples:
+                row.pop("reason", None)
+                row |= ladder.speed(samples[name], batch) | noise.waited(timers[name])
+                if timers[name].kind.cache:
+                    row |= bandwidth(model, batch, row["median_ms"], copy_gbps)
+        plain = next((row for row in rows if row["configuration"] == PLAIN and row["status"] == "ok"), None)
+        for row in rows:
+            if plain and row["status"] == "ok":
+                row["over_plain"] = float(f"{row['tokens_per_second'] / plain['tokens_per_second']:.4g}")
+        keep(rows)
+
+    samples, failed = timing.interleaved(timers, rounds, seconds=120.0, news=enter)
     for row in rows:
-        name = row["configuration"]
-        if name in failed:
-            row |= ladder.failure(failed[name])
-        elif name in samples:
-            row.pop("reason")
-            row |= ladder.speed(samples[name], batch) | noise.waited(timers[name])
-            if timers[name].kind.cache:
-                row |= bandwidth(model, batch, row["median_ms"], copy_gbps)
-    plain = next((row for row in rows if row["configuration"] == PLAIN and row["status"] == "ok"), None)
-    for row in rows:
-        if plain and row["status"] == "ok":
-            row["over_plain"] = float(f"{row['tokens_per_second'] / plain['tokens_per_second']:.4g}")
+        if row["configuration"] in failed:
+            row |= ladder.failure(failed[row["configuration"]])
+    enter(samples)
     return rows
 
 
@@ -181,11 +196,12 @@ class Drawn(NamedTuple):
 def drawn(model: GPT, kind: Configuration, batch: int, device: torch.device) -> Drawn:
     """What a configuration draws after prompts of one token to a whole block.
 
-    A few rows are drawn on past their block; many have all lengths among them, and some are past it soon.
+    A few rows are drawn on past their block; many have LENGTHS among them, and some are past it soon.
     """
     block, vocab_size = model.config.block_size, model.config.vocab_size
     generator = torch.Generator().manual_seed(SEED)
-    lengths = [1 + row * (block - 1) // max(1, batch - 1) for row in range(batch)]
+    kinds = max(1, min(batch, LENGTHS) - 1)
+    lengths = [1 + row * kinds // max(1, batch - 1) * (block - 1) // kinds for row in range(batch)]
     prompts = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
     tokens = max(FEWEST, (block + context.kept(block)) // batch)
     uniforms, columns = sampling.Uniforms(SEED, batch), []

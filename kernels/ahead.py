@@ -40,7 +40,8 @@ def compile_ahead(work: Callable[[], object], device: torch.device, threads: int
 
     `work` is called once, and all of it happens but these launches: what they would have written is whatever the memory
     held. So nothing of its results is to be used, and no decision to rest on their values; the caller undoes what it
-    does to gradients and random generators. What does not compile raises at its launch, as ever. Where kernels are
+    does to gradients and random generators. Nor may other threads call kernels meanwhile, which would not be launched
+    either. What does not compile raises at its launch, as ever. Where kernels are
     interpreted nothing is compiled, and `work` is not called.
     """
     if devices.INTERPRETED or not devices.HAS_TRITON:

@@ -82,7 +82,10 @@ def _layer_norm_forward(
     centred = tl.where(in_row, x - mean[:, None], 0.0)
     # what rounding left out of the mean: without it 1 / sqrt(eps) would make something of a constant row
     rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
-    variance = tl.maximum(tl.sum(centred * centred, axis=1) / N - rest * rest, 0.0)
+    squares = centred * centred
+    if BLOCK_N <= 32:  # one element a lane: a product, fused with the sum with another lane's, would differ from theirs
+        squares = tl.fma(centred, centred, tl.zeros_like(centred))
+    variance = tl.maximum(tl.sum(squares, axis=1) / N - rest * rest, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     rstd = tl.where(variance == float("inf"), float("nan"), rstd)  # overflowed: not a norm, and not zero either
     mean += rest

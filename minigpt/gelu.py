@@ -69,10 +69,10 @@ class _GELULinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dx = dweight = dbias = None
-        rows = gradient.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
         with torch.autocast(gradient.device.type, enabled=False):  # the products run in the gradient's dtype
             if needs_weight:
-                activations = F.gelu(x, approximate="tanh").flatten(0, -2)
+                activations = F.gelu(x, approximate="tanh").reshape(-1, x.shape[-1])
                 dweight = (rows.t() @ activations.to(rows.dtype)).to(weight.dtype)
                 del activations
             if needs_x:

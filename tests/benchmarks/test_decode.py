@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks import decode, machine, pictures, report, results
+from benchmarks import decode, machine, pictures, report, results, timing
 from benchmarks.decode import PLAIN, Configuration, Drawn
 from minigpt import backends, config, graphs
 from minigpt.model import GPT
@@ -103,8 +103,40 @@ def test_edges_are_how_far_a_draw_is_from_the_next_token(monkeypatch):
         assert kept.all() if same else not kept.any()
 
 
-def test_the_most_tokens_come_first():
-    assert decode.cases([64, 256], [1, 64]) == [(256, 64), (64, 64), (256, 1), (64, 1)]
+def test_the_longest_block_and_one_row_come_first():
+    assert decode.cases([64, 256], [64, 1]) == [(256, 1), (256, 64), (64, 1), (64, 64)]
+
+
+def test_a_run_that_is_ended_leaves_what_it_has(tmp_path, monkeypatch):
+    """The rows of whole cases, those of this one that were timed so far, and what was yet to be timed."""
+    inner = timing.interleaved
+
+    def ended(timers, rounds, seconds, news=None):
+        samples, failed = inner(timers, rounds, seconds=seconds)
+        if news is None or next(iter(timers.values())).batch == 1:  # the ceilings, and the first case
+            return samples, failed
+        news({PLAIN: samples[PLAIN]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "interleaved", ended)
+    argv = ["decode", "--preset", "tiny", "--block", "4", "--batch", "2", "1", "--kernels", "torch", "--rounds", "6"]
+    arguments = benchmarks.__main__.parser().parse_args([*argv, "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        arguments.run(arguments)
+    (path,) = tmp_path.rglob("*.json")
+    found = {(row["batch"], row["configuration"]): row["status"] for row in results.load(path)["rows"]}
+    assert [found[1, name] for name in (PLAIN, "torch")] == ["ok", "ok"]
+    assert [found[2, name] for name in (PLAIN, "torch")] == ["ok", "untimed"]
+
+
+@pytest.mark.parametrize(("batch", "lengths"), [(1, [1]), (2, [1, 8]), (3, [1, 4, 8]), (64, list(range(1, 9)))])
+def test_prompts_of_many_rows_have_few_lengths(batch, lengths, monkeypatch):
+    """Each costs the generation without a cache, which the others are held to, a forward pass for every token."""
+    given = []
+    monkeypatch.setattr(decode, "_steps", lambda model, kind, prompts, device, **_: given.append(prompts) or iter(()))
+    with pytest.raises(TypeError, match="missing"):  # for want of a step
+        decode.drawn(made(), Configuration("torch"), batch, CPU)
+    assert sorted({len(prompt) for prompt in given[0]}) == lengths and len(given[0]) == batch
 
 
 def test_a_step_that_cannot_be_captured_is_an_error(monkeypatch):

@@ -43,6 +43,13 @@ def test_every_length_of_row(rows, n, device):
     agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)})
 
 
+@pytest.mark.parametrize("n", [9, 31])
+def test_many_rows_of_one_element_a_lane(n, device):
+    """Compiled, the lanes of a row hold sums of their own, which must be the same: one of them is what is saved."""
+    inputs = {"input": draw(64, n, device=device), "weight": draw(n, seed=1, device=device)}
+    agree(inputs | {"bias": draw(n, seed=2, device=device)}, {"normalized_shape": (n,)})
+
+
 @pytest.mark.parametrize("op", [LAYER_NORM, ADD_LAYER_NORM], ids=lambda op: op.name)
 @pytest.mark.parametrize(
     ("n", "dtype", "parts", "width", "rows", "stages"),

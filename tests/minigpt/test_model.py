@@ -221,13 +221,14 @@ def test_the_gradient_of_gelu_may_be_expanded():
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("lead", [(), (2, 5)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("form", [gelu_linear, _GELULinear.apply])
-def test_gelu_and_the_linear_layer_after_it(form, with_bias):
+def test_gelu_and_the_linear_layer_after_it(form, with_bias, lead):
     """The form for GPUs makes the activations a second time: same results, same gradients, expanded ones too."""
-    drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((2, 5, 6), (4, 6), (4,))]
+    drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((*lead, 6), (4, 6), (4,))]
     leaves, exact = ([t.to(dtype).requires_grad_() for t in drawn] for dtype in (torch.float32, torch.float64))
-    for incoming in (torch.randn(2, 5, 4), torch.ones(()).expand(2, 5, 4)):
+    for incoming in (torch.randn(*lead, 4), torch.ones(()).expand(*lead, 4)):
         ours = form(leaves[0], leaves[1], leaves[2] if with_bias else None)
         theirs = F.linear(F.gelu(exact[0], approximate="tanh"), exact[1], exact[2] if with_bias else None)
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
