@@ -69,7 +69,7 @@ def test_several_blocks_of_rows_in_parts(op, n, dtype, parts, width, rows, stage
     """As on a GPU: rows in vectors, of which the last may go past a row's end, and blocks that are loaded ahead."""
     gpu = TARGETS["sm_90"] if INTERPRETED else facts_of(torch.empty(0, device=device))
     one = dataclasses.replace(gpu, processors=1)
-    n_rows = 67 if n < 1500 else 23
+    n_rows = 67 if n < 384 else 37 if n < 1500 else 19
     shapes = {"input": (n_rows, n), "residual": (n_rows, n), "weight": (n,), "bias": (n,)}
     if op is LAYER_NORM:
         del shapes["residual"]
