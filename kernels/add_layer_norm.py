@@ -108,7 +108,8 @@ def _backward(
 def _save(ctx, inputs, output):
     input, residual, weight, bias, n_dims, *_ = inputs
     _, total, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    # where neither summand requires a gradient, nor does the sum, as PyTorch's
+    ctx.mark_non_differentiable(mean, rstd, *([] if any(ctx.needs_input_grad[:2]) else [total]))
     ctx.options = (n_dims, input.dtype, residual.dtype)
     ctx.save_for_backward(total, weight, bias, mean, rstd)
 

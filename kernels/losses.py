@@ -324,12 +324,13 @@ def write_row_gradients(
 
 
 def tile(n_rows: int, n_classes: int, device: Device, which: str) -> tuple[int, int, int]:
-    """(BLOCK_V, rows a program, warps): 16 elements a thread, several rows a program where they are short.
+    """(BLOCK_V, rows a program, warps): of short rows as many as have 2,048 elements together.
 
-    Backward, a thread has 32 of long rows: what is done once a program is a third of the instructions else. Forward, a
-    warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all else. Longer
-    rows have a program each, and three tiles or four: what every thread does at a row's ends is as much as one of them.
-    Of the longest, whose second walk is to find in the L2 cache what its first has read, few are there at a time.
+    Forward, a warp has rows of up to 1,024 to itself: sums over several warps would take as many instructions as all
+    else. Longer rows have a program each, and three tiles or four: what every thread does at a row's ends is as much as
+    one of them. Of the longest, whose second walk is to find in the L2 cache what its first has read, few are there at
+    a time. Backward, a thread has 16 elements of short rows and 32 of long ones: what is done once a program is a third
+    of the instructions else.
     """
     if device.arch == "interpreter":  # its cost is per program
         block_v = max(16, min(next_power_of_2(n_classes), 1 << 16))

@@ -109,6 +109,7 @@ def test_gradients_of_some_only(wanted, n, dtypes, device):
     everything = torch.autograd.grad(add_layer_norm(*leaves[:2], n, *leaves[2:]), leaves, grads)
     chosen = [leaf.detach().requires_grad_(place in wanted) for place, leaf in enumerate(leaves)]
     results = add_layer_norm(*chosen[:2], n, *chosen[2:])
+    assert [result.requires_grad for result in results] == [True, bool({0, 1} & set(wanted))]  # as PyTorch's sum
     used = [place for place in (0, 1) if results[place].requires_grad]
     torch.autograd.backward([results[place] for place in used], [grads[place] for place in used])
     for place, leaf in enumerate(chosen):
