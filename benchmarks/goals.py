@@ -325,7 +325,8 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
             ceilings, origin = document["ceilings"], f"ceilings measured on {document['machine']['name']}"
     yield (
         f"Floors in microseconds, bf16: the fewest bytes at {ceilings['copy_gbps']:,.0f} GB/s or the operations at "
-        f"{ceilings[f'matmul_tflops_{DTYPE}']:,.0f} TFLOP/s, whichever takes longer ({origin})."
+        f"{ceilings[f'matmul_tflops_{DTYPE}']:,.0f} TFLOP/s, whichever takes longer ({origin}). "
+        "A loss's gradient may be made in either pass, so that only both together have a floor."
     )
     yield ""
     yield "| op | case | shape | forward | backward | both |"
@@ -334,7 +335,10 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
         known = {case.name: case for case in problems.all_cases(op, True, False)}
         for name in cases(op):
             case = known[name]
-            costs = problems.costs(op, op.inputs(case, problems.DTYPES[DTYPE], "meta"), case.options).values()
+            costs = problems.costs(op, op.inputs(case, problems.DTYPES[DTYPE], "meta"), case.options)
             shape = " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in case.shapes.values()))
-            cells = [report.number(1e3 * suite.roofline_ms(cost, DTYPE, ceilings)) for cost in costs]
+            cells = [
+                report.number(1e3 * suite.roofline_ms(cost, DTYPE, ceilings)) if results.rated(op.name, which) else "-"
+                for which, cost in costs.items()
+            ]
             yield f"| {op.name} | {name} | {shape} | {' | '.join([*cells, '', ''][:3])} |"

@@ -1,9 +1,9 @@
 """`python -m benchmarks kernels`: every provider on every problem, right first and timed then.
 
-Passes: forward with what it saves for backward (of cross_entropy's long rows the gradient too, whose bytes its floor
-does not count), backward alone as a second one over the same graph is, and both. On a GPU the times are the device's,
-with cold L2, and the host's time per call stands apart; on a CPU PyTorch's providers are timed by the clock, and
-Triton's kernels, which the interpreter runs there, are checked and not timed.
+Passes: forward with what it saves for backward, backward alone as a second one over the same graph is, and both. Of
+losses, whose gradient some providers make in forward, only both together have rates and a share of the roofline. On a
+GPU the times are the device's, with cold L2, and the host's time per call stands apart; on a CPU PyTorch's providers
+are timed by the clock, and Triton's kernels, which the interpreter runs there, are checked and not timed.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     samples, broken = timing.interleaved(timers, rounds, seconds=20.0)
     failed |= broken
     rows = []
-    cost = problem.cost()[name]
+    cost = problem.cost()[name] if results.rated(problem.op.name, name) else None
     for variant in [*outcome, *([first + AGAIN] if first else [])]:
         row = key | {"pass": name, "provider": variant} | outcome.get(variant, {})
         if variant in failed:
@@ -202,7 +202,8 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
             try:
                 after_timing(name, used[variant], checker, timers[variant], variant)
                 row |= results.timed(samples[variant]) | extra[variant] | noise.waited(timers[variant])
-                row |= rates(cost, row["median_ms"], row["dtype"], ceilings if row["l2"] == "cold" else {})
+                if cost:
+                    row |= rates(cost, row["median_ms"], row["dtype"], ceilings if row["l2"] == "cold" else {})
             except Wrong as error:
                 row |= {"status": "wrong", "reason": f"wrong: {error}"}
             except Exception as error:  # with the inputs drawn anew it may throw all the same

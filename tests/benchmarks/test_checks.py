@@ -233,6 +233,14 @@ def test_a_sample_that_leaves_work_behind_is_no_sample(late, monkeypatch):
         assert timing._elapsed(start, end) == 2.0
 
 
+@pytest.mark.parametrize("op", [catalogue.LAYER_NORM, catalogue.LINEAR_CROSS_ENTROPY])
+def test_only_both_passes_of_a_loss_have_rates(op, on_cpu):
+    """Its gradient may be made in forward, and PyTorch does that otherwise than ours: one product, then two."""
+    rows = suite.measure(op, op.cases[3], torch.float32, [PROVIDERS["torch"]], CEILINGS, 6)
+    with_rates = {row["pass"] for row in rows if row["status"] == "ok" and "tflops" in row}
+    assert with_rates == ({"forward+backward"} if op is catalogue.LINEAR_CROSS_ENTROPY else set(suite.PASSES))
+
+
 @pytest.mark.parametrize(("name", "full"), [("two_tiles", True), ("prime", False), ("pairs", False)])
 def test_pytorchs_attention_has_a_mask_only_where_slots_are_empty(name, full, monkeypatch):
     """A mask, and caches that are cleared first, would be work that nobody asked of it."""
