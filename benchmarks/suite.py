@@ -184,9 +184,11 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     first = next(iter(right), None)  # ours where it is timed: once more, to see what differs by chance alone
     for variant, call in [*right.items(), *([(first + AGAIN, right[first])] if first else [])]:
         try:
-            own = [copy.copy() for copy in copies] if _overwrites(variant) else copies
+            own = [copy.copy() for copy in copies] if _entered(variant, "overwrites") else copies
             used[variant] = own[0]
             timers[variant], extra[variant] = prepare(name, problem, own, call)
+            if _entered(variant, "wrapped"):
+                extra[variant].pop("host_us", None)
         except Exception as error:
             failed[variant] = error
             free()
@@ -216,9 +218,9 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     return rows
 
 
-def _overwrites(variant: str) -> bool:
-    entry = providers.PROVIDERS.get(variant.removesuffix(AGAIN))
-    return entry is not None and entry.overwrites
+def _entered(variant: str, what: str) -> bool:
+    """Whether the provider of that name was entered as one that `overwrites` or is `wrapped`."""
+    return getattr(providers.PROVIDERS.get(variant.removesuffix(AGAIN)), what, False)
 
 
 def after_timing(name: str, problem: Problem, checker: Checker, timer: timing.Timer, variant: str) -> None:
@@ -229,7 +231,7 @@ def after_timing(name: str, problem: Problem, checker: Checker, timer: timing.Ti
     its inputs has nothing right to give once its backward pass has run, and was held to the truth before.
     """
     factor = 1.0 if variant.startswith("triton") else PEER_FACTOR
-    if name != "forward" and _overwrites(variant):
+    if name != "forward" and _entered(variant, "overwrites"):
         return
     if name != "backward":
         seed = problems.SEEDS[1]
