@@ -1,9 +1,10 @@
 """`python -m benchmarks goals [FILE ...]`: what this project means to reach on an H200, how far it is, and the floors.
 
 A bar is a ratio within one run: the peer's time over ours, or our share of the roofline of that run. FILES are results
-files of one GPU, of any kind; of a goal with several cases the worst counts. Where nothing was measured the table says
-so. Floors are the fewest bytes and the operations of each case over the ceilings measured in the files, or over
-published peaks where there are none. --write puts both tables into docs/performance.md.
+files of one GPU, of any kind; a case is taken from the newest that has both sides of it. Of a goal with several cases
+the worst counts, and it is met when all are there. Where nothing was measured the table says so. Floors are the fewest
+bytes and the operations of each case over the ceilings measured in the files, or over published peaks where there are
+none. --write puts both tables into docs/performance.md.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import machine, problems, report, results, suite
 from kernels.op import Op
@@ -20,7 +21,8 @@ from minigpt.errors import UserError
 PAGE = machine.ROOT / "docs" / "performance.md"
 MARKERS = re.compile(r"<!-- goals:(.*?) -->\n(.*?)<!-- /goals -->", re.DOTALL)
 DTYPE = "bfloat16"
-UNMEASURED = "not measured: no GPU"
+UNMEASURED = "not measured"
+NO_GPU = f"{UNMEASURED}: no GPU"
 PUBLISHED = "H200 SXM"
 BOTH = ("forward", "forward+backward")
 
@@ -33,18 +35,25 @@ OURS = ("triton+compile+graph", "triton+graph", "triton+compile", "triton")
 
 
 class Rows:
-    """The timed rows of several documents, by what names them; of two of one name the later document's."""
+    """The timed rows of a document, by what names them, and which providers it says cannot do something."""
 
-    def __init__(self, documents: Sequence[dict[str, Any]]):
+    def __init__(self, document: dict[str, Any]):
         self.by_key: dict[tuple[str, ...], dict[str, Any]] = {}
-        for document in sorted(documents, key=lambda document: document["date"]):
-            for row in document["rows"]:
-                if row["status"] == "ok":
-                    self.by_key[document["kind"], *results.key_of(document, row)] = row
+        self.skipped: set[tuple[str, ...]] = set()
+        for row in document["rows"]:
+            key = (document["kind"], *results.key_of(document, row))
+            if row["status"] == "ok":
+                self.by_key[key] = row
+            elif row["status"] == "skipped":
+                self.skipped.add(key)
 
     def kernel(self, op: str, case: str, which: str, provider: str) -> dict[str, Any] | None:
         """A row of `python -m benchmarks kernels`."""
         return self.by_key.get(("kernels", op, case, DTYPE, which, provider))
+
+    def cannot(self, op: str, case: str, which: str, provider: str) -> bool:
+        """Whether the provider was asked and cannot do it, so that nobody need be held to it there."""
+        return ("kernels", op, case, DTYPE, which, provider) in self.skipped
 
     def training(self, preset: str, *configurations: str) -> dict[str, Any] | None:
         """The fastest row of the ladder among the configurations."""
@@ -52,26 +61,45 @@ class Rows:
         return max(filter(None, found), key=lambda row: row["tokens_per_second"], default=None)
 
 
+class Reached(NamedTuple):
+    """What a case came to, which peers were not there to be held to, and what is to be known of the number."""
+
+    value: float
+    without: tuple[str, ...] = ()
+    remark: str = ""
+
+
 @dataclass(frozen=True)
 class Bar:
-    """A number to reach. `find` gives it by case, for the cases that were measured; with `at_most` less is better."""
+    """A number to reach. `find` gives it by case, for those of a document; with `at_most` less is better."""
 
     text: str
     bound: float
-    find: Callable[[Rows], dict[str, float]]
+    find: Callable[[Rows], dict[str, Reached]]
     cases: int = 1
     at_most: bool = False
     form: str = "{:.2f} x"
 
-    def said(self, rows: Rows) -> str:
-        """How far it is: the worst case, and whether that is enough."""
-        found = self.find(rows)
+    def said(self, runs: Sequence[Rows]) -> str:
+        """How far it is by these runs, the oldest first: the worst case, and whether that is enough.
+
+        A case is taken from the newest run that has it, with all its peers if any has. One that falls short is a miss;
+        nothing is met as long as a case or a peer is not there, which could be worse.
+        """
+        found: dict[str, Reached] = {}
+        for rows in runs:
+            for case, reached in self.find(rows).items():
+                if case not in found or not reached.without or found[case].without:
+                    found[case] = reached
         if not found:
-            return UNMEASURED
-        case = (max if self.at_most else min)(found, key=found.__getitem__)
-        met = found[case] <= self.bound if self.at_most else found[case] >= self.bound
-        where = f" ({case}{f', {len(found)} of {self.cases} cases' * (len(found) < self.cases)})" * (self.cases > 1)
-        return f"{'**met**' if met else 'missed'}, {self.form.format(found[case])}{where}"
+            return UNMEASURED if runs else NO_GPU
+        case = (max if self.at_most else min)(found, key=lambda case: found[case].value)
+        worst, whole = found[case], sum(not reached.without for reached in found.values())
+        enough = worst.value <= self.bound if self.at_most else worst.value >= self.bound
+        where = [case + worst.remark + f" without {' and '.join(worst.without)}" * bool(worst.without)]
+        where += [f"{whole} of {self.cases} cases"] * (whole < self.cases)
+        word = "missed," if not enough else "**met**," if whole == self.cases else "so far"
+        return f"{word} {self.form.format(worst.value)}" + f" ({', '.join(where)})" * (self.cases > 1)
 
 
 @dataclass(frozen=True)
@@ -92,14 +120,15 @@ def faster(
     """The time of the fastest of `peers` over ours. One whose calls wait for the device has no graph, and that wait in
     its time."""
 
-    def find(rows: Rows) -> dict[str, float]:
+    def find(rows: Rows) -> dict[str, Reached]:
         found = {}
         for op, case, which, ours in _ours(rows, ops, cases, passes):
-            theirs = [row for peer in peers if (row := rows.kernel(op, case, which, peer))]
+            theirs = {peer: row for peer in peers if (row := rows.kernel(op, case, which, peer))}
             if theirs:
-                best = min(theirs, key=lambda row: row["median_ms"])
+                best = min(theirs.values(), key=lambda row: row["median_ms"])
+                without = tuple(p for p in peers if p not in theirs and not rows.cannot(op, case, which, p))
                 waits = "" if best.get("method") == ours.get("method") else ", waiting for the device included"
-                found[_label(ops, op, case, which) + waits] = best["median_ms"] / ours["median_ms"]
+                found[_label(ops, op, case, which)] = Reached(best["median_ms"] / ours["median_ms"], without, waits)
         return found
 
     return Bar(text, bound, find, len(ops) * len(cases) * len(passes))
@@ -108,9 +137,9 @@ def faster(
 def share(text: str, bound: float, ops: Sequence[str], cases: Sequence[str], passes: Sequence[str]) -> Bar:
     """The share of the roofline of the run, in percent."""
 
-    def find(rows: Rows) -> dict[str, float]:
+    def find(rows: Rows) -> dict[str, Reached]:
         return {
-            _label(ops, op, case, which): ours["roofline_percent"]
+            _label(ops, op, case, which): Reached(ours["roofline_percent"])
             for op, case, which, ours in _ours(rows, ops, cases, passes)
             if "roofline_percent" in ours
         }
@@ -133,38 +162,39 @@ def _label(ops: Sequence[str], op: str, case: str, which: str) -> str:
 def memory(text: str, bound: float, op: str, case: str) -> Bar:
     """Our peak memory over PyTorch's."""
 
-    def find(rows: Rows) -> dict[str, float]:
-        pair = [rows.kernel(op, case, "forward+backward", name) for name in ("triton", "torch")]
-        known = all(row and row.get("peak_memory_mib") for row in pair)
-        return {case: pair[0]["peak_memory_mib"] / pair[1]["peak_memory_mib"]} if known else {}
+    def find(rows: Rows) -> dict[str, Reached]:
+        return _memory(case, *(rows.kernel(op, case, "forward+backward", name) for name in ("triton", "torch")))
 
     return Bar(text, bound, find, at_most=True)
 
 
-def training(text: str, bound: float, preset: str) -> Bar:
-    """Our tokens/s over nanoGPT's, compiled, of one run."""
+def _memory(case: str, *pair: dict[str, Any] | None) -> dict[str, Reached]:
+    ours, theirs = ((row or {}).get("peak_memory_mib") for row in pair)
+    return {case: Reached(ours / theirs)} if ours and theirs else {}
 
-    def find(rows: Rows) -> dict[str, float]:
+
+def training(text: str, bound: float, preset: str) -> Bar:
+    """Our tokens/s over nanoGPT's, compiled."""
+
+    def find(rows: Rows) -> dict[str, Reached]:
         ours, theirs = rows.training(preset, *OURS), rows.training(preset, "nanoGPT")
-        return {preset: ours["tokens_per_second"] / theirs["tokens_per_second"]} if ours and theirs else {}
+        return {preset: Reached(ours["tokens_per_second"] / theirs["tokens_per_second"])} if ours and theirs else {}
 
     return Bar(text, bound, find)
 
 
-def _tokens(rows: Rows) -> dict[str, float]:
+def _tokens(rows: Rows) -> dict[str, Reached]:
     ours = rows.training("gpt2", *OURS)
-    return {"gpt2": ours["tokens_per_second"]} if ours else {}
+    return {"gpt2": Reached(ours["tokens_per_second"])} if ours else {}
 
 
-def _step_memory(rows: Rows) -> dict[str, float]:
-    pair = [rows.training("gpt2", *OURS), rows.training("gpt2", "torch+compile")]
-    known = all(row and row.get("peak_memory_mib") for row in pair)
-    return {"gpt2": pair[0]["peak_memory_mib"] / pair[1]["peak_memory_mib"]} if known else {}
+def _step_memory(rows: Rows) -> dict[str, Reached]:
+    return _memory("gpt2", rows.training("gpt2", *OURS), rows.training("gpt2", "torch+compile"))
 
 
-def _start(rows: Rows) -> dict[str, float]:
+def _start(rows: Rows) -> dict[str, Reached]:
     row = rows.by_key.get(("start", "shakespeare", "triton"))
-    return {"shakespeare": row["median_ms"] / 1e3} if row else {}
+    return {"shakespeare": Reached(row["median_ms"] / 1e3)} if row else {}
 
 
 _SDPA = ("torch", "torch-flash", "torch-cudnn")
@@ -304,13 +334,13 @@ def tables(documents: Sequence[dict[str, Any]]) -> str:
     slugs = dict.fromkeys(document["machine"]["slug"] for document in documents)
     if len(slugs) > 1:
         raise UserError(f"measured on two devices, {' and '.join(slugs)}: give files of one")
-    rows = Rows(documents)
+    runs = [Rows(document) for document in sorted(documents, key=lambda document: document["date"])]
     lines = ["| what | bar | measured |", "|---|---|---|"]
     for goal in GOALS:
         for number, bar in enumerate(goal.bars):
-            lines.append(f"| {goal.what if not number else ''} | {bar.text} | {bar.said(rows)} |")
+            lines.append(f"| {goal.what if not number else ''} | {bar.text} | {bar.said(runs)} |")
         if goal.moonshot:
-            lines.append(f"| | moonshot: {goal.moonshot.text} | {goal.moonshot.said(rows)} |")
+            lines.append(f"| | moonshot: {goal.moonshot.text} | {goal.moonshot.said(runs)} |")
     return "\n".join([*lines, "", *_floors(documents)])
 
 
@@ -325,7 +355,8 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
             ceilings, origin = document["ceilings"], f"ceilings measured on {document['machine']['name']}"
     yield (
         f"Floors in microseconds, bf16: the fewest bytes at {ceilings['copy_gbps']:,.0f} GB/s or the operations at "
-        f"{ceilings[f'matmul_tflops_{DTYPE}']:,.0f} TFLOP/s, whichever takes longer ({origin})."
+        f"{ceilings[f'matmul_tflops_{DTYPE}']:,.0f} TFLOP/s, whichever takes longer ({origin}). "
+        "A loss's gradient may be made in either pass, so that only both together have a floor."
     )
     yield ""
     yield "| op | case | shape | forward | backward | both |"
@@ -334,7 +365,10 @@ def _floors(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
         known = {case.name: case for case in problems.all_cases(op, True, False)}
         for name in cases(op):
             case = known[name]
-            costs = problems.costs(op, op.inputs(case, problems.DTYPES[DTYPE], "meta"), case.options).values()
+            costs = problems.costs(op, op.inputs(case, problems.DTYPES[DTYPE], "meta"), case.options)
             shape = " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in case.shapes.values()))
-            cells = [report.number(1e3 * suite.roofline_ms(cost, DTYPE, ceilings)) for cost in costs]
+            cells = [
+                report.number(1e3 * suite.roofline_ms(cost, DTYPE, ceilings)) if results.rated(op.name, which) else "-"
+                for which, cost in costs.items()
+            ]
             yield f"| {op.name} | {name} | {shape} | {' | '.join([*cells, '', ''][:3])} |"

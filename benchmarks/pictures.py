@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from benchmarks import noise
+from benchmarks import noise, results
 from benchmarks.noise import AGAIN
 from minigpt.errors import writing
 from minigpt.plots import GRID, INK, QUIET, STYLE
@@ -44,7 +44,8 @@ def draw(document: dict[str, Any], path: Path) -> list[Path]:
             mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
             drawn.append(_save(_times(document, mine), path, f"{op}-{dtype}"))
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
-            mine = [row for row in rows if row["dtype"] == dtype and row["tflops"] > 0 and row["intensity"] > 0]
+            mine = [row for row in rows if row["dtype"] == dtype and results.rated(row["op"], row["pass"])]
+            mine = [row for row in mine if row["tflops"] > 0 and row["intensity"] > 0]
             if mine and {"copy_gbps", f"matmul_tflops_{dtype}"} <= set(document["ceilings"]):
                 drawn.append(_save(_roofline(document, mine, dtype), path, f"roofline-{dtype}"))
     return drawn

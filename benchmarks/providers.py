@@ -7,6 +7,7 @@ that nothing here needs a peer.
 
 import functools
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from minigpt.errors import UserError
 ATTENTION = "scaled_dot_product_attention"
 QKVPACKED = "scaled_dot_product_attention_qkvpacked"
 DECODE = "decode_attention"
-LARGEST_SCORES = 2 << 30  # bytes: with more of them plain arithmetic crowds out whoever is timed beside it
+LARGEST_SCORES = 2 << 30  # bytes: with so many plain arithmetic crowds out whoever is timed beside it
+NO_BACKEND = ("No available kernel", "No viable backend")  # what PyTorch says where a backend cannot do it
 
 
 class Unavailable(Exception):
@@ -39,7 +41,8 @@ class Provider:
     build: Callable[[Problem], Call]
     ops: tuple[str, ...]
     gpu_only: bool
-    overwrites: bool
+    overwrites: bool = False
+    wrapped: bool = False
 
     def make(self, problem: Problem) -> Call:
         """What computes `problem`. Raises Unavailable with the reason."""
@@ -53,11 +56,15 @@ class Provider:
 PROVIDERS: dict[str, Provider] = {}
 
 
-def provider(name: str, *ops: str, gpu_only: bool = False, overwrites: bool = False) -> Callable:
-    """Enter the decorated function in PROVIDERS. `overwrites`: its backward destroys inputs, as some peers' does."""
+def provider(name: str, *ops: str, gpu_only: bool = False, overwrites: bool = False, wrapped: bool = False) -> Callable:
+    """Enter the decorated function in PROVIDERS.
+
+    `overwrites`: its backward destroys inputs, as some peers' does. `wrapped`: a call does things on the host that
+    only this comparison needs, so that its host time is nobody's.
+    """
 
     def enter(build: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
-        PROVIDERS[name] = Provider(name, build, ops, gpu_only, overwrites)
+        PROVIDERS[name] = Provider(name, build, ops, gpu_only, overwrites, wrapped)
         return build
 
     return enter
@@ -94,6 +101,11 @@ def _refuse(problem: Problem, *options: str) -> None:
             raise Unavailable(f"it has no {option}")
 
 
+def _unweighted(problem: Problem) -> None:
+    if "weight" in problem.case.shapes:
+        raise Unavailable("it has no class weights")
+
+
 def _half_only(problem: Problem) -> None:
     if problem.dtype == torch.float32:
         raise Unavailable("it computes in fp16 and bf16 only")
@@ -119,7 +131,7 @@ def _eager(problem: Problem) -> Call:
 def _small_scores(problem: Problem) -> None:
     if problem.op.name == ATTENTION:
         size = math.prod(problem.case.shapes["query"][:-1]) * problem.case.shapes["key"][-2] * problem.dtype.itemsize
-        if size > LARGEST_SCORES:
+        if size >= LARGEST_SCORES:
             raise Unavailable(f"its scores would take {size / 1e9:.0f} GB")
 
 
@@ -166,17 +178,22 @@ def _by_one_backend(problem: Problem, backend: SDPBackend) -> Call:
 
     def restricted(**arguments):
         with sdpa_kernel(backend):
-            return attention(**arguments)
+            try:
+                return attention(**arguments)
+            except RuntimeError as error:
+                if str(error).startswith(NO_BACKEND):
+                    raise NotImplementedError(str(error)) from None
+                raise
 
     return restricted
 
 
-@provider("torch-flash", ATTENTION, DECODE, gpu_only=True)
+@provider("torch-flash", ATTENTION, DECODE, gpu_only=True, wrapped=True)
 def _torch_flash(problem: Problem) -> Call:
     return _by_one_backend(problem, SDPBackend.FLASH_ATTENTION)
 
 
-@provider("torch-cudnn", ATTENTION, DECODE, gpu_only=True)
+@provider("torch-cudnn", ATTENTION, DECODE, gpu_only=True, wrapped=True)
 def _torch_cudnn(problem: Problem) -> Call:
     return _by_one_backend(problem, SDPBackend.CUDNN_ATTENTION)
 
@@ -263,7 +280,7 @@ def _liger(problem: Problem) -> Call:
     if problem.op.name == "cross_entropy":
         return _imported("liger_kernel.transformers.functional", "liger_cross_entropy")
     function = _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
-    _refuse(problem, "weight")
+    _unweighted(problem)
     return lambda input, linear_weight, target, *, linear_bias=None, **options: function(
         input, linear_weight, target, linear_bias, **options
     )
@@ -273,8 +290,13 @@ def _liger(problem: Problem) -> Call:
 def _cce(problem: Problem) -> Call:
     function = _imported("cut_cross_entropy", "linear_cross_entropy")
     _half_only(problem)
-    _refuse(problem, "weight", "label_smoothing")
-    return lambda input, linear_weight, target, *, linear_bias=None, **options: function(
+    _refuse(problem, "label_smoothing")
+    _unweighted(problem)
+    if "linear_bias" not in problem.case.shapes:
+        return lambda input, linear_weight, target, **options: function(input, linear_weight, target, **options)
+    if "bias" not in inspect.signature(function).parameters:
+        raise Unavailable("this version of cut_cross_entropy has no bias")
+    return lambda input, linear_weight, target, linear_bias, **options: function(
         input, linear_weight, target, bias=linear_bias, **options
     )
 
@@ -283,6 +305,5 @@ def _cce(problem: Problem) -> Call:
 def _quack(problem: Problem) -> Call:
     function = _imported("quack.cross_entropy", "cross_entropy")
     _refuse(problem, "label_smoothing")
-    if "weight" in problem.case.shapes:
-        raise Unavailable("it has no class weights")
+    _unweighted(problem)
     return functools.partial(function, **({} if "reduction" in problem.case.options else {"reduction": "mean"}))

@@ -180,7 +180,8 @@ def above_ceiling(document: dict[str, Any]) -> set[tuple[str, ...]]:
     return {
         results.key_of(document, row)
         for row in document["rows"]
-        if row["status"] == "ok" and ceilings[row["dtype"]] and row["tflops"] > (1 + ABOVE) * ceilings[row["dtype"]]
+        if row["status"] == "ok" and ceilings[row["dtype"]] and results.rated(row["op"], row["pass"])
+        if row["tflops"] > (1 + ABOVE) * ceilings[row["dtype"]]
     }
 
 
@@ -214,6 +215,7 @@ def _kernel_tables(document: dict[str, Any]) -> list[str]:
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
         mine = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
         names = [name for name in _unique(row["provider"] for row in mine) if not name.endswith(AGAIN)]
+        shares = any("roofline_percent" in row for row in mine)
         table = []
         for case, name in dict.fromkeys((row["case"], row["pass"]) for row in mine):
             cells = {row["provider"]: row for row in mine if (row["case"], row["pass"]) == (case, name)}
@@ -226,21 +228,25 @@ def _kernel_tables(document: dict[str, Any]) -> list[str]:
             again = f"{ratios[0]:.3f}" if ratios else ""
             keys = {provider: results.key_of(document, row) for provider, row in cells.items()}
             mark = {provider: "~" * (key in marked) + "^" * (key in doubted) for provider, key in keys.items()}
-            shown = [mark[provider] + _cell(cells[provider]) if provider in cells else "" for provider in names]
+            shown = [mark[provider] + _cell(cells[provider], shares) if provider in cells else "" for provider in names]
             table.append([case, shape, name, *shown, again])
         caption = f"**{op}, {dtype}**: milliseconds a call, median (20th to 80th percentile)"
         caption += "; x1.2 is 1.2 times our time" * ours
-        caption += "; % the share of the roofline" * any("roofline_percent" in row for row in mine)
+        caption += "; % the share of the roofline" * shares
+        if shares and op in results.SPLIT:
+            caption += ", of both passes together alone, as gradients may be made in either"
         caption += ". The last column is one variant's second median over its first."
         parts += [caption, _table(["case", "shape", "pass", *names, "again"], table)]
     return parts
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any], shares: bool) -> str:
     text = f"{number(row['median_ms'])} ({number(row['p20_ms'])} to {number(row['p80_ms'])})"
     if "over_ours" in row and row["provider"] != "triton":
         text += f" x{row['over_ours']:.2f}"
-    if "roofline_percent" in row:
+    if not results.rated(row["op"], row["pass"]):
+        text += " -%" * shares
+    elif "roofline_percent" in row:
         text += f" {row['roofline_percent']:.0f}%"
     if "host_us" in row:
         text += f", host {number(row['host_us'])} µs"

@@ -26,12 +26,17 @@ KEYS = {
 _TIMES = ("median_ms", "p20_ms", "p80_ms")
 _SPEEDS = ("tokens_per_second", "p20_tokens_per_second", "p80_tokens_per_second", "tokens_per_step")
 NUMBERS = {
-    "kernels": (*_TIMES, "gbps", "tflops", "intensity"),
+    "kernels": _TIMES,
     "train": (*_TIMES, *_SPEEDS),
     "decode": (*_TIMES, *_SPEEDS),
     "start": _TIMES,
 }
 """By kind of file: the numbers that every timed row has."""
+RATES = ("gbps", "tflops", "intensity")
+"""... and every row of kernels that `rated` says yes of."""
+
+SPLIT = ("cross_entropy", "linear_cross_entropy")
+"""Ops whose gradients some providers make in their forward pass: what a pass by itself computes is each one's own."""
 
 STATUSES = ("ok", "untimed", "skipped", "wrong", "error", "memory")
 """ok: right, and timed. untimed: right, but not timed here. skipped: cannot run this or is not here. wrong: red check.
@@ -130,7 +135,8 @@ def _check_row(row: Any, kind: str, where: str) -> None:
         raise UserError(f"{where}: samples above 0 must stand beside the status ok, and there alone")
     if row["status"] != "ok" and not row.get("reason"):
         raise UserError(f"{where} has the status {row['status']} and no reason")
-    missing = [name for name in NUMBERS[kind] if not isinstance(row.get(name), int | float)]
+    wanted = (*NUMBERS[kind], *(RATES if kind == "kernels" and rated(row["op"], row["pass"]) else ()))
+    missing = [name for name in wanted if not isinstance(row.get(name), int | float)]
     if row["status"] == "ok" and missing:
         raise UserError(f"{where} is timed and lacks {', '.join(missing)}")
 
@@ -138,6 +144,13 @@ def _check_row(row: Any, kind: str, where: str) -> None:
 def key_of(document: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
     """What names a row of the document."""
     return tuple(row[key] for key in KEYS[document["kind"]])
+
+
+def rated(op: str, which: str) -> bool:
+    """Whether a pass of an op is the same work whoever does it, so that rates and a share of a roofline mean something.
+
+    What older files have of others is not shown."""
+    return which == "forward+backward" or op not in SPLIT
 
 
 def timed(samples_ms: Iterable[float]) -> dict[str, Any]:

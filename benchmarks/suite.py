@@ -1,9 +1,9 @@
 """`python -m benchmarks kernels`: every provider on every problem, right first and timed then.
 
-Passes: forward with what it saves for backward (of cross_entropy's long rows the gradient too, whose bytes its floor
-does not count), backward alone as a second one over the same graph is, and both. On a GPU the times are the device's,
-with cold L2, and the host's time per call stands apart; on a CPU PyTorch's providers are timed by the clock, and
-Triton's kernels, which the interpreter runs there, are checked and not timed.
+Passes: forward with what it saves for backward, backward alone as a second one over the same graph is, and both. Of
+losses, whose gradient some providers make in forward, only both together have rates and a share of the roofline. On a
+GPU the times are the device's, with cold L2, and the host's time per call stands apart; on a CPU PyTorch's providers
+are timed by the clock, and Triton's kernels, which the interpreter runs there, are checked and not timed.
 """
 
 import argparse
@@ -184,16 +184,18 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     first = next(iter(right), None)  # ours where it is timed: once more, to see what differs by chance alone
     for variant, call in [*right.items(), *([(first + AGAIN, right[first])] if first else [])]:
         try:
-            own = [copy.copy() for copy in copies] if _overwrites(variant) else copies
+            own = [copy.copy() for copy in copies] if _entered(variant, "overwrites") else copies
             used[variant] = own[0]
             timers[variant], extra[variant] = prepare(name, problem, own, call)
+            if _entered(variant, "wrapped"):
+                extra[variant].pop("host_us", None)
         except Exception as error:
             failed[variant] = error
             free()
     samples, broken = timing.interleaved(timers, rounds, seconds=20.0)
     failed |= broken
     rows = []
-    cost = problem.cost()[name]
+    cost = problem.cost()[name] if results.rated(problem.op.name, name) else None
     for variant in [*outcome, *([first + AGAIN] if first else [])]:
         row = key | {"pass": name, "provider": variant} | outcome.get(variant, {})
         if variant in failed:
@@ -202,7 +204,8 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
             try:
                 after_timing(name, used[variant], checker, timers[variant], variant)
                 row |= results.timed(samples[variant]) | extra[variant] | noise.waited(timers[variant])
-                row |= rates(cost, row["median_ms"], row["dtype"], ceilings if row["l2"] == "cold" else {})
+                if cost:
+                    row |= rates(cost, row["median_ms"], row["dtype"], ceilings if row["l2"] == "cold" else {})
             except Wrong as error:
                 row |= {"status": "wrong", "reason": f"wrong: {error}"}
             except Exception as error:  # with the inputs drawn anew it may throw all the same
@@ -215,9 +218,9 @@ def _time_pass(name, key, problem, checker, right, outcome, ceilings, rounds) ->
     return rows
 
 
-def _overwrites(variant: str) -> bool:
-    entry = providers.PROVIDERS.get(variant.removesuffix(AGAIN))
-    return entry is not None and entry.overwrites
+def _entered(variant: str, what: str) -> bool:
+    """Whether the provider of that name was entered as one that `overwrites` or is `wrapped`."""
+    return getattr(providers.PROVIDERS.get(variant.removesuffix(AGAIN)), what, False)
 
 
 def after_timing(name: str, problem: Problem, checker: Checker, timer: timing.Timer, variant: str) -> None:
@@ -228,7 +231,7 @@ def after_timing(name: str, problem: Problem, checker: Checker, timer: timing.Ti
     its inputs has nothing right to give once its backward pass has run, and was held to the truth before.
     """
     factor = 1.0 if variant.startswith("triton") else PEER_FACTOR
-    if name != "forward" and _overwrites(variant):
+    if name != "forward" and _entered(variant, "overwrites"):
         return
     if name != "backward":
         seed = problems.SEEDS[1]

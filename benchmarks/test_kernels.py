@@ -7,7 +7,7 @@ times with cold caches come from `python -m benchmarks kernels`.
 import pytest
 import torch
 
-from benchmarks import machine, problems, providers, suite
+from benchmarks import machine, problems, providers, results, suite
 from benchmarks.conftest import synchronised
 from kernels import catalogue
 
@@ -58,12 +58,15 @@ def test_kernel(op, case, name, which, dtype, ceilings, benchmark, ran):
         pytest.skip("--benchmark-disable: nothing is timed")
     ran.append(benchmark.name)
     milliseconds = benchmark.stats.stats.median * 1e3
-    known = ceilings if ON_GPU else {}
-    rates = suite.rates(problem.cost()[which], milliseconds, str(dtype).removeprefix("torch."), known)
+    if results.rated(op.name, which):
+        known = ceilings if ON_GPU else {}
+        rates = suite.rates(problem.cost()[which], milliseconds, str(dtype).removeprefix("torch."), known)
+        benchmark.extra_info |= {
+            "GB/s": rates["gbps"],
+            "TFLOP/s": rates["tflops"],
+            "% of roofline": rates.get("roofline_percent", "not meaningful: caches are warm"),
+        }
     benchmark.extra_info |= {
-        "GB/s": rates["gbps"],
-        "TFLOP/s": rates["tflops"],
-        "% of roofline": rates.get("roofline_percent", "not meaningful: caches are warm"),
         "peak memory, MiB": round(suite.peak_bytes(function) / 2**20, 1) if ON_GPU else "not measured on a CPU",
     }
     assert torch.isfinite(torch.tensor(milliseconds))

@@ -2,7 +2,9 @@
 
 import functools
 import random
+import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import machine, problems, stats, suite, timing
+from benchmarks.noise import AGAIN
 from benchmarks.problems import Checker, Problem, Wrong
 from benchmarks.providers import PROVIDERS, Provider, Unavailable
 from kernels import catalogue
@@ -233,6 +236,14 @@ def test_a_sample_that_leaves_work_behind_is_no_sample(late, monkeypatch):
         assert timing._elapsed(start, end) == 2.0
 
 
+@pytest.mark.parametrize("op", [catalogue.LAYER_NORM, catalogue.LINEAR_CROSS_ENTROPY])
+def test_only_both_passes_of_a_loss_have_rates(op, on_cpu):
+    """Its gradient may be made in forward, and PyTorch does that otherwise than ours: one product, then two."""
+    rows = suite.measure(op, op.cases[3], torch.float32, [PROVIDERS["torch"]], CEILINGS, 6)
+    with_rates = {row["pass"] for row in rows if row["status"] == "ok" and "tflops" in row}
+    assert with_rates == ({"forward+backward"} if op is catalogue.LINEAR_CROSS_ENTROPY else set(suite.PASSES))
+
+
 @pytest.mark.parametrize(("name", "full"), [("two_tiles", True), ("prime", False), ("pairs", False)])
 def test_pytorchs_attention_has_a_mask_only_where_slots_are_empty(name, full, monkeypatch):
     """A mask, and caches that are cleared first, would be work that nobody asked of it."""
@@ -255,12 +266,65 @@ def test_a_loss_is_given_one_and_then_something_else():
     assert problem.gradients[0].item() == 1.0
 
 
-def test_plain_attention_of_too_many_scores_is_left_out():
-    large = Case("large", dict.fromkeys(("query", "key", "value"), (1, 32, 16384, 64)), {})
+@pytest.mark.parametrize(("shape", "said"), [((1, 32, 16384, 64), "17 GB"), ((4, 16, 4096, 128), "2 GB")])
+def test_plain_attention_of_too_many_scores_is_left_out(shape, said):
+    """The second is exactly the limit, and a size that the kernels are compiled for."""
+    large = Case("large", dict.fromkeys(("query", "key", "value"), shape), {})
     problem = SimpleNamespace(op=catalogue.ATTENTION, case=large, dtype=torch.bfloat16, device=torch.device("cpu"))
     for name in ("eager", "compile"):
-        with pytest.raises(Unavailable, match="its scores would take 17 GB"):
+        with pytest.raises(Unavailable, match=f"its scores would take {said}"):
             PROVIDERS[name].make(problem)
+
+
+def _head(*more: str) -> Problem:
+    shapes = {"input": (5, 8), "linear_weight": (7, 8), "target": (5,)} | dict.fromkeys(more, (7,))
+    return Problem(catalogue.LINEAR_CROSS_ENTROPY, Case("head", shapes, {}), torch.bfloat16, torch.device("cpu"))
+
+
+def _as_released(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high"):
+    return F.cross_entropy(e @ c.T, targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def _with_a_bias(e, c, targets, bias=None, reduction="mean"):
+    return F.cross_entropy(F.linear(e, c, bias), targets, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("function", "more", "refusal"),
+    [
+        (_as_released, (), None),
+        (_as_released, ("linear_bias",), "has no bias"),
+        (_with_a_bias, (), None),
+        (_with_a_bias, ("linear_bias",), None),
+        (_with_a_bias, ("weight",), "has no class weights"),
+    ],
+)
+def test_a_peer_is_given_a_bias_where_it_takes_one(function, more, refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=function))
+    problem, cce = _head(*more), replace(PROVIDERS["cce"], gpu_only=False)
+    fields, call = suite.judge(cce, problem, Checker(problem))
+    assert fields.get("reason", "right").endswith(refusal or "right") and (call is None) == bool(refusal)
+
+
+@pytest.mark.parametrize("name", ["torch-flash", "torch-cudnn"])
+def test_choosing_a_backend_is_not_in_pytorchs_host_time(name, on_cpu, monkeypatch):
+    problem = Problem(catalogue.ATTENTION, catalogue.ATTENTION.cases[0], torch.float32, torch.device("cpu"))
+    timer = timing.CpuTimer(lambda: None)
+    monkeypatch.setattr(suite, "prepare", lambda *_: (timer, {"method": "graph", "l2": "warm", "host_us": 60.0}))
+    monkeypatch.setattr(suite, "after_timing", lambda *_: None)
+    right = {name: None, "torch": None}
+    rows = suite._time_pass("forward", {"dtype": "float32"}, problem, None, right, {n: {} for n in right}, {}, 3)
+    assert {row["provider"]: row.get("host_us") for row in rows} == {name: None, name + AGAIN: None, "torch": 60.0}
+
+
+@pytest.mark.parametrize("name", ["torch-flash", "torch-cudnn"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_backend_that_cannot_do_it_is_said_to(name):
+    shapes = dict.fromkeys(("query", "key", "value"), (1, 2, 8, 8))
+    case = Case("dropped", shapes, {"dropout_p": 0.1})  # on a CPU neither has dropout
+    problem = Problem(catalogue.ATTENTION, case, torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=r"No (available kernel|viable backend)"):
+        problems.answer(problem, replace(PROVIDERS[name], gpu_only=False).make(problem))
 
 
 @pytest.mark.parametrize("op", [catalogue.LAYER_NORM, catalogue.ADD_LAYER_NORM, catalogue.CROSS_ENTROPY])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import machine, problems, suite, timing
+from benchmarks import machine, problems, results, suite, timing
 from kernels import catalogue
 from kernels.device import TARGETS
 from kernels.op import Case, Cost
@@ -49,6 +49,17 @@ def test_cross_entropy_by_hand():
     inputs = op.inputs(Case("by hand", shapes), torch.bfloat16, "meta")
     together = problems.costs(op, inputs, {})["forward+backward"]  # the logits read once, their gradient written
     assert together == Cost(220, 80 + 16 + 16)
+
+
+def test_whose_gradients_can_be_made_in_forward_is_known():
+    """Where both passes together need less, or all products stand in forward, a pass alone is each provider's own."""
+    found = set()
+    for op in catalogue.OPS:
+        for case in op.sizes if op.differentiable else ():
+            costs = problems.costs(op, op.inputs(case, torch.bfloat16, "meta"), case.options)
+            if op.both or not costs["backward"].flops:
+                found.add(op.name)
+    assert found == set(results.SPLIT)
 
 
 def test_both_passes_need_what_each_needs_or_less():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import goals, results
-from benchmarks.goals import GOALS, UNMEASURED
+from benchmarks.goals import GOALS, NO_GPU, UNMEASURED
 from minigpt.errors import UserError
 
 GPU = {"slug": "nvidia-h200", "name": "NVIDIA H200", "type": "cuda"}
@@ -34,7 +34,7 @@ def said(documents) -> dict[str, str]:
 
 def test_without_a_gpu_nothing_is_claimed():
     found = said([])
-    assert set(found.values()) == {UNMEASURED}
+    assert set(found.values()) == {NO_GPU}
     assert len(goals.tables([]).split("\n\n")[0].splitlines()) == 2 + sum(
         len(goal.bars) + bool(goal.moonshot) for goal in GOALS
     )
@@ -70,8 +70,54 @@ def test_the_worst_case_and_the_best_peer_count():
     ]
     rows += [row(goals.ATTENTION, "d128", "forward", name, ms) for name, ms in (("triton", 2.0), ("flex", 1.8))]
     found = said([document("kernels", *rows)])
-    assert found["1.0 x the best of SDPA-flash and FlexAttention"] == "missed, 0.90 x (d128 forward, 2 of 12 cases)"
+    assert found["1.0 x the best of SDPA-flash and FlexAttention"] == (
+        "missed, 0.90 x (d128 forward without torch-flash, 1 of 12 cases)"
+    )
     assert found["1.0 x SDPA-cuDNN"] == "missed, 0.50 x (d64-1024 forward, 1 of 12 cases)"
+
+
+def test_a_ratio_has_both_sides_of_one_run():
+    """What was timed on another day, at another clock, is no peer; the newest run that has both counts."""
+
+    def run(date, *times, case="v65"):
+        return document(
+            "kernels", *(row("cross_entropy", case, "forward+backward", n, ms) for n, ms in times), date=date
+        )
+
+    bar = "1.5 x torch.compile"
+    apart = [run("2026-01-02", ("triton", 1.0)), run("2026-01-01", ("compile", 9.0))]
+    assert said(apart)[bar] == UNMEASURED
+    both = [run("2026-01-03", ("triton", 1.0), ("compile", 2.0)), run("2026-01-01", ("triton", 1.0), ("compile", 3.0))]
+    later = run("2026-01-04", ("triton", 0.1))
+    assert said([*both, later])[bar] == "so far 2.00 x (v65 forward+backward, 1 of 6 cases)"
+    other = run("2026-01-05", ("triton", 1.0), ("compile", 1.6), case="v1024")
+    assert said([other, *both, later])[bar] == "so far 1.60 x (v1024 forward+backward, 2 of 6 cases)"
+    steps = [document("train", step("gpt2", name, rate)) for name, rate in (("nanoGPT", 1e5), ("triton", 2e5))]
+    assert said(steps)["1.1 x nanoGPT, compiled"] == UNMEASURED
+
+
+def test_a_bar_is_met_when_every_case_and_every_peer_is_there():
+    cases = [(case, which) for case in goals.CACHES for which in ["forward"]]
+    rows = [row("decode_attention", case, which, "triton", 1.0) for case, which in cases]
+    rows += [row("decode_attention", case, which, peer, 2.0) for case, which in cases for peer in goals._SDPA]
+    bar = "1.0 x the best of SDPA"
+
+    def told(rows):
+        lines = goals.tables([document("kernels", *rows)]).splitlines()
+        return next(line for line in lines if line.startswith("| decode_attention, ")).split(" | ")[2].rstrip(" |")
+
+    assert bar in said([]) and told(rows) == "**met**, 2.00 x (gpt2 forward)"
+    assert told(rows[1:]) == "so far 2.00 x (gpt2-batch forward, 6 of 7 cases)"
+    last = rows[-1]
+    assert told(rows[:-1]) == "so far 2.00 x (gpt2 forward, 6 of 7 cases)"
+    key = {name: last[name] for name in results.KEYS["kernels"]}
+    broken, unable = ([*rows[:-1], key | {"status": status, "reason": "why"}] for status in ("error", "skipped"))
+    assert told(broken) == "so far 2.00 x (gpt2 forward, 6 of 7 cases)"
+    assert told(unable) == "**met**, 2.00 x (gpt2 forward)", "nobody is held to what cannot do it"
+    older = document("kernels", *rows, date="2026-01-01")
+    newer = document("kernels", *[row for row in rows if row["provider"] != "torch-cudnn"], date="2026-01-02")
+    line = next(line for line in goals.tables([newer, older]).splitlines() if line.startswith("| decode_attention, "))
+    assert "**met**" in line, "of a run without a peer less is known than of an older one with it"
 
 
 def test_shares_memory_training_and_cold_start():

@@ -103,6 +103,29 @@ def test_what_computes_faster_than_the_ceiling_is_marked(document):
     assert report.above_ceiling(document) == set()
 
 
+@pytest.mark.parametrize("which", ["forward", "backward", "forward+backward"])
+@pytest.mark.parametrize("op", results.SPLIT)
+def test_a_pass_that_is_each_providers_own_has_no_rate(op, which, document, tmp_path):
+    """What older files have there, of our split of the work, is not shown."""
+    whole = which == "forward+backward"
+    row = document["rows"][0] | {"op": op, "pass": which, "tflops": 9.0, "roofline_percent": 300.0}
+    document["rows"] = [row]
+    text = report.markdown(document)
+    assert bool(report.above_ceiling(document)) == ("^" in text) == whole
+    assert ("^1.1 (1 to 1.18) 300% |" if whole else "| 1.1 (1 to 1.18) -% |") in text
+    assert "both passes together alone" in text
+    drawn = [path.name for path in pictures.draw(document, tmp_path / "a.json")]
+    assert drawn == [f"a-{op}-float32.png", *(["a-roofline-float32.png"] if whole else [])]
+    for name in (*results.RATES, "roofline_percent"):
+        del row[name]
+    path = stored(document, tmp_path)
+    if whole:
+        with pytest.raises(UserError, match="lacks gbps, tflops, intensity"):
+            results.load(path)
+    else:
+        assert "| 1.1 (1 to 1.18) |" in report.markdown(results.load(path))
+
+
 def test_what_has_one_reason_is_one_line(document):
     """... and what is not there has no column and no explanation."""
     for name in ("flex", "cce"):
