@@ -611,7 +611,9 @@ def _plan(inputs: dict, options: dict, device: Device) -> list[Launch]:
 
 
 def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
-    """Operations of the products, every gradient needed; bytes that they, the kernels and the sums move.
+    """Operations of the three products that every gradient needs; bytes that ours, the kernels and the sums move.
+
+    For "none" a fourth product saves the logits' memory, and is no work that has to be done.
 
     A chunk's logits are written by a product, read and written by the kernel (which finds what it reads twice in the
     cache), read by two products. The weights are read twice by every chunk, the fp32 sum of dW read and written.
@@ -626,7 +628,7 @@ def _cost(inputs: dict, options: dict) -> tuple[Cost, Cost]:
     use = 2 * input.nbytes + n_chunks * linear_weight.nbytes + 2 * logits + weights
     if options.get("reduction") == "none":
         rounded = 4 * linear_weight.numel() + linear_weight.nbytes
-        return Cost(product, make), Cost(3 * product, make + logits + use + rounded)
+        return Cost(product, make), Cost(2 * product, make + logits + use + rounded)
     scaled = 2 * input.nbytes + 4 * linear_weight.numel() + linear_weight.nbytes
     return Cost(3 * product, make + logits + use), Cost(0, scaled)
 
