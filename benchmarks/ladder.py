@@ -30,6 +30,8 @@ INTERPRETED = "Triton's interpreter runs the kernels here, which says nothing ab
 TOLERANCES = {"fp32": 5e-3, "bf16": 5e-2, "fp16": 5e-2}
 """By dtype: how far, in nats per token, the mean loss of the last tenth of the steps may be from that of `torch`."""
 STEPS_A_SAMPLE = 5
+EARLY_SAMPLES = 2
+EARLY = "timed by itself, before the others had their turns"
 DROPOUT_TOLERANCE = 0.1
 """The same for models with dropout, where every backend draws masks of its own."""
 
@@ -151,16 +153,22 @@ def measure(
     settings: TrainConfig, rungs: list[Rung], device: torch.device, steps: int, rounds: int,
     keep: Keep = lambda rows: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of the rungs: losses over `steps` steps first, then `rounds` timed steps of those that agree, in turns.
+    """Rows of the rungs: losses over `steps` steps, then a few timed ones; of those that agree `rounds` more, in turns.
 
     `keep` is given the rows as they stand whenever there is news.
     """
-    rows, trainings = trained(settings, rungs, device, steps, keep)
+
+    def early(training: Training) -> list[float]:
+        timer = StepTimer(training)
+        return [timer.sample() for _ in range(EARLY_SAMPLES)]
+
+    rows, trainings = trained(settings, rungs, device, steps, early, keep)
     timers = {name: StepTimer(training) for name, training in trainings.items()}
 
     def enter(samples: dict[str, list[float]]) -> None:
         for row in rows:
-            if taken := samples.get(row["configuration"]):
+            taken = samples.get(row["configuration"], [])
+            if len(taken) >= EARLY_SAMPLES or len(taken) == rounds:
                 enter_speed(row, taken, trainings[row["configuration"]])
                 row |= noise.waited(timers[row["configuration"]])
         keep(rows)
@@ -174,34 +182,46 @@ def measure(
 
 
 def trained(
-    settings: TrainConfig, rungs: list[Rung], device: torch.device, steps: int, keep: Keep
-) -> tuple[list[dict[str, Any]], dict[str, Training]]:
-    """Rows of the rungs after `steps` steps, none timed yet; and by name the trainings whose losses agree."""
+    settings: TrainConfig, rungs: list[Rung], device: torch.device, steps: int,
+    early: Callable[[Training], list[float]], keep: Keep,
+) -> tuple[list[dict[str, Any]], dict[str, Training]]:  # fmt: skip
+    """Rows of the rungs after `steps` steps; and by name the trainings whose losses agree.
+
+    A run may end while a later rung compiles: each is timed by itself as soon as its losses are known to agree, by
+    `early`, which gives milliseconds of its steps. What all others are held to, `torch`, is trained first.
+    """
     rows, trainings = [], {}
     dtype_name = next(n for n, known in config.DTYPES.items() if known == config.pick_dtype(settings.dtype, device))
-    for rung in rungs:
+    place = {rung.name: number for number, rung in enumerate(rungs)}
+    for rung in sorted(rungs, key=lambda rung: rung.name != "torch"):
         row: dict[str, Any] = {"preset": settings.preset, "configuration": rung.name, "dtype": dtype_name}
         rows.append(row)
+        rows.sort(key=lambda row: place[row["configuration"]])
         if device.type == "cpu" and rung.has_triton:
             row |= {"status": "skipped", "reason": INTERPRETED}
             continue
         try:
-            trainings[rung.name], found = _first_steps(settings, rung, device, steps)
+            training, found = _first_steps(settings, rung, device, steps)
             row |= found | {"status": "untimed", "reason": "the run ended before this was timed"}
+            agree(rows, settings)
+            if row["status"] == "untimed":
+                enter_speed(row, early(training), training)
+                row["note"] = EARLY
+                trainings[rung.name] = training
         except Exception as error:
             row |= failure(error)
-            gc.collect()
+        training = None  # the memory of one that broke or is wrong is for the others
+        gc.collect()
         said = f"loss {row['last_loss']:.4f} after {steps} steps" if "last_loss" in row else row.get("reason")
         print(f"{rung.name}: {said}", flush=True)
         keep(rows)
-    agree(rows, settings)
-    agreed = {row["configuration"] for row in rows if row["status"] == "untimed"}
-    return rows, {name: training for name, training in trainings.items() if name in agreed}
+    return rows, {name: trainings[name] for name in place if name in trainings}
 
 
 def enter_speed(row: dict[str, Any], samples_ms: list[float], training: Training) -> None:
     """Make a row that waits for its times one that has them, or has more of them now."""
-    row.pop("reason", None)
+    for name in ("reason", "note"):
+        row.pop(name, None)
     row |= speed(samples_ms, training.tokens_per_step)
     flops = flops_per_token(training.model, training.batches.window)
     mfu = mfu_percent(row["tokens_per_second"], flops, device_name(training.device), training.dtype)
@@ -239,12 +259,13 @@ def _first_steps(settings: TrainConfig, rung: Rung, device: torch.device, steps:
 
 
 def agree(rows: list[dict[str, Any]], settings: TrainConfig) -> None:
-    """Mark the rows as wrong whose last losses are not finite, or further from those of `torch` than allowed."""
-    ran = [row for row in rows if row["status"] == "untimed"]
-    if not ran:
-        return
-    truth = next((row for row in ran if row["configuration"] == "torch"), ran[0])
-    for row in ran:
+    """Mark the untimed rows as wrong whose last losses are not finite, or further from those of `torch` than allowed.
+
+    Where `torch` did not run, the first that did stands in for it.
+    """
+    ran = [row for row in rows if "last_loss" in row]
+    truth = next((row for row in ran if row["configuration"] == "torch"), ran[0] if ran else None)
+    for row in (row for row in ran if row["status"] == "untimed"):
         tolerance = DROPOUT_TOLERANCE if settings.dropout else TOLERANCES[row["dtype"]]
         apart = abs(row["last_loss"] - truth["last_loss"])
         row["loss_apart"] = float(f"{apart:.3g}")

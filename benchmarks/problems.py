@@ -465,9 +465,12 @@ def all_cases(op: Op, on_gpu: bool, quick: bool) -> Iterator[Case]:
     if quick:
         yield from (case for case in op.sizes if case.name in main) if main else op.sizes[:2]
         return
-    yield from op.sizes
-    yield from MORE.get(op.name, ())
+    cases = [*op.sizes, *MORE.get(op.name, ())]
+    yield from sorted(cases, key=lambda case: case.name not in FIRST.get(op.name, ()))
 
+
+FIRST = {"scaled_dot_product_attention": ("d64-1024", "d128", "d64-16384")}
+"""Of many cases those that say most of how the rest will do: attention over 1k, 4k and 16k tokens."""
 
 MAIN = {
     "scaled_dot_product_attention": ("shakespeare", "gpt2", "d128"),

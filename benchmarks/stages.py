@@ -1,10 +1,10 @@
 """`python -m benchmarks all --stage N`: what a run on a GPU does, step by step, in the minutes that there are.
 
 1  versions; every op once, stop if all are wrong; the kernels of real sizes compiled; parity; the losses of short
-   trainings; quick kernel benchmarks; the memory of one step of gpt2
+   trainings; quick kernel benchmarks; the memory of one step of gpt2; a cold start; traces
 2  parity; the tile sweep, into kernels/tiles, from where it goes on and what stage 3 measures
-3  the kernels of real sizes compiled; every kernel benchmark, what the goals name first; the ladder, beside nanoGPT if
-   told where; generation; a cold start; parity; traces
+3  the kernels of real sizes compiled; the ladder, beside nanoGPT if told where; every kernel benchmark, what the goals
+   name first; generation
 
 Each step is a process of its own with a time limit, its share of the minutes that are left, so that a step that takes
 too long leaves the later ones theirs; a step that fails ends nothing but itself. What there is is packed
@@ -24,12 +24,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, results
-from kernels import tiles
+from benchmarks import machine, providers, results
+from kernels import catalogue, tiles
 from minigpt.errors import UserError, writing
 
 PACK_SECONDS = 15.0  # between packings while a step runs
@@ -129,6 +129,8 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
             ours("losses", 120, "train", "--quick", *losses),
             ours("kernels", 180, "kernels", "--quick", *([] if on_gpu else _REHEARSED)),
             Step("memory", [*python, "profiling", "memory", *memory], 120),
+            ours("start", 30, "start", "--rung", "triton", "--rounds", "1", *([] if on_gpu else ["--preset", "tiny"])),
+            *(_trace(backend, on_gpu, work) for backend in ("torch", "triton")),
         ]
     if stage == 2:
         where = [] if on_gpu else ["--out", str(work / "tiles"), "--dry-run", "--quick"]
@@ -138,34 +140,41 @@ def plan(stage: int, on_gpu: bool, work: Path, nanogpt: Path | None = None) -> l
             parity(100, "float32 or bfloat16"),
             Step("tune", [*python, "benchmarks", "tune", *where], 420),
         ]
-    rungs = ["torch", "torch+compile", "triton", "triton+compile+graph"] if on_gpu else ["eager", "torch"]
+    # ours right after what it is held to, then PyTorch's with all that ours has but the kernels
+    rungs = ["torch", "triton+compile+graph", "torch+compile+graph", "torch+compile"] if on_gpu else ["eager", "torch"]
     ladder = ["train", "--quick", "--rung", *rungs, *([] if on_gpu else ["--steps", "3", "--rounds", "6"])]
     ladder += ["--nanogpt", str(nanogpt.resolve())] if nanogpt and on_gpu else []
-    steps = [
-        versions,
-        first,
-        *([Step("compile", whole, 50)] if on_gpu else []),
-        ours("kernels", 220, "kernels", *([] if on_gpu else ["--quick", *_REHEARSED])),
-        ours("ladder", 130, *ladder, "--preset", "shakespeare" if on_gpu else "tiny"),
-        *([ours("ladder-gpt2", 110, *ladder, "--preset", "gpt2")] if on_gpu else []),
-        ours("decode", 40, "decode", "--quick", *([] if on_gpu else ["--preset", "tiny", "--block", "16"])),
-        ours("start", 40, "start", "--rung", "triton", "--rounds", "1", *([] if on_gpu else ["--preset", "tiny"])),
-        parity(40, "bfloat16"),
+    rounds = ["--rounds", "15"] if on_gpu else ["--quick", *_REHEARSED]
+    others = [op.name for op in catalogue.OPS if op.name not in COSTLY]
+    return [
+        replace(versions, seconds=10),
+        replace(first, seconds=35),
+        *([Step("compile", whole, 28)] if on_gpu else []),
+        ours("ladder", 120, *ladder, "--preset", "shakespeare" if on_gpu else "tiny"),
+        *([ours("ladder-gpt2", 150, *ladder, "--preset", "gpt2")] if on_gpu else []),
+        ours("kernels", 65, "kernels", "--op", *COSTLY, *rounds, *(["--provider", *_rivals()] if on_gpu else [])),
+        ours("kernels-others", 35, "kernels", "--op", *others, *rounds),
+        ours("decode", 27, "decode", "--quick", *([] if on_gpu else ["--preset", "tiny", "--block", "16"])),
     ]
-    traced = ["--preset", "gpt2" if on_gpu else "tiny", "--batch-size", "8", "--steps", "2"]
-    for backend in ("torch", "triton"):
-        command = [
-            *python,
-            "profiling",
-            "trace",
-            *traced,
-            "--kernels",
-            backend,
-            "--out",
-            str(work / f"trace-{backend}"),
-        ]
-        steps.append(Step(f"trace-{backend}", command, 30))
-    return steps
+
+
+COSTLY = (providers.ATTENTION, providers.QKVPACKED, providers.DECODE, "linear_cross_entropy")
+"""The ops whose plain arithmetic, compiled or not, takes far longer than anyone's kernels, and is in no goal."""
+
+
+def _rivals() -> list[str]:
+    """The providers that have some of the COSTLY ops, plain arithmetic left out."""
+    return [
+        name
+        for name, provider in providers.PROVIDERS.items()
+        if name not in ("eager", "compile") and (not provider.ops or set(provider.ops) & set(COSTLY))
+    ]
+
+
+def _trace(backend: str, on_gpu: bool, work: Path) -> Step:
+    command = [sys.executable, "-m", "profiling", "trace", "--preset", "gpt2" if on_gpu else "tiny"]
+    command += ["--batch-size", "8", "--steps", "2", "--kernels", backend, "--out", str(work / f"trace-{backend}")]
+    return Step(f"trace-{backend}", command, 25)
 
 
 def _cores() -> int:

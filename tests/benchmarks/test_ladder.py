@@ -1,11 +1,13 @@
 """Training end to end: the rungs, what makes a row wrong, and nanoGPT beside ours."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.__main__
 from benchmarks import ladder, machine, nanogpt, timing
 from minigpt import backends, config, corpora, graphs
 from minigpt.errors import UserError
@@ -77,6 +79,59 @@ def test_rows_have_speeds_before_all_is_timed(monkeypatch):
     rungs = ladder.chosen(["eager", "torch"])
     rows = ladder.measure(config.preset("tiny", **SMALL), rungs, CPU, steps=2, rounds=6, keep=keep)
     assert [2, 2] in news and news[-1] == [6, 6] and all(r["status"] == "ok" for r in rows)
+
+
+class Ended(BaseException):
+    """What ends a process: nothing that a ladder catches."""
+
+
+def _ended_at(monkeypatch, rung):
+    first_steps = ladder._first_steps
+
+    def broken(settings, this, device, steps):
+        if this.name == rung:
+            raise Ended
+        return first_steps(settings, this, device, steps)
+
+    monkeypatch.setattr(ladder, "_first_steps", broken)
+
+
+def test_a_run_that_ends_while_a_rung_compiles_has_timed_the_rungs_before(monkeypatch, tmp_path):
+    """Also `torch`, which all others are held to, wherever it is asked for."""
+    _ended_at(monkeypatch, "eager")
+    command = ["train", "--rung", "eager", "torch", "--preset", "tiny", "--steps", "2", "--out", str(tmp_path)]
+    arguments = benchmarks.__main__.parser().parse_args(command)
+    with pytest.raises(Ended):
+        arguments.run(arguments)
+    (path,) = tmp_path.rglob("*.json")
+    (found,) = [row for row in json.loads(path.read_text())["rows"] if row["configuration"] == "torch"]
+    assert found["status"] == "ok" and len(found["samples_ms"]) == 2 and found["tokens_per_second"] > 0
+    assert found["note"] == ladder.EARLY
+
+
+def test_so_it_has_beside_nanogpt(monkeypatch, tmp_path):
+    _ended_at(monkeypatch, "eager")
+    news = []
+    with pytest.raises(Ended):
+        _beside(checkout(tmp_path / "nano"), ["torch", "eager"], lambda rows: news.append([dict(r) for r in rows]))
+    (found,) = [row for row in news[-1] if row["configuration"] == "torch"]
+    assert found["status"] == "ok" and len(found["samples_ms"]) == 2 and found["note"] == ladder.EARLY
+
+
+def test_only_rungs_that_are_right_have_times_of_their_own(monkeypatch):
+    """And none says that it was timed by itself once it was timed in turns."""
+    agree = ladder.agree
+
+    def judge(rows, settings):
+        for row in rows:
+            if row["configuration"] == "eager" and "last_loss" in row:
+                row["last_loss"] = 99.0
+        agree(rows, settings)
+
+    monkeypatch.setattr(ladder, "agree", judge)
+    rows = ladder.measure(config.preset("tiny", **SMALL), ladder.chosen(["eager", "torch"]), CPU, steps=2, rounds=6)
+    assert [row["status"] for row in rows] == ["wrong", "ok"]
+    assert "median_ms" not in rows[0] and "note" not in rows[1]
 
 
 def test_a_rung_that_breaks_is_a_row(monkeypatch):
@@ -155,10 +210,19 @@ def test_nanogpt_is_run_and_read_beside_the_ladder(tmp_path, capsys):
     assert [r["configuration"] for r in rows] == ["nanoGPT", "eager", "torch", "triton"]
     assert rows[0]["samples_ms"] == [40.5] * 72 and rows[0]["tokens_per_step"] == 32
     assert [len(r.get("samples_ms", [])) for r in rows] == [72, 72, 72, 0] and rows[3]["status"] == "skipped"
-    assert [36, 36, 0, 0] in news, "what a run that is ended leaves behind"
+    assert [0, 36, 36, 0] in news, "what a run that is ended leaves behind"
     assert "last_loss" in rows[1] and "loss_apart" in rows[1]
     turns = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("turn")]
-    assert turns == ["nanoGPT", "eager", "torch", "torch", "eager", "nanoGPT"]
+    assert turns == ["eager", "torch", "nanoGPT", "nanoGPT", "torch", "eager"], "ours first: theirs compiles each time"
+
+
+def test_nanogpt_has_a_share_of_the_peak_as_ours_has(tmp_path, monkeypatch):
+    """The same shape, so as many operations a token."""
+    monkeypatch.setattr(ladder, "device_name", lambda device: "NVIDIA H200")
+    program = PROGRAM.replace("VOCABULARY", "vocabulary").replace('"BIAS"', 'settings["bias"]')
+    theirs, ours = _beside(checkout(tmp_path / "nano", program))
+    assert theirs["mfu_percent"] * theirs["median_ms"] == pytest.approx(ours["mfu_percent"] * ours["median_ms"], 1e-2)
+    assert "copying" in theirs["note"] and "note" not in ours
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`python -m benchmarks all`: steps that fail, hang or never come, and the archive that is there all the same."""
 
+import itertools
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import benchmarks.__main__
 import profiling.__main__
-from benchmarks import stages
+from benchmarks import problems, stages, suite
 from benchmarks.stages import Step
 
 
@@ -118,14 +119,56 @@ def test_its_children_end_with_a_step(tmp_path):
 def test_plans_begin_with_what_everything_rests_on(stage, on_gpu, tmp_path):
     steps = stages.plan(stage, on_gpu, tmp_path)
     assert [s.name for s in steps[:2]] == ["versions", "one-kernel"] and steps[1].vital
-    parity = next(s for s in steps if s.name == "parity")
-    assert ("-n" in parity.command) == on_gpu, "one core does not compile its kernels in time"
+    parity = [s for s in steps if s.name == "parity"]
+    assert len(parity) == (stage != 3)
+    assert all(("-n" in s.command) == on_gpu for s in parity), "one core does not compile its kernels in time"
     assert len({s.name for s in steps}) == len(steps) and all(s.seconds > 0 for s in steps)
     for s in steps:
         for program in (benchmarks.__main__, profiling.__main__):  # every command line of ours is one that there is
             name = program.__name__.split(".")[0]
             if name in s.command:
                 program.parser().parse_args(s.command[s.command.index(name) + 1 :])
+
+
+def _words(step, option):
+    """What follows an option of a step's command, until the next one."""
+    rest = step.command[step.command.index(option) + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+
+
+def test_stage_3_has_time_for_all_that_it_asks(tmp_path):
+    """Within the default minutes each step may take what it is said to; training comes before what there is most of."""
+    steps = stages.plan(3, True, tmp_path)
+    names = ["versions", "one-kernel", "compile", "ladder", "ladder-gpt2", "kernels", "kernels-others", "decode"]
+    assert [s.name for s in steps] == names
+    left = 8 * 60 - stages.RESERVE_SECONDS
+    assert sum(s.seconds for s in steps) <= left
+    for number, s in enumerate(steps, 1):
+        assert stages._limit(s, steps[number:], left) == s.seconds >= stages.LEAST_SECONDS
+        left -= s.seconds
+    assert {"start", "trace-torch", "trace-triton"} <= {s.name for s in stages.plan(1, True, tmp_path)}
+
+
+def test_the_ladder_of_stage_3_compares_alike(tmp_path):
+    """Beside ours as a CUDA graph, PyTorch's as one: else the graph's gain would look like the kernels'."""
+    for s in stages.plan(3, True, tmp_path)[3:5]:
+        rungs = _words(s, "--rung")
+        assert rungs[0] == "torch" and {"triton+compile+graph", "torch+compile+graph"} <= set(rungs[1:3])
+
+
+def test_the_kernels_of_stage_3_leave_out_what_costs_most_and_no_goal_names(tmp_path):
+    costly, others = stages.plan(3, True, tmp_path)[5:7]
+    ops = _words(costly, "--op") + _words(others, "--op")
+    assert sorted(ops) == sorted(op.name for op in problems.ops_named([]))
+    rivals = set(_words(costly, "--provider"))
+    assert {"triton", "torch", "torch-flash", "torch-cudnn", "flex", "flash_attn", "liger", "cce"} <= rivals
+    assert not rivals & {"eager", "compile"} and "--provider" not in others.command
+    assert _words(costly, "--rounds") == _words(others, "--rounds") == ["15"]
+    first = [(op.name, case) for op, case in suite.in_order(problems.ops_named(_words(costly, "--op")), True, False)][
+        :10
+    ]
+    lengths = {case.shapes["query"][2] for op, case in first if op == "scaled_dot_product_attention"}
+    assert {1024, 4096, 16384} <= lengths
 
 
 @pytest.mark.parametrize(("cores", "processes"), [(2, "2"), (12, "12"), (200, "16")])
