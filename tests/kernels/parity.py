@@ -68,6 +68,11 @@ def as_tuple(result) -> tuple[torch.Tensor, ...]:
     return (result,) if torch.is_tensor(result) else tuple(result)
 
 
+def requiring(result, grad) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The outputs that require a gradient, as a sum of what requires none does not, each with its own."""
+    return [pair for pair in zip(as_tuple(result), as_tuple(grad), strict=True) if pair[0].requires_grad]
+
+
 def on_each(function, result):
     """`function` of a result's tensor, or of every tensor of the tuple that it is."""
     return function(result) if torch.is_tensor(result) else tuple(map(function, result))
@@ -289,8 +294,7 @@ def hold_some_gradients(op, case, dtype: torch.dtype, device) -> None:
     for chosen in range(1, 2 ** len(names)):
         wanted = {name for place, name in enumerate(names) if chosen >> place & 1}
         leaves = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in inputs.items()}
-        output = op.public(**leaves, **case.options)
-        torch.autograd.backward(as_tuple(output), as_tuple(grad))
+        torch.autograd.backward(*zip(*requiring(op.public(**leaves, **case.options), grad), strict=True))
         for name, leaf in leaves.items():
             assert (leaf.grad is not None) == (name in wanted), f"{name} with only {wanted} wanted"
             if name in wanted:

@@ -76,7 +76,7 @@ def test_the_log_sum_exp_and_its_gradient_know_no_dropout(q, dtype, device):
 
 
 @pytest.mark.parametrize("p", [0.99, 1.0])
-@pytest.mark.parametrize("q", [60, 400], ids=["short", "long"])
+@pytest.mark.parametrize("q", [60, 270], ids=["short", "long"])
 def test_a_gradient_of_lse_is_as_exact_whatever_is_dropped(q, p, device):
     """Small gradients in fp16: those of the scores must not be rounded before they are divided by what is kept."""
     inputs = problem(device, h=1, q=q, k=q, d=32, dtype=torch.float16)

@@ -115,6 +115,7 @@ LONG = {  # walked in chunks: other kernels
     "layer_norm": [Case("long", {"input": (2, 17_000), "weight": (17_000,)}, {"normalized_shape": (17_000,)})],
     "cross_entropy": [Case("long", {"input": (2, 70_000), "target": (2,)}, {"reduction": "none"})],
 }
+NOT_FINITE = ("nan", "inf", "-inf")
 INFINITE = ("inf", "-inf", "row of inf", "row of -inf", "half -inf")
 # (op, what is hard, in what, quantity): fewer NaN than PyTorch has.
 # A row of layer norm's gradient, g - mean(g) - xhat * mean(g * xhat), is then a sum of infinities, of which PyTorch
@@ -287,8 +288,10 @@ def _problems() -> list:
         for place, case in enumerate(CASES.get(op.name, [laid_out(op)]) + LONG.get(op.name, [])):
             for dtype in DTYPES:
                 for hard in HARD:
-                    # by default every kind in fp32; of an op's first case in fp16 too, and what is not finite in bf16
-                    many = dtype == torch.bfloat16 and hard not in ("nan", "inf", "-inf")
+                    # by default every kind in fp32; of an op's first case what is not finite in bf16, and in fp16 what
+                    # its range makes hard too
+                    many = dtype == torch.bfloat16 and hard not in NOT_FINITE
+                    many |= dtype == torch.float16 and hard not in (*NOT_FINITE, "fp16's largest", "1e4", "denormal")
                     many = many or ((packed or place > 0) and dtype != torch.float32)
                     many = many or (case.name == "long" and (dtype != torch.float32 or hard not in ("nan", "inf")))
                     marks = pytest.mark.slow if many else ()

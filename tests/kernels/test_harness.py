@@ -23,6 +23,7 @@ from parity import (
     incoming,
     inputs_of,
     on_each,
+    requiring,
     sliced,
 )
 from test_dropout import hold_one_mask
@@ -72,8 +73,8 @@ def spoiled(op, *, inputs=_same, output=_same, gradients=_same):
 
             @staticmethod
             def backward(ctx, *grads):
-                grad = grads if isinstance(ctx.graph, tuple) else grads[0]
-                found = torch.autograd.grad(ctx.graph, ctx.leaves, grad, retain_graph=True)
+                graph, grads = zip(*requiring(ctx.graph, grads), strict=True)
+                found = torch.autograd.grad(graph, ctx.leaves, grads, retain_graph=True)
                 found = gradients(dict(zip(ctx.wanted, found, strict=True)))
                 return tuple(found.get(name) for name in names)
 
